@@ -1,0 +1,71 @@
+# The one front door, for people and for CI. `make` shows what there is.
+PYTHON ?= python3
+CONFIG ?= deploy/configs/local.yaml
+MODEL ?= smollm2-135m
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 50051
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is named beside what depends on it, so that one resolution sees both.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev model serve test test-unit check format proto bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## Make .venv and install pdserve with engine, Ray and Redis client
+
+install-dev: $(VENV)/installed-dev ## The same, plus what tests and checks need
+
+model: install ## Fetch the default model into the model cache (MODEL=)
+	$(BIN)/pdserve pull $(MODEL)
+
+serve: install ## Start a cluster on this machine, models fetched; Ctrl-C stops it (CONFIG=, HTTP_PORT=, GRPC_PORT=)
+	exec $(BIN)/pdserve up $(CONFIG) --set router.http_port=$(HTTP_PORT) --set router.grpc_port=$(GRPC_PORT)
+
+test: install-dev model ## Run every test that this machine can run, the quick ones first
+	$(BIN)/pytest -m "not model and not cluster"
+	$(BIN)/pytest -m "model or cluster"
+
+test-unit: install-dev ## Run the tests that need neither model nor cluster
+	$(BIN)/pytest -m "not model and not cluster"
+
+check: install-dev ## Format, lint, types, floor plan, generated code: fails in about a minute
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/mypy --package benchmarks
+	$(BIN)/pytest -q $(GUARDS)
+
+format: install-dev ## Format, and mend what the linter can mend
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+proto: install-dev ## Regenerate common/wire from proto/
+	$(BIN)/python -m grpc_tools.protoc -Icommon/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. proto/*.proto
+
+bench: install ## Load a running server and print latencies and throughput (ARGS=, HTTP_PORT=)
+	$(BIN)/python -m benchmarks.serve --base-url http://127.0.0.1:$(HTTP_PORT) $(ARGS)
+
+clean: ## Remove .venv and every cache; the model cache stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+.NOTPARALLEL:
+
+# The stamps make a second run quick: pip is only asked again when what it reads has changed.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[engine,ray,redis]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[engine,ray,redis,dev]'
+	@touch $(VENV)/installed $@

@@ -1,0 +1,247 @@
+"""The configuration: one YAML file, parsed once at the entry point into a frozen tree, and passed down by part.
+
+Precedence: command line (`--set router.http_port=8001`) over environment (`PDSERVE_ROUTER__HTTP_PORT=8001`) over file over the
+defaults below. An unknown key or a bad value is a ConfigError that names the key and, for the file, its line. This is the only
+module that reads `os.environ` for configuration; help texts live in the fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "PDSERVE_"
+_ENVIRONMENT_RESERVED = frozenset({"PDSERVE_HOME", "PDSERVE_CLUSTER_ID", "PDSERVE_CLUSTER_TOKEN"})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineConfig(_Part):
+    """How a worker's engine computes and how much it holds. Every worker of one model shares it."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where tensors live; auto takes CUDA if present.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of weights and KV. auto: bfloat16 on CUDA and on CPUs with native support for it, else float32.",
+    )
+    exact: bool = Field(
+        False,
+        description="Fixed GEMM tiles and attention order: logits do not depend on batch, chunks or prefix hits, bitwise.",
+    )
+    exact_tile_rows: int = Field(16, ge=1, description="Rows of the one GEMM tile of exact mode.")
+    block_tokens: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
+    kv_pool_tokens: int = Field(32_768, ge=16, description="Capacity of each worker's KV pool, in tokens.")
+    max_model_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt + output; default is what model and pool allow, whichever is less."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads per worker; default shares the cores between workers.")
+    prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
+
+
+class PrefillConfig(_Part):
+    replicas: int = Field(1, ge=0, description="Prefill workers of this model.")
+    chunk_tokens: int = Field(512, ge=1, description="Most prompt tokens computed in one step.")
+    max_running: int = Field(32, ge=1, description="Most prompts in progress at once.")
+
+
+class DecodeConfig(_Part):
+    replicas: int = Field(1, ge=0, description="Decode workers of this model.")
+    max_running: int = Field(64, ge=1, description="Most sequences in one step.")
+    step_tokens: int = Field(
+        256, ge=1, description="Most tokens computed in one step: decodes first, local prefill with the rest."
+    )
+    max_waiting: int = Field(1024, ge=0, description="Requests that may wait for blocks; more are refused with 429.")
+    local_prefill: Literal["auto", "never", "always"] = Field(
+        "auto",
+        description="auto: prompts with few uncached tokens are prefilled here, and all are when no prefill worker can.",
+    )
+    local_prefill_tokens: int = Field(32, ge=0, description="auto prefills locally up to so many uncached prompt tokens.")
+    watermark_blocks: int = Field(2, ge=0, description="Free blocks kept back for growth when a new request is admitted.")
+
+
+class ModelConfig(_Part):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._\-]+$", description="The name clients ask for.")
+    source: str = Field(min_length=1, description="A name `pdserve pull` knows, a Hugging Face repo id, or a local path.")
+    aliases: tuple[str, ...] = Field((), description="Other names for the same model.")
+    engine: EngineConfig = EngineConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class TransferConfig(_Part):
+    """How KV travels from prefill to decode workers."""
+
+    transports: tuple[Literal["shm", "tcp"], ...] = Field(
+        ("shm", "tcp"), min_length=1, description="Offered by decode workers, in order of preference."
+    )
+    ticket_ttl_s: float = Field(60.0, gt=0, description="A remote prefill that takes longer has failed.")
+    handshake_timeout_s: float = Field(5.0, gt=0, description="Budget for the first contact of two workers.")
+    release_timeout_s: float = Field(2.0, gt=0, description="How long to wait for a writer's promise to stop, per try.")
+
+
+class RouterConfig(_Part):
+    http_host: str = Field("127.0.0.1", description="Address of the OpenAI HTTP server.")
+    http_port: int = Field(8000, ge=0, le=65_535, description="0 takes a free port.")
+    grpc_host: str = Field("127.0.0.1", description="Address of the gRPC server.")
+    grpc_port: int = Field(50_051, ge=0, le=65_535, description="0 takes a free port.")
+    api_keys: tuple[str, ...] = Field((), description="Accepted bearer tokens; empty means no authentication (loopback only).")
+    request_timeout_s: float = Field(600.0, gt=0, description="Budget of one request.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Budget for reaching a worker.")
+    first_token_retries: int = Field(2, ge=0, description="Other workers tried when one dies before the first token.")
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
+    max_choices: int = Field(16, ge=1, description="Largest n.")
+
+    @model_validator(mode="after")
+    def _keys_off_loopback(self) -> RouterConfig:
+        exposed = [host for host in (self.http_host, self.grpc_host) if host not in ("127.0.0.1", "localhost", "::1")]
+        if exposed and not self.api_keys:
+            raise ValueError(f"binding to {exposed[0]} needs api_keys")
+        return self
+
+
+class RayConfig(_Part):
+    address: str | None = Field(
+        None,
+        description="Join this Ray cluster ('auto' = the one on this host made by `ray up`); default starts a private one.",
+    )
+    num_cpus_per_worker: float = Field(0.0, ge=0, description="Ray CPU resource that each worker takes.")
+
+
+class LoggingConfig(_Part):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, JSON elsewhere.")
+
+
+class Config(_Part):
+    """The whole file."""
+
+    cluster: str = Field("local", pattern=r"^[a-z0-9\-]+$", description="Name of the cluster on this machine.")
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    transfer: TransferConfig = TransferConfig()
+    router: RouterConfig = RouterConfig()
+    ray: RayConfig = RayConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _names_are_unique(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        seen: set[str] = set()
+        for name in (name for model in models for name in (model.name, *model.aliases)):
+            if name in seen:
+                raise ValueError(f"the name {name!r} is given twice")
+            seen.add(name)
+        return models
+
+    def model_named(self, name: str) -> ModelConfig:
+        for model in self.models:
+            if name == model.name or name in model.aliases:
+                return model
+        raise ConfigError(f"no model {name!r} in the configuration", param="models")
+
+
+def load_config(path: Path, *, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
+    """Reads, overlays and validates. `overrides` are `dotted.key=value` strings with YAML values. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", param=str(path)) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", param=str(path)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping at its top", param=str(path))
+    for key, value in environment.items():
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in _ENVIRONMENT_RESERVED:
+            _overlay(raw, key.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), value, source=key)
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set wants key=value, got {item!r}", param=item)
+        _overlay(raw, key.split("."), value, source=f"--set {key}")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, node, path) from error
+
+
+def pdserve_home(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where models and the state of running clusters live: $PDSERVE_HOME or ~/.cache/pdserve."""
+    return Path(environment.get("PDSERVE_HOME") or Path.home() / ".cache" / "pdserve")
+
+
+def _overlay(raw: dict[str, Any], keys: list[str], value: str, *, source: str) -> None:
+    target: Any = raw
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise ConfigError(f"{source}: {key!r} is not an index into a list of {len(target)}", param=".".join(keys))
+            index = int(key)
+            if last:
+                target[index] = yaml.safe_load(value)
+            target = target[index]
+        elif isinstance(target, dict):
+            if last:
+                target[key] = yaml.safe_load(value)
+            else:
+                target = target.setdefault(key, {})
+        else:
+            raise ConfigError(f"{source}: {keys[position - 1]!r} holds a plain value", param=".".join(keys))
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, path: Path) -> ConfigError:
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    line = _line_of(node, keys)
+    where = f"{path}:{line}" if line else str(path)
+    message = f"{where}: {'.'.join(keys) or 'configuration'}: {first['msg']}"
+    if first["type"] == "extra_forbidden":
+        message = f"{where}: unknown key {'.'.join(keys)!r}"
+        close = difflib.get_close_matches(keys[-1], _known_keys(), n=1)
+        if close:
+            message += f"; did you mean {close[0]!r}?"
+    return ConfigError(message, param=".".join(keys))
+
+
+def _line_of(node: yaml.Node | None, keys: list[str]) -> int | None:
+    """Line (from 1) of the deepest part of `keys` that the file holds; None if the value came from elsewhere."""
+    line: int | None = None
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            match = next(((name, value) for name, value in node.value if name.value == key), None)
+            if match is None:
+                return line
+            line, node = match[0].start_mark.line + 1, match[1]
+        elif isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _known_keys() -> list[str]:
+    parts: list[type[BaseModel]] = [
+        Config,
+        ModelConfig,
+        EngineConfig,
+        PrefillConfig,
+        DecodeConfig,
+        TransferConfig,
+        RouterConfig,
+        RayConfig,
+        LoggingConfig,
+    ]
+    return [name for part in parts for name in part.model_fields]

@@ -1,0 +1,1 @@
+"""The engine: models, attention, KV pool, block manager, sampler, runner. The only part that imports torch."""

@@ -1,0 +1,79 @@
+"""Attention over the KV pool: the choice on one page.
+
+    fast        torch's fused attention for chunks, one padded gather per group of single-token rows
+    tiled       fixed tiles in one order: a row's bits depend on that row alone (exact mode)
+    reference   plain softmax over gathered keys, one row at a time, in fp64: the oracle of the tests
+
+Once per step the runner asks its backend for a plan; per layer the model writes keys and values to the pool, then attends. A row
+at position p sees the positions 0..p of its sequence, all of which are in the pool by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from common.engine.kv_pool import KVPool
+
+__all__ = ["AttentionBackend", "AttentionPlan", "Span", "create_attention"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence's rows in a step: rows `first_row ..` are its tokens `start .. start + num_rows - 1`."""
+
+    first_row: int
+    num_rows: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """How many tokens of the sequence are in the pool after this step."""
+        return self.start + self.num_rows
+
+
+class AttentionPlan(Protocol):
+    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, head_dim] -> the same shape; softmax(q k / sqrt(head_dim)) v over what each row sees."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    def plan(self, block_tables: torch.Tensor, spans: Sequence[Span]) -> AttentionPlan:
+        """For one step. `block_tables` [sequences, blocks] is padded with the null block; row i belongs to `spans[i]`."""
+        ...
+
+
+BackendCreator = Callable[[KVPool, int], AttentionBackend]
+
+
+def _fast() -> BackendCreator:
+    from common.engine.attention.fast import FastAttention
+
+    return FastAttention
+
+
+def _tiled() -> BackendCreator:
+    from common.engine.attention.tiled import TiledAttention
+
+    return TiledAttention
+
+
+def _reference() -> BackendCreator:
+    from common.engine.attention.reference import ReferenceAttention
+
+    return ReferenceAttention
+
+
+_BACKENDS: dict[str, Callable[[], BackendCreator]] = {
+    "fast": _fast,
+    "tiled": _tiled,
+    "reference": _reference,
+}
+
+
+def create_attention(name: str, pool: KVPool, num_heads: int) -> AttentionBackend:
+    return _BACKENDS[name]()(pool, num_heads)

@@ -1,0 +1,83 @@
+"""The contract between schedulers and the runner: a step as data.
+
+A scheduler (one per worker role) returns a `ScheduledBatch`; the runner computes it and returns a `ForwardResult`. There is no
+prefill or decode phase in here: each sequence has tokens, some of them already in KV, and a step computes the next few.
+
+    sequence   |== in KV ==|-- token_ids of this step --|   not yet   |
+               0         start                start + len(token_ids)
+
+Decode is the case of one token at the end; a chunk of a prompt is the case of many. A slice samples iff `samples` is not empty,
+and then from the logits of its last token. Nothing here owns memory: block tables name blocks that the block manager owns, and
+the scheduler guarantees that `block_table` covers `start + len(token_ids)` tokens and no two slices write one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.types import SampledToken, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to draw one token. The draw is a function of (logits, this): same alone, batched, preempted or elsewhere."""
+
+    position: int  # index of the token to be drawn in its sequence; the RNG counter
+    seed: int
+    choice: int  # with `seed`, the RNG key
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    logprobs: int | None
+    banned_token_ids: tuple[int, ...] = ()  # stop tokens while min_tokens is not reached
+
+    @classmethod
+    def for_next_token(cls, sampling: SamplingParams, *, choice: int, position: int, num_generated: int) -> SampleSpec:
+        """The draw of a choice's next token, after `num_generated` tokens; it will stand at `position` of the sequence."""
+        return cls(
+            position=position,
+            seed=sampling.seed,
+            choice=choice,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            logprobs=sampling.logprobs,
+            banned_token_ids=sampling.stop_token_ids if num_generated < sampling.min_tokens else (),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """One sequence's share of a step. Written by a scheduler."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    samples: tuple[SampleSpec, ...] = ()
+    prompt_logprobs: int | None = None  # report log-probabilities of the *next* prompt token at each position
+    next_token_ids: Sequence[
+        int
+    ] = ()  # with prompt_logprobs: the tokens whose log-probability is reported, one per position that has one
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    slices: tuple[SequenceSlice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.token_ids) for item in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    tokens: tuple[SampledToken, ...] = ()  # one per SampleSpec
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one per next_token_id
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    slices: tuple[SliceResult, ...] = field(default=())

@@ -1,0 +1,96 @@
+"""One step of an engine: schedule, copy, compute, account. The same for both pools; what differs is the scheduler.
+
+    commands -> scheduler -> StepPlan -> pool copies, runner -> ForwardResult -> scheduler -> events
+
+Runs on the engine's thread (`common.engine.loop`). Commands reach the scheduler between steps (`EngineLoop.post`). It knows
+neither requests nor gRPC nor KV transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from common.clock import Clock
+from common.engine.batch import ForwardResult, ScheduledBatch
+from common.engine.engine import Engine
+from common.errors import IllegalTransition
+from common.metrics import WorkerMetrics
+
+
+@dataclass(slots=True)
+class SchedulerTotals:
+    """What a scheduler counts since its start, for metrics; only ever grows."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # of them found
+    computed_tokens: int = 0  # tokens written to KV here
+    generated_tokens: int = 0  # tokens drawn here
+
+
+class Plan(Protocol):
+    """What a scheduler wants done in one step."""
+
+    @property
+    def batch(self) -> ScheduledBatch: ...
+
+    @property
+    def copies(self) -> Sequence[tuple[int, int]]:
+        """(source, destination) blocks to be copied before the batch is computed."""
+        ...
+
+
+PlanType = TypeVar("PlanType", bound=Plan)
+Event = TypeVar("Event")
+
+
+class Scheduler(Protocol[PlanType, Event]):
+    """`schedule` and `complete` alternate; a plan with an empty batch is not completed."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it holds no block."""
+        ...
+
+    def schedule(self) -> PlanType: ...
+
+    def complete(self, plan: PlanType, result: ForwardResult) -> None: ...
+
+    def take_events(self) -> list[Event]: ...
+
+
+class Core(Generic[PlanType, Event]):
+    """An `EngineCore` for the engine's thread."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler[PlanType, Event], metrics: WorkerMetrics, clock: Clock) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._clock = clock
+        self._plan: PlanType | None = None
+        self._started_s = 0.0
+
+    def schedule(self) -> bool:
+        self._started_s = self._clock.monotonic_s()
+        plan = self._scheduler.schedule()
+        for source, destination in plan.copies:
+            self._engine.pool.copy_block(source, destination)
+        if not plan.batch.slices:
+            if self._scheduler.is_idle:
+                self._engine.blocks.check_integrity()
+            return False
+        self._plan = plan
+        return True
+
+    def compute(self) -> None:
+        plan, self._plan = self._plan, None
+        if plan is None:
+            raise IllegalTransition("compute without a schedule")
+        self._scheduler.complete(plan, self._engine.runner.execute(plan.batch))
+        self._metrics.step_tokens.observe(plan.batch.num_tokens)
+        self._metrics.step_s.observe(self._clock.monotonic_s() - self._started_s)
+
+    def take_events(self) -> list[Event]:
+        return self._scheduler.take_events()

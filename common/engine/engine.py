@@ -1,0 +1,117 @@
+"""Builds an engine: everything a worker needs to compute, from a model path and a configuration.
+
+    model files -> architecture -> layout and sizes -> KV pool (over given memory) -> model -> runner
+                                                    \\-> block manager
+
+The order matters: sizes are decided, and refused, before the weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.blocks import num_blocks, root_hash
+from common.config import EngineConfig
+from common.engine.block_manager import BlockManager
+from common.engine.exact import ExactNumerics
+from common.engine.exactness_check import check_exactness
+from common.engine.kv_pool import FIRST_BLOCK, KVPool
+from common.engine.loader import ModelArchitecture, load_architecture, load_weights
+from common.engine.models import create_model
+from common.engine.numerics import FastNumerics, Numerics
+from common.engine.runner import ModelRunner
+from common.errors import ConfigError
+from common.types import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    layout: KVLayout
+    architecture: ModelArchitecture
+    pool: KVPool
+    blocks: BlockManager
+    runner: ModelRunner
+    device: torch.device
+    dtype: torch.dtype
+    max_model_tokens: int  # longest prompt + output
+
+
+def build_engine(
+    model_path: Path,
+    config: EngineConfig,
+    *,
+    threads: int,
+    model_digest: str,
+    tokenizer_digest: str,
+    memory: Callable[[int, int], memoryview] | None = None,
+) -> Engine:
+    """Loads the model and builds all around it; blocking. Raises a StartupError.
+
+    `memory(block_bytes, num_blocks)` provides the KV pool's memory (a shared region, on CPUs); None lets the pool allocate.
+    """
+    torch.set_num_threads(threads)
+    device = _device(config)
+    dtype = _dtype(config, device)
+    numerics: Numerics = ExactNumerics(config.exact_tile_rows) if config.exact else FastNumerics()
+    architecture = load_architecture(model_path)
+    layout = KVLayout(
+        model_digest=model_digest,
+        tokenizer_digest=tokenizer_digest,
+        num_layers=architecture.num_layers,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        block_tokens=config.block_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        exact=config.exact,
+    )
+    usable_blocks = num_blocks(config.kv_pool_tokens, config.block_tokens)
+    total_blocks = FIRST_BLOCK + usable_blocks
+    max_model_tokens = min(
+        config.max_model_tokens or architecture.context_tokens,
+        architecture.context_tokens,
+        usable_blocks * config.block_tokens,
+    )
+    _, weights = load_weights(model_path, dtype)
+    weights = {name: weight.to(device) for name, weight in weights.items()}
+    pool = KVPool(layout, total_blocks, device, None if memory is None else memory(layout.block_bytes, total_blocks))
+    fingerprint = layout.fingerprint
+    blocks = BlockManager(
+        total_blocks,
+        config.block_tokens,
+        lambda salt: root_hash(fingerprint, salt),
+        prefix_cache=config.prefix_cache,
+        first_block=FIRST_BLOCK,
+    )
+    model = create_model(architecture, weights, numerics, max_model_tokens)
+    runner = ModelRunner(model, pool, numerics, architecture.num_heads)
+    if numerics.exact:
+        check_exactness(runner, pool, blocks, architecture.vocab_size, max_model_tokens)
+    return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here", param="engine.device")
+    return torch.device(config.device)
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; elsewhere it is emulated and slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

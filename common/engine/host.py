@@ -1,0 +1,198 @@
+"""What both kinds of worker are around their engine: built, measured, reachable, drained.
+
+    prepare -> load the model in a thread -> (the worker wires its core) -> serve -> drain -> stop
+
+One per worker process (or several in a test), on one asyncio loop. The host owns the engine, the metrics, the gRPC server with
+the `Worker` service, and the count of requests in flight. It does not know what the requests are, nor how KV travels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from common.codec import role_to_wire
+from common.config import pdserve_home
+from common.engine.core import SchedulerTotals
+from common.engine.engine import Engine, build_engine
+from common.errors import EngineFailure, InvalidRequest, ModelNotFound
+from common.in_flight import InFlight
+from common.metrics import WorkerMetrics, WorkerReadings, start_metrics_server
+from common.model_store import resolve
+from common.rpc import RpcServer, start_server
+from common.tokenizer import Tokenizer
+from common.types import Request, WorkerRef, WorkerState
+from common.wire import worker_pb2, worker_pb2_grpc
+from common.worker import WorkerSpec
+
+
+class SchedulerReadings(Protocol):
+    """What the host reports of a scheduler."""
+
+    totals: SchedulerTotals
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+
+class WorkerHost(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, spec: WorkerSpec, *, scheduler: Callable[[], SchedulerReadings], leases: Callable[[], int]) -> None:
+        """The callables give the worker's live state; they are called only after `load`, from any thread."""
+        self.spec = spec
+        self.in_flight = InFlight()
+        self.registry = CollectorRegistry()
+        self.metrics = WorkerMetrics(self.registry, model=spec.model.name, role=spec.role.value, read=self._read)
+        self._scheduler, self._leases = scheduler, leases
+        self._served = 0
+        self._rpc: RpcServer | None = None
+        self._metrics_address = ""
+        self._stop_metrics: Callable[[], None] | None = None
+        self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineFailure("the engine is not loaded yet")
+        return self._engine
+
+    async def load(self, memory: Callable[[int, int], memoryview] | None) -> Engine:
+        """Builds the engine in a thread. Raises a StartupError."""
+        spec = self.spec
+
+        def build() -> Engine:
+            path = Path(spec.model_path)
+            return build_engine(
+                path,
+                spec.model.engine,
+                threads=spec.threads,
+                model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
+                tokenizer_digest=Tokenizer.load(path).digest,
+                memory=memory,
+            )
+
+        self._engine = await asyncio.to_thread(build)
+        return self._engine
+
+    async def serve(self, register: Callable[[grpc.aio.Server], None], services: Sequence[str]) -> WorkerRef:
+        """Opens the ports; from here on requests come in."""
+
+        def register_all(server: grpc.aio.Server) -> None:
+            worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
+            register(server)
+
+        self._metrics_address, self._stop_metrics = start_metrics_server(self.registry, self.spec.host)
+        self._rpc = await start_server(
+            register_all,
+            host=self.spec.host,
+            token=self.spec.cluster_token,
+            services=(*services, "pdserve.v1.Worker"),
+        )
+        return WorkerRef(self.spec.worker_id, self.spec.incarnation, self._rpc.address)
+
+    def check(self, request: Request) -> None:
+        """Refuses what this worker cannot hold, before any work starts. The router checked the same from what we reported."""
+        if request.model != self.spec.model.name:
+            raise ModelNotFound(f"this worker serves {self.spec.model.name!r}", param="model")
+        most = self.engine.max_model_tokens
+        if request.num_prompt_tokens + request.sampling.max_tokens > most:
+            raise InvalidRequest(f"prompt and max_tokens together exceed {most} tokens", param="max_tokens")
+        if max(request.prompt_token_ids) >= self.engine.architecture.vocab_size:
+            raise InvalidRequest("a token id is outside the vocabulary", param="prompt_token_ids")
+
+    def count_served(self) -> None:
+        self._served += 1
+
+    def fail(self, error: BaseException) -> None:
+        """The engine raised: nothing can be served any more."""
+        self.in_flight.close()
+        if not self._failure.done():
+            self._failure.set_result(error)
+
+    @property
+    def failed(self) -> bool:
+        return self._failure.done()
+
+    async def wait_failed(self) -> None:
+        await asyncio.shield(self._failure)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Lets nobody in any more; whether all were through within the time."""
+        self.in_flight.close()
+        if self._rpc is not None:
+            await self._rpc.set_serving(False)
+        return await self.in_flight.wait_idle(timeout_s)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.drain(grace_s)
+        if self._rpc is not None:
+            await self._rpc.stop(0.0)
+        if self._stop_metrics is not None:
+            await asyncio.to_thread(self._stop_metrics)
+
+    # -- the Worker service --------------------------------------------------------------------------------------------
+
+    async def Info(
+        self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext[worker_pb2.InfoRequest, worker_pb2.InfoReply]
+    ) -> worker_pb2.InfoReply:
+        return self.info()
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainReply]
+    ) -> worker_pb2.DrainReply:
+        return worker_pb2.DrainReply(drained=await self.drain(request.timeout_s))
+
+    def info(self) -> worker_pb2.InfoReply:
+        spec, engine, blocks, scheduler = self.spec, self.engine, self.engine.blocks, self._scheduler()
+        state = WorkerState.FAILED if self.failed else WorkerState.READY if self.in_flight.is_open else WorkerState.DRAINING
+        return worker_pb2.InfoReply(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            role=role_to_wire(spec.role),
+            model=spec.model.name,
+            pid=os.getpid(),
+            state=state.value,
+            address=self._rpc.address if self._rpc is not None else "",
+            metrics_address=self._metrics_address,
+            blocks_total=blocks.num_total,
+            blocks_free=blocks.num_free + blocks.num_cached,
+            blocks_in_transfer=blocks.num_in_transfer,
+            leases_open=self._leases(),
+            requests_running=scheduler.num_running,
+            requests_waiting=scheduler.num_waiting,
+            max_model_tokens=engine.max_model_tokens,
+            requests_served=self._served,
+            device=str(engine.device),
+            dtype=engine.layout.dtype,
+            exact=engine.layout.exact,
+            layout_fingerprint=engine.layout.fingerprint.hex(),
+        )
+
+    def _read(self) -> WorkerReadings:
+        blocks, scheduler = self.engine.blocks, self._scheduler()
+        totals = scheduler.totals
+        return WorkerReadings(
+            requests_running=scheduler.num_running,
+            requests_waiting=scheduler.num_waiting,
+            blocks_total=blocks.num_total,
+            blocks_free=blocks.num_free,
+            blocks_cached=blocks.num_cached,
+            blocks_used=blocks.num_used,
+            blocks_in_transfer=blocks.num_in_transfer,
+            leases_open=self._leases(),
+            block_tokens=self.engine.layout.block_tokens,
+            computed_tokens=totals.computed_tokens,
+            generated_tokens=totals.generated_tokens,
+            preemptions=totals.preemptions,
+            prefix_queries=totals.prefix_queries,
+            prefix_hits=totals.prefix_hits,
+        )

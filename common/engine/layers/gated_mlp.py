@@ -1,0 +1,18 @@
+"""The feed-forward part: `down(silu(gate(x)) * up(x))`, gate and up as one matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from common.engine.layers.linear import Linear
+from common.engine.numerics import Numerics
+
+
+class GatedMLP:
+    def __init__(self, numerics: Numerics, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        self._numerics = numerics
+        self._gate_up = Linear(numerics, torch.cat((gate, up)))
+        self._down = Linear(numerics, down)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._down(self._numerics.gated_silu(self._gate_up(rows)))

@@ -1,0 +1,15 @@
+"""A matrix product with weights in `[out, in]` layout; `Numerics` decides how it is carried out."""
+
+from __future__ import annotations
+
+import torch
+
+from common.engine.numerics import Numerics
+
+
+class Linear:
+    def __init__(self, numerics: Numerics, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._product = numerics.linear(weight, bias)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._product(rows)

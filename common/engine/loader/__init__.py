@@ -1,0 +1,54 @@
+"""Model files in, tensors out.
+
+`load_weights` reads a GGUF file or a Hugging Face folder into the one form that models are written for: a `ModelArchitecture`
+and a dictionary of tensors under Hugging Face names, in Hugging Face layout, checked for completeness and shape. A model never
+learns which file format it came from.
+
+    path -> architecture (refused early if no model here can run it) -> tensors one by one -> complete, or ModelLoadError
+
+Does not know: devices, parallelism (tensors come whole, on the CPU), tokenizers (`common.tokenizer`), where files come from
+(`common.model_store`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from common.engine.loader.architecture import Llama3RopeScaling, ModelArchitecture
+from common.errors import ModelLoadError
+
+__all__ = ["Llama3RopeScaling", "ModelArchitecture", "load_architecture", "load_weights"]
+
+
+def load_architecture(model_path: Path) -> ModelArchitecture:
+    """What the model is, without reading its tensors. Raises ModelLoadError."""
+    if _is_gguf(model_path):
+        from common.engine.loader.gguf_file import read_architecture
+
+        return read_architecture(model_path)
+    from common.engine.loader.safetensors_folder import read_architecture as read_folder_architecture
+
+    return read_folder_architecture(model_path)
+
+
+def load_weights(model_path: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+    """The model at `model_path` (a .gguf file, or a folder with config.json and *.safetensors) as CPU tensors of `dtype`.
+
+    The dictionary holds exactly `ModelArchitecture.tensor_shapes()`: with tied embeddings there is no `lm_head.weight`, the
+    model uses `model.embed_tokens.weight` for both. Blocking: seconds to minutes. Raises ModelLoadError.
+    """
+    if _is_gguf(model_path):
+        from common.engine.loader.gguf_file import read_weights
+
+        return read_weights(model_path, dtype)
+    from common.engine.loader.safetensors_folder import read_weights as read_folder_weights
+
+    return read_folder_weights(model_path, dtype)
+
+
+def _is_gguf(model_path: Path) -> bool:
+    if not model_path.exists():
+        raise ModelLoadError(f"no model at {model_path}; run `pdserve pull` or check the path")
+    return model_path.is_file()

@@ -1,0 +1,104 @@
+"""What a model is, as numbers: the shape that weights, KV layout and attention are built from.
+
+Read once from a model file's header, checked, and never changed. `tensor_shapes` states which tensors such a model has; loaders
+hold the files against it, so that a model definition can trust its dictionary blindly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from common.errors import ModelLoadError
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3RopeScaling:
+    """Llama 3.x stretches its context by slowing low rotary frequencies down, smoothly between two wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_tokens: int
+
+    def slowdown(self, inverse_frequency: float) -> float:
+        """The number (from 1 to `factor`) by which one inverse rotary frequency is divided."""
+        wavelength_tokens = 2 * math.pi / inverse_frequency
+        turns = self.original_context_tokens / wavelength_tokens
+        if turns < self.low_freq_factor:
+            return self.factor
+        if turns > self.high_freq_factor:
+            return 1.0
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return 1.0 / ((1.0 - smooth) / self.factor + smooth)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelArchitecture:
+    """A dense decoder of the Llama family. Written by the loaders."""
+
+    family: str  # "llama"; selects the model definition
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int  # rows of the embedding; may exceed the tokenizer's vocabulary
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    rms_norm_eps: float
+    context_tokens: int
+    tie_embeddings: bool
+    attention_bias: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
+                raise ModelLoadError(f"the model states {field.name} = {value}, which must be positive", param=field.name)
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadError(
+                f"the model states {self.num_heads} heads, not a multiple of its {self.num_kv_heads} KV heads",
+                param="num_kv_heads",
+            )
+        if self.head_dim % 2:
+            raise ModelLoadError(f"the model states head_dim = {self.head_dim}; rotary embedding needs pairs", param="head_dim")
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model under its Hugging Face name: `[out, in]` for matrices, `[n]` for norms and biases."""
+        query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, ffn = self.hidden_size, self.ffn_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            attention = {"q_proj": (query_width, hidden), "k_proj": (kv_width, hidden), "v_proj": (kv_width, hidden)}
+            attention["o_proj"] = (hidden, query_width)
+            for name, shape in attention.items():
+                shapes[f"{prefix}.self_attn.{name}.weight"] = shape
+                if self.attention_bias:
+                    shapes[f"{prefix}.self_attn.{name}.bias"] = shape[:1]
+            shapes[f"{prefix}.mlp.gate_proj.weight"] = (ffn, hidden)
+            shapes[f"{prefix}.mlp.up_proj.weight"] = (ffn, hidden)
+            shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, ffn)
+            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+
+def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
+    """Refuses a file that lacks tensors of its architecture or holds tensors that would be silently ignored."""
+    expected, found = set(expected), set(found)
+    for problem, names in (("lacks", expected - found), ("holds unknown", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ModelLoadError(f"the model file {problem} tensors: {shown}", param=min(names))
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]) -> None:
+    if found != expected[name]:
+        raise ModelLoadError(f"tensor {name} has shape {found}, its architecture needs {expected[name]}", param=name)

@@ -1,0 +1,148 @@
+"""Hugging Face folders: config.json beside one model.safetensors, or many shards with an index.
+
+Config files are data from strangers: every key is checked for type, features that would change the numbers and that no model
+here implements are refused by name, and shard names cannot leave the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.engine.loader.architecture import Llama3RopeScaling, ModelArchitecture, check_names, check_shape
+from common.errors import ModelLoadError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_Number = TypeVar("_Number", int, float)
+
+
+def read_weights(folder: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+    architecture = read_architecture(folder)
+    shapes = architecture.tensor_shapes()
+    shard_of = _tensor_files(folder)
+    if architecture.tie_embeddings:
+        shard_of.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
+    check_names(shapes, shard_of)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in (name for name in shapes if shard_of[name] == shard):
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in _FLOAT_DTYPES:
+                        raise ModelLoadError(
+                            f"tensor {name} is {tensor.dtype}; only 16 and 32 bit floats are supported", param=name
+                        )
+                    check_shape(name, tuple(tensor.shape), shapes)
+                    tensors[name] = tensor.to(dtype).contiguous()
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"cannot read {shard}: {error}") from error
+    return architecture, tensors
+
+
+def read_architecture(folder: Path) -> ModelArchitecture:
+    config = _read_json(folder / "config.json")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
+        raise ModelLoadError(
+            f"{folder.name} is of architecture {names}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}", param="architectures"
+        )
+    _refuse_unsupported(config)
+    hidden_size = _number(config, "hidden_size", int)
+    num_heads = _number(config, "num_attention_heads", int)
+    num_kv_heads = _number(config, "num_key_value_heads", int, default=num_heads)
+    # Newer configs keep everything rotary in one table, older ones spread it over two keys.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelLoadError("config.json: rope_scaling must be a table", param="rope_scaling")
+    return ModelArchitecture(
+        family="llama",
+        num_layers=_number(config, "num_hidden_layers", int),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_number(config, "head_dim", int, default=hidden_size // max(num_heads, 1)),
+        ffn_size=_number(config, "intermediate_size", int),
+        vocab_size=_number(config, "vocab_size", int),
+        rope_theta=_number({**config, **rope}, "rope_theta", float, default=10_000.0),
+        rope_scaling=_rope_scaling(rope),
+        rms_norm_eps=_number(config, "rms_norm_eps", float, default=1e-6),
+        context_tokens=_number(config, "max_position_embeddings", int),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_bias=bool(config.get("attention_bias", False)),
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    refused = {
+        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "sliding_window": config.get("sliding_window") is not None,
+        "quantization_config": config.get("quantization_config") is not None,
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise ModelLoadError(f"config.json: {key} = {config[key]!r} is not supported", param=key)
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelLoadError(f"config.json: rope scaling {kind!r} is not supported, only llama3 is", param="rope_scaling")
+    return Llama3RopeScaling(
+        factor=_number(rope, "factor", float),
+        low_freq_factor=_number(rope, "low_freq_factor", float),
+        high_freq_factor=_number(rope, "high_freq_factor", float),
+        original_context_tokens=_number(rope, "original_max_position_embeddings", int),
+    )
+
+
+def _number(table: Mapping[str, Any], key: str, kind: type[_Number], *, default: _Number | None = None) -> _Number:
+    value = table.get(key)
+    if value is None and default is not None:
+        return default
+    allowed = (int,) if kind is int else (int, float)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise ModelLoadError(f"config.json: {key} must be a number of type {kind.__name__}, got {value!r}", param=key)
+    return kind(value)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelLoadError(f"{index} has no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelLoadError(f"{index} points outside its folder: {name!r}")
+        return {tensor: folder / name for tensor, name in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ModelLoadError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; pickled weights are never read"
+        )
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(cast("list[str]", file.keys()), single)
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"cannot read {single}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,109 @@
+"""The engine's own thread beside an asyncio loop, and the two ways between them.
+
+    asyncio loop  -- post(function, *args) -->  inbox  -->  engine thread: apply all, schedule, compute, and again
+    asyncio loop  <--- deliver([events]) ----  before and after computing: at most two wake-ups per step, whatever its size
+
+The core is touched by the engine thread only, once `start` was called. When there is nothing to compute the thread sleeps in its
+inbox until something is posted; it never polls. If the core raises, the loop fails as a whole: `on_failure` is called once on the
+asyncio side, nothing is computed any more, and the error is raised in the thread for its traceback to be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar, TypeVarTuple
+
+Event = TypeVar("Event")
+Arguments = TypeVarTuple("Arguments")
+
+
+class EngineCore(Protocol[Event]):
+    """What a worker runs on the engine thread."""
+
+    def schedule(self) -> bool:
+        """Decides what the next step computes. False: nothing, and only a post can change that."""
+        ...
+
+    def compute(self) -> None:
+        """Computes what `schedule` decided, and accounts for it. Called only if that was something."""
+        ...
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, for the asyncio side, in order."""
+        ...
+
+
+class EngineLoop(Generic[Event]):
+    def __init__(
+        self,
+        core: EngineCore[Event],
+        *,
+        name: str,
+        deliver: Callable[[list[Event]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._core = core
+        self._deliver = deliver
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Called once, on the asyncio loop that events are to be delivered on."""
+        self._asyncio = asyncio.get_running_loop()
+        self._thread.start()
+
+    def post(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
+        """Has the engine thread call the function between two steps. Returns at once; calls are applied in order."""
+        self._inbox.put(lambda: function(*arguments))
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """Returns when the thread has ended; a step in progress is completed first."""
+
+        def end() -> None:
+            self._stopping = True
+
+        if self._thread.is_alive():
+            self._inbox.put(end)
+            await asyncio.to_thread(self._thread.join, timeout_s)
+
+    def _run(self) -> None:
+        try:
+            progressed = False
+            while True:
+                self._apply_posted(wait=not progressed)
+                if self._stopping:
+                    return
+                progressed = self._core.schedule()
+                # What posts and scheduling had to say does not wait for the computation: first tokens, remote prefills.
+                self._hand_over()
+                if progressed:
+                    self._core.compute()
+                    self._hand_over()
+        except BaseException as error:
+            self._call(self._on_failure, error)
+            raise
+
+    def _apply_posted(self, *, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while not self._stopping:
+            try:
+                apply = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            apply()
+
+    def _hand_over(self) -> None:
+        events = self._core.take_events()
+        if events:
+            self._call(self._deliver, events)
+
+    def _call(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
+        if self._asyncio is not None and not self._asyncio.is_closed():
+            self._asyncio.call_soon_threadsafe(function, *arguments)

@@ -1,0 +1,52 @@
+"""The model definitions, by family. A definition is imported when a model of that family is built.
+
+tokens, positions -> Model.forward -> hidden rows -> Model.logits, for the rows that need them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from common.engine.attention import AttentionPlan
+from common.engine.kv_pool import KVPool
+from common.engine.loader import ModelArchitecture
+from common.engine.numerics import Numerics
+from common.engine.step_input import StepInput
+from common.errors import ModelLoadError
+
+
+class Model(Protocol):
+    def forward(self, step: StepInput, pool: KVPool, attention: AttentionPlan) -> torch.Tensor:
+        """Computes the rows of a step, writes their keys and values, returns their hidden states [rows, hidden]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [rows, vocab] of hidden rows."""
+        ...
+
+
+ModelCreator = Callable[[ModelArchitecture, dict[str, torch.Tensor], Numerics, int], Model]
+
+
+def _llama() -> ModelCreator:
+    from common.engine.models.llama import LlamaModel
+
+    return LlamaModel
+
+
+_FAMILIES: dict[str, Callable[[], ModelCreator]] = {
+    "llama": _llama,
+}
+
+
+def create_model(
+    architecture: ModelArchitecture, weights: dict[str, torch.Tensor], numerics: Numerics, max_model_tokens: int
+) -> Model:
+    """Builds the model; takes its tensors out of `weights` as it goes, so that fused copies do not double the memory."""
+    family = _FAMILIES.get(architecture.family)
+    if family is None:
+        raise ModelLoadError(f"no model family {architecture.family!r}; known are {', '.join(_FAMILIES)}", param="family")
+    return family()(architecture, weights, numerics, max_model_tokens)

@@ -1,0 +1,95 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral without a sliding window, TinyLlama.
+
+rows = embedding(tokens)
+per layer:  rows += output(attention(rope(qkv(norm(rows)))))        keys and values go to the pool on the way
+            rows += mlp(norm(rows))
+hidden = norm(rows)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from common.engine.attention import AttentionPlan
+from common.engine.kv_pool import KVPool
+from common.engine.layers.gated_mlp import GatedMLP
+from common.engine.layers.linear import Linear
+from common.engine.layers.norm import RMSNorm
+from common.engine.layers.rotary import RotaryEmbedding
+from common.engine.loader import ModelArchitecture
+from common.engine.numerics import Numerics
+from common.engine.step_input import StepInput
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class LlamaLayer:
+    def __init__(self, index: int, architecture: ModelArchitecture, weights: dict[str, torch.Tensor], numerics: Numerics) -> None:
+        def take(name: str) -> torch.Tensor:
+            return weights.pop(f"model.layers.{index}.{name}")
+
+        def take_bias(name: str) -> torch.Tensor | None:
+            return take(name) if architecture.attention_bias else None
+
+        projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        biases = [bias for name in projections if (bias := take_bias(f"{name}.bias")) is not None]
+        self._index = index
+        self._num_heads = architecture.num_heads
+        self._num_kv_heads = architecture.num_kv_heads
+        self._head_dim = architecture.head_dim
+        self._attention_norm = RMSNorm(take("input_layernorm.weight"), architecture.rms_norm_eps)
+        self._qkv = Linear(
+            numerics, torch.cat([take(f"{name}.weight") for name in projections]), torch.cat(biases) if biases else None
+        )
+        self._output = Linear(numerics, take("self_attn.o_proj.weight"), take_bias("self_attn.o_proj.bias"))
+        self._mlp_norm = RMSNorm(take("post_attention_layernorm.weight"), architecture.rms_norm_eps)
+        self._mlp = GatedMLP(numerics, take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"), take("mlp.down_proj.weight"))
+
+    def __call__(
+        self, rows: torch.Tensor, angles: Angles, step: StepInput, pool: KVPool, attention: AttentionPlan
+    ) -> torch.Tensor:
+        rows = rows + self._attend(self._attention_norm(rows), angles, step, pool, attention)
+        return rows.add_(self._mlp(self._mlp_norm(rows)))
+
+    def _attend(
+        self, rows: torch.Tensor, angles: Angles, step: StepInput, pool: KVPool, attention: AttentionPlan
+    ) -> torch.Tensor:
+        heads = self._qkv(rows).view(len(rows), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
+        turning = self._num_heads + self._num_kv_heads
+        turned = RotaryEmbedding.turn(heads[:, :turning], angles)
+        pool.write(self._index, step.write_index, turned[:, self._num_heads :], heads[:, turning:])
+        attended = attention.attend(self._index, turned[:, : self._num_heads])
+        return self._output(attended.reshape(len(rows), -1))
+
+
+class LlamaModel:
+    def __init__(
+        self,
+        architecture: ModelArchitecture,
+        weights: dict[str, torch.Tensor],
+        numerics: Numerics,
+        max_model_tokens: int,
+    ) -> None:
+        self._embedding = weights.pop("model.embed_tokens.weight")
+        self._rotary = RotaryEmbedding(
+            architecture.head_dim,
+            architecture.rope_theta,
+            architecture.rope_scaling,
+            max_model_tokens,
+            self._embedding.device,
+        )
+        self._layers = [LlamaLayer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
+        self._norm = RMSNorm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
+        self._head = Linear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
+
+    def forward(self, step: StepInput, pool: KVPool, attention: AttentionPlan) -> torch.Tensor:
+        rows = F.embedding(step.token_ids, self._embedding)
+        angles = self._rotary.angles(step.positions)
+        for layer in self._layers:
+            rows = layer(rows, angles, step, pool, attention)
+        return rows
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        # The last norm is per row as well: rows that need no logits do not pay for it.
+        return self._head(self._norm(hidden)).float()

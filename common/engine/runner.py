@@ -1,0 +1,101 @@
+"""Computes steps: `ScheduledBatch` in, `ForwardResult` out.
+
+    batch -> step input -> model forward (KV goes to the pool) -> logits of the rows that need them -> tokens, log-probabilities
+
+Rows that need logits are the last row of a slice that samples, and every row whose next token's log-probability was asked for;
+the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary floats at once.
+
+One thread uses a runner. It trusts the scheduler about blocks, and it knows neither requests nor who shares what.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.engine.attention import create_attention
+from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.kv_pool import KVPool
+from common.engine.models import Model
+from common.engine.numerics import Numerics
+from common.engine.sampler import report_logprobs, sample
+from common.engine.step_input import StepBuffers, StepInput
+from common.errors import EngineFailure
+from common.types import SampledToken, TokenLogprob
+
+_LOGPROB_ROWS = 64
+
+
+class ModelRunner:
+    def __init__(self, model: Model, pool: KVPool, numerics: Numerics, num_heads: int) -> None:
+        self._model = model
+        self._pool = pool
+        self._attention = create_attention(numerics.attention, pool, num_heads)
+        self._buffers = StepBuffers(pool)
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> ForwardResult:
+        """Computes one step. Blocks until its tokens are on the host."""
+        if not batch.slices:
+            return ForwardResult()
+        _check(batch)
+        step, hidden = self._forward(batch)
+        prompt_logprobs = [
+            self._prompt_logprobs(item, hidden[span.first_row : span.first_row + span.num_rows])
+            for item, span in zip(batch.slices, step.spans, strict=True)
+        ]
+        tokens = self._sample(batch, step, hidden)
+        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, strict=True)))
+
+    @torch.inference_mode()
+    def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor:
+        """Computes one step and returns the fp32 logits after the last token of each slice: [slices, vocab]."""
+        _check(batch)
+        step, hidden = self._forward(batch)
+        return self._model.logits(hidden[[span.first_row + span.num_rows - 1 for span in step.spans]])
+
+    @torch.inference_mode()
+    def compute_all_logits(self, batch: ScheduledBatch) -> torch.Tensor:
+        """Computes one step and returns the fp32 logits after every token, slice by slice: [tokens, vocab]."""
+        _check(batch)
+        _, hidden = self._forward(batch)
+        return self._model.logits(hidden)
+
+    def _forward(self, batch: ScheduledBatch) -> tuple[StepInput, torch.Tensor]:
+        step = self._buffers.fill(batch)
+        for block, filled in step.entered:
+            self._pool.clear_tail(block, filled)
+        plan = self._attention.plan(step.block_tables, step.spans)
+        return step, self._model.forward(step, self._pool, plan)
+
+    def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
+        specs: list[SampleSpec] = []
+        rows: list[int] = []
+        row_of_spec: list[int] = []
+        for item, span in zip(batch.slices, step.spans, strict=True):
+            if item.samples:
+                rows.append(span.first_row + span.num_rows - 1)
+                specs.extend(item.samples)
+                row_of_spec.extend([len(rows) - 1] * len(item.samples))
+        if not specs:
+            return [() for _ in batch.slices]
+        logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        drawn = iter(sample(logits, specs, row_of_spec))
+        return [tuple(next(drawn) for _ in item.samples) for item in batch.slices]
+
+    def _prompt_logprobs(self, item: SequenceSlice, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        if item.prompt_logprobs is None:
+            return ()
+        reports: list[TokenLogprob] = []
+        for start in range(0, len(item.next_token_ids), _LOGPROB_ROWS):
+            following = item.next_token_ids[start : start + _LOGPROB_ROWS]
+            logits = self._model.logits(hidden[start : start + len(following)])
+            reports.extend(report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
+        return tuple(reports)
+
+
+def _check(batch: ScheduledBatch) -> None:
+    for item in batch.slices:
+        if not item.token_ids:
+            raise EngineFailure("a scheduled slice has no tokens")
+        if len(item.next_token_ids) > len(item.token_ids):
+            raise EngineFailure("a scheduled slice asks for more prompt log-probabilities than it has tokens")

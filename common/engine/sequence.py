@@ -1,0 +1,77 @@
+"""A sequence of tokens whose KV lives in blocks: the book-keeping that both schedulers share.
+
+    tokens    |=========== num_computed ===========|---- remaining ----|
+    blocks    | b0 | b1 | b2 | b3 | b4 |                                  capacity() = len(blocks) * block_tokens
+    hashes    | h0 | h1 | h2 |                                            registered, full and computed
+
+Owned by one scheduler, on the engine's thread. It knows neither requests nor sampling; it names blocks that the block manager
+owns, and every block in `blocks` is one reference held by this sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.blocks import BlockHash, next_hash, num_blocks
+from common.engine.batch import SampleSpec, SequenceSlice
+from common.engine.block_manager import BlockManager
+
+
+class PagedSequence:
+    def __init__(self, token_ids: Sequence[int], root: BlockHash, block_tokens: int) -> None:
+        self.tokens = list(token_ids)
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self._block_tokens = block_tokens
+        self._root = root
+        self._num_hashed = 0
+        self._last_hash = root
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known but not yet in KV."""
+        return len(self.tokens) - self.num_computed
+
+    def missing_blocks(self, num_tokens: int) -> int:
+        """How many more blocks it takes to hold `num_tokens` tokens."""
+        return max(0, num_blocks(num_tokens, self._block_tokens) - len(self.blocks))
+
+    def attach(self, blocks: Sequence[int], num_computed: int) -> None:
+        """Takes over references to blocks that already hold the first `num_computed` tokens, and room after them."""
+        self.blocks = list(blocks)
+        self.num_computed = num_computed
+
+    def detach(self) -> list[int]:
+        """Gives all references back to the caller; what was computed must be computed again."""
+        blocks, self.blocks = self.blocks, []
+        self.num_computed = 0
+        self._num_hashed = 0
+        self._last_hash = self._root
+        return blocks
+
+    def slice(
+        self,
+        count: int,
+        samples: tuple[SampleSpec, ...] = (),
+        *,
+        prompt_logprobs: int | None = None,
+    ) -> SequenceSlice:
+        """The next `count` tokens as a share of a step."""
+        start, end = self.num_computed, self.num_computed + count
+        return SequenceSlice(
+            token_ids=self.tokens[start:end],
+            start=start,
+            block_table=self.blocks[: num_blocks(end, self._block_tokens)],
+            samples=samples,
+            prompt_logprobs=prompt_logprobs,
+            next_token_ids=self.tokens[start + 1 : end + 1] if prompt_logprobs is not None else (),
+        )
+
+    def advance(self, count: int, manager: BlockManager) -> None:
+        """After a step computed `count` more tokens: full blocks become findable by their content."""
+        self.num_computed += count
+        while (self._num_hashed + 1) * self._block_tokens <= self.num_computed:
+            start = self._num_hashed * self._block_tokens
+            self._last_hash = next_hash(self._last_hash, self.tokens[start : start + self._block_tokens])
+            manager.register(self.blocks[self._num_hashed], self._last_hash)
+            self._num_hashed += 1

@@ -1,0 +1,210 @@
+"""Every Prometheus metric of pdserve, on one page. vLLM's names where it has one (boards know them), `pdserve_` else.
+
+One registry per process, served by that process: routers on their HTTP port, workers on a port of their own. Counters and
+histograms are updated where things happen; gauges are read from live state at scrape time, so that they can never go stale.
+No metric carries a prompt, a request id or an API key.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_TTFT_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
+)  # fmt: skip
+_TOKEN_BUCKETS_S = (
+    0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
+    7.5, 10, 20, 40, 80,
+)  # fmt: skip
+_PHASE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 30, 60, 120, 600, 1800, 7680)
+_STEP_TOKEN_BUCKETS = tuple(2**exponent for exponent in range(15))
+
+
+class RouterMetrics:
+    """What a router counts. Created once, by the router's process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        model = ("model_name",)
+        self.requests_total = Counter(
+            "pdserve_router_requests", "Requests by their HTTP status.", ("model_name", "endpoint", "status"), registry=registry
+        )
+        self.success_total = Counter(
+            "vllm:request_success", "Choices that ended well.", ("model_name", "finished_reason"), registry=registry
+        )
+        self.ttft_s = Histogram(
+            "vllm:time_to_first_token_seconds", "Received until first token.", model, buckets=_TTFT_BUCKETS_S, registry=registry
+        )
+        self.itl_s = Histogram(
+            "vllm:inter_token_latency_seconds", "Gap between tokens.", model, buckets=_TOKEN_BUCKETS_S, registry=registry
+        )
+        self.tpot_s = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean gap between the tokens of a request.",
+            model,
+            buckets=_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.e2e_s = Histogram(
+            "vllm:e2e_request_latency_seconds", "Received until last token.", model, buckets=_PHASE_BUCKETS_S, registry=registry
+        )
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.", model, registry=registry)
+        self.generation_tokens = Counter("vllm:generation_tokens", "Tokens sent to clients.", model, registry=registry)
+        self.retries_total = Counter(
+            "pdserve_router_retries", "Dispatches tried again elsewhere.", ("model_name", "reason"), registry=registry
+        )
+        self.cancelled_total = Counter("pdserve_router_cancelled", "Requests whose client left.", model, registry=registry)
+        self._inflight: Callable[[], dict[str, int]] = dict
+        registry.register(_Gauges(self._read))
+
+    def read_inflight_from(self, read: Callable[[], dict[str, int]]) -> None:
+        """`read` returns the number of requests in flight by model name; called at scrape time."""
+        self._inflight = read
+
+    def _read(self) -> Iterable[Metric]:
+        gauge = GaugeMetricFamily("pdserve_router_inflight_requests", "Requests in flight.", labels=("model_name",))
+        for model, count in self._inflight().items():
+            gauge.add_metric((model,), count)
+        yield gauge
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReadings:
+    """A worker's state at the moment of a scrape. Written by the worker's host."""
+
+    requests_running: int
+    requests_waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_used: int
+    blocks_in_transfer: int
+    leases_open: int
+    block_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+class WorkerMetrics:
+    """What a worker of either role counts. Created once, by the worker's server."""
+
+    def __init__(self, registry: CollectorRegistry, *, model: str, role: str, read: Callable[[], WorkerReadings]) -> None:
+        self._values = (model, role)
+        self._read_state = read
+        names = ("model_name", "engine")
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, (*names, *more), registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, names, buckets=buckets, registry=registry).labels(*self._values)
+
+        self._finished = counter("vllm:request_success", "Requests that ended well here.", "finished_reason")
+        self._failed = counter("pdserve_request_failures", "Requests that ended in an error here.", "error")
+        self._transfers = counter("pdserve_transfers", "Hand-offs by outcome.", "transport", "outcome")
+        self.transfer_bytes = counter("pdserve_transfer_bytes", "KV bytes pushed or received.").labels(*self._values)
+        self.transfer_blocks = counter("pdserve_transfer_blocks", "KV blocks pushed or received.").labels(*self._values)
+        self.step_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _STEP_TOKEN_BUCKETS)
+        self.step_s = histogram("pdserve_step_seconds", "Time of one engine step.", _TOKEN_BUCKETS_S)
+        self.queue_s = histogram("vllm:request_queue_time_seconds", "Waiting for blocks or for a turn.", _PHASE_BUCKETS_S)
+        self.prefill_s = histogram("vllm:request_prefill_time_seconds", "Computing the prompt.", _PHASE_BUCKETS_S)
+        self.decode_s = histogram("vllm:request_decode_time_seconds", "First token until the last.", _PHASE_BUCKETS_S)
+        self.transfer_exposed_s = histogram(
+            "pdserve_transfer_exposed_seconds", "KV transfer that prefill did not hide.", _TOKEN_BUCKETS_S
+        )
+        registry.register(_Gauges(self._read))
+
+    def finished(self, reason: str) -> None:
+        self._finished.labels(*self._values, reason).inc()
+
+    def failed(self, error: str) -> None:
+        self._failed.labels(*self._values, error).inc()
+
+    def transferred(self, transport: str, outcome: str) -> None:
+        """`outcome` is "ok" or the name of an error class."""
+        self._transfers.labels(*self._values, transport, outcome).inc()
+
+    def _read(self) -> Iterable[Metric]:
+        now = self._read_state()
+        available = now.blocks_free + now.blocks_cached
+        single = (
+            ("vllm:num_requests_running", "Requests in the current batch.", now.requests_running),
+            ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", now.requests_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use.", 1.0 - available / max(1, now.blocks_total)),
+            ("pdserve_kv_leases_open", "Transfers that may still read or write KV.", now.leases_open),
+        )
+        for name, text, value in single:
+            gauge = GaugeMetricFamily(name, text, labels=("model_name", "engine"))
+            gauge.add_metric(self._values, value)
+            yield gauge
+        for name, text, total in (
+            ("pdserve_computed_tokens", "Tokens whose KV was computed here.", now.computed_tokens),
+            ("vllm:generation_tokens", "Tokens drawn here.", now.generated_tokens),
+            ("vllm:num_preemptions", "Sequences that lost their blocks.", now.preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits),
+        ):
+            counter = CounterMetricFamily(name, text, labels=("model_name", "engine"))
+            counter.add_metric(self._values, total)
+            yield counter
+        blocks = GaugeMetricFamily("pdserve_kv_blocks", "KV blocks by state.", labels=("model_name", "engine", "state"))
+        for state, count in (
+            ("free", now.blocks_free),
+            ("cached", now.blocks_cached),
+            ("used", now.blocks_used),
+            ("in_transfer", now.blocks_in_transfer),
+        ):
+            blocks.add_metric((*self._values, state), count)
+        yield blocks
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "Shape of the KV pool.", labels=("model_name", "engine", "block_size", "num_gpu_blocks")
+        )
+        info.add_metric((*self._values, str(now.block_tokens), str(now.blocks_total)), 1)
+        yield info
+
+
+class _Gauges(Collector):
+    """Gauges that are computed when they are read."""
+
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names are known at collection only; state may not exist yet at registration
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are not news."""
+
+
+def start_metrics_server(registry: CollectorRegistry, host: str) -> tuple[str, Callable[[], None]]:
+    """Serves the registry on a free port from a thread. Returns its "host:port" and what stops it (blocks up to 0.1 s)."""
+    # Not prometheus_client.start_http_server: it takes half a second to stop.
+    server = make_server(host, 0, make_wsgi_app(registry), _Server, _QuietHandler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=5.0)
+
+    return f"{host}:{server.server_port}", stop

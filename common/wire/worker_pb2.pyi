@@ -1,0 +1,170 @@
+from common.wire import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request", "prefill")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    request: _types_pb2.Request
+    prefill: _containers.RepeatedCompositeFieldContainer[_types_pb2.WorkerRef]
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ...) -> None: ...
+
+class GenerateEvent(_message.Message):
+    __slots__ = ("started", "chunks")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    started: _types_pb2.Started
+    chunks: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenChunk]
+    def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ...) -> None: ...
+
+class TransportOffer(_message.Message):
+    __slots__ = ("kind", "address")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    address: str
+    def __init__(self, kind: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class HandshakeRequest(_message.Message):
+    __slots__ = ("protocol_version", "decode_worker_id", "decode_incarnation", "layout", "offers", "pool_blocks")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    POOL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    decode_worker_id: str
+    decode_incarnation: int
+    layout: _types_pb2.KVLayout
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    pool_blocks: int
+    def __init__(self, protocol_version: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.KVLayout, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pool_blocks: _Optional[int] = ...) -> None: ...
+
+class HandshakeReply(_message.Message):
+    __slots__ = ("prefill_worker_id", "prefill_incarnation", "transport")
+    PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    prefill_worker_id: str
+    prefill_incarnation: int
+    transport: str
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("request", "ticket")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    request: _types_pb2.Request
+    ticket: _types_pb2.Ticket
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ...) -> None: ...
+
+class BlockDigest(_message.Message):
+    __slots__ = ("logical_block", "digest")
+    LOGICAL_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    logical_block: int
+    digest: bytes
+    def __init__(self, logical_block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class PrefillReply(_message.Message):
+    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    TAIL_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    num_tokens: int
+    digests: _containers.RepeatedCompositeFieldContainer[BlockDigest]
+    first_tokens: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    tail_s: float
+    transfer_s: float
+    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("nonces",)
+    NONCES_FIELD_NUMBER: _ClassVar[int]
+    nonces: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, nonces: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InfoReply(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_IN_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    LEASES_OPEN_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_SERVED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: int
+    role: _types_pb2.Role
+    model: str
+    pid: int
+    state: str
+    address: str
+    metrics_address: str
+    blocks_total: int
+    blocks_free: int
+    blocks_in_transfer: int
+    leases_open: int
+    requests_running: int
+    requests_waiting: int
+    max_model_tokens: int
+    requests_served: int
+    device: str
+    dtype: str
+    exact: bool
+    failure: str
+    layout_fingerprint: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("drained",)
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    drained: bool
+    def __init__(self, drained: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,43 @@
+"""What a worker process is told when it is started, whoever starts it (the Ray actor in `deploy`, a test, a benchmark).
+
+Written by the pool manager; read by `prefill_worker.server` and `decode_worker.server`. A worker knows nothing else about the
+cluster: peers introduce themselves in requests, and whoever holds `cluster_token` is trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.config import LoggingConfig, ModelConfig, TransferConfig
+from common.types import Role, WorkerRef
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    worker_id: str
+    incarnation: int
+    role: Role
+    model: ModelConfig
+    model_path: str  # local file or folder with tokenizer and weights, as `common.model_store` resolved it
+    transfer: TransferConfig
+    cluster_token: str = field(repr=False)
+    host: str = "127.0.0.1"  # every port of the worker binds here
+    threads: int = 1  # CPU threads of the engine
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+class WorkerServer(Protocol):
+    """A worker as its host process sees it. `start` and `stop` are called once each, on one event loop."""
+
+    async def start(self) -> WorkerRef:
+        """Loads the model, opens the ports; returns when requests can be served. Raises a StartupError."""
+        ...
+
+    async def wait_failed(self) -> None:
+        """Returns when the worker can serve no more (its engine raised); until then it waits."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops admitting, lets requests finish for `grace_s`, cancels the rest, frees everything."""
+        ...

@@ -1,0 +1,1 @@
+"""The decode pool: reserves blocks, has prompts prefilled, and generates tokens."""

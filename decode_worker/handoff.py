@@ -1,0 +1,280 @@
+"""Where the decode worker's engine meets KV transfer: reserved blocks are filled elsewhere, verified, and only then used.
+
+    fetch(wanted, report):
+      1. handshake with the prefill worker, once per pair of incarnations: equal layouts, one data link
+      2. open a transfer: a ticket for the reserved blocks
+      3. Prefill.Run(request, ticket), raced against the transfer's own failure
+      4. complete(seal): every block arrived and bears the digest that was sealed
+      -> reports RemotePrefill, or one typed error; then the blocks come back through `on_drained` when no writer can touch them
+
+A fetch that failed, or was cancelled, leaves nothing half done for its caller: it drains in the background. This file and its
+twin in `prefill_worker` are the only ones that know both the engine and the transfer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from common.clock import Clock
+from common.codec import (
+    layout_to_wire,
+    request_to_wire,
+    sampled_token_from_wire,
+    ticket_to_wire,
+    token_logprob_from_wire,
+)
+from common.config import TransferConfig
+from common.engine.engine import Engine
+from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch
+from common.logs import get_logger
+from common.rpc import connect, error_from_rpc
+from common.types import Request, StageTimings, TokenLogprob, WorkerRef
+from common.wire import worker_pb2, worker_pb2_grpc
+from common.worker import WorkerSpec
+from decode_worker.scheduler import RemotePrefill, RemotePrefillWanted
+from kvtransfer import PROTOCOL_VERSION
+from kvtransfer.receiver import Incoming, KVReceiver
+from kvtransfer.region import BlockRegion
+from kvtransfer.state import Seal
+from kvtransfer.ticket import derive_secret
+from kvtransfer.transports.base import TransportOffer
+
+_log = get_logger(__name__)
+
+
+class PoolMemory:
+    """Memory for the engine's KV pool that a prefill worker on this host can map."""
+
+    def __init__(self) -> None:
+        self.region: BlockRegion | None = None
+
+    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
+        """Given to `build_engine`, which calls it once."""
+        self.region = BlockRegion.create_shared(block_bytes, num_blocks)
+        return self.region.buffer
+
+
+@dataclass(slots=True)
+class _Peer:
+    ref: WorkerRef
+    channel: grpc.aio.Channel
+    stub: worker_pb2_grpc.PrefillStub
+    connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    transport: str = ""  # "" until the handshake succeeded
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a fetch has come; what must be undone if it does not succeed."""
+
+    wanted: RemotePrefillWanted
+    peer: _Peer | None = None
+    incoming: Incoming | None = None
+    succeeded: bool = False
+
+
+class DecodeHandoff:
+    """One per worker; lives on its asyncio loop. `on_drained` gets the blocks of every fetch that did not succeed, once."""
+
+    def __init__(
+        self, spec: WorkerSpec, engine: Engine, region: BlockRegion, clock: Clock, on_drained: Callable[[tuple[int, ...]], None]
+    ) -> None:
+        self._spec = spec
+        self._config: TransferConfig = spec.transfer
+        self._layout = engine.layout
+        self._region = region
+        self._clock = clock
+        self._on_drained = on_drained
+        self._receiver = KVReceiver(
+            region, engine.layout, spec.worker_id, spec.incarnation, derive_secret(spec.cluster_token), clock
+        )
+        self._offers: list[TransportOffer] = []
+        self._peers: dict[str, _Peer] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_open(self) -> int:
+        return self._receiver.num_open
+
+    async def start(self) -> None:
+        self._offers = await self._receiver.start(self._config.transports, self._spec.host)
+
+    async def close(self) -> None:
+        await self._receiver.close()
+        for peer in self._peers.values():
+            await peer.channel.close(None)
+        self._peers.clear()
+        if self._background:
+            await asyncio.wait(self._background)
+        self._region.close()
+
+    def fetch(self, wanted: RemotePrefillWanted, report: Callable[[RemotePrefill | PdserveError], None]) -> asyncio.Task[None]:
+        """Starts a hand-off. `report` is called once with its outcome, unless the task is cancelled before."""
+        progress = _Progress(wanted)
+        task = asyncio.get_running_loop().create_task(self._fetch(progress, report), name="fetch")
+
+        def ended(task: asyncio.Task[None]) -> None:
+            # Here and not in the task: one that is cancelled before it ran at all owns blocks too.
+            self._background.discard(task)
+            if progress.succeeded:
+                return
+            if not task.cancelled() and task.exception() is not None:
+                report(EngineFailure(f"the hand-off failed: {type(task.exception()).__name__}"))
+            self._spawn(self._drain(progress))
+
+        self._background.add(task)
+        task.add_done_callback(ended)
+        return task
+
+    async def _fetch(self, progress: _Progress, report: Callable[[RemotePrefill | PdserveError], None]) -> None:
+        try:
+            ready = await self._obtain(progress)
+        except PdserveError as error:
+            if progress.peer is not None:
+                progress.peer.transport = ""  # whatever went wrong, shake hands again before the next ticket
+            report(error)
+        else:
+            # No await between the last one of the hand-off and here: an abort comes before both, or after both.
+            progress.succeeded = True
+            report(ready)
+
+    async def _obtain(self, progress: _Progress) -> RemotePrefill:
+        wanted = progress.wanted
+        peer = progress.peer = self._peer(wanted.prefill)
+        await self._handshake(peer)
+        incoming = progress.incoming = self._receiver.open(
+            request_id=wanted.request.request_id,
+            attempt=wanted.attempt,
+            prefill=wanted.prefill,
+            first_block=wanted.first_block,
+            blocks=wanted.blocks,
+            num_tokens=wanted.request.num_prompt_tokens,
+            ttl_s=min(self._config.ticket_ttl_s, wanted.request.timeout_s),
+        )
+        return await self._run(peer, incoming, wanted.request)
+
+    async def _run(self, peer: _Peer, incoming: Incoming, request: Request) -> RemotePrefill:
+        started_s = self._clock.monotonic_s()
+        message = worker_pb2.PrefillRequest(request=request_to_wire(request), ticket=ticket_to_wire(incoming.ticket))
+        run = asyncio.ensure_future(self._call_run(peer, message, incoming.ticket.ttl_s))
+        failed = asyncio.ensure_future(incoming.wait_failed())
+        try:
+            await asyncio.wait({run, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not run.done():
+                raise failed.result()
+            reply = run.result()
+        finally:
+            run.cancel()
+            failed.cancel()
+        replied_s = self._clock.monotonic_s()
+        digests = {block.logical_block: block.digest for block in reply.digests}
+        await incoming.complete(Seal(nonce=reply.nonce, num_tokens=reply.num_tokens, digests=digests))
+        verify_s = self._clock.monotonic_s() - replied_s
+        return self._account(peer, incoming, request, reply, replied_s - started_s, verify_s)
+
+    def _account(
+        self,
+        peer: _Peer,
+        incoming: Incoming,
+        request: Request,
+        reply: worker_pb2.PrefillReply,
+        run_s: float,
+        verify_s: float,
+    ) -> RemotePrefill:
+        if len(reply.first_tokens) != request.num_choices:
+            raise SealMismatch(f"{len(reply.first_tokens)} first tokens for {request.num_choices} choices")
+        logprobs = tuple(_present(token_logprob_from_wire(item)) for item in reply.prompt_logprobs)
+        wanted = request.num_prompt_tokens - 1 if request.sampling.prompt_logprobs is not None else 0
+        if len(logprobs) != wanted:
+            raise SealMismatch(f"{len(logprobs)} prompt log-probabilities, {wanted} were asked for")
+        exposed_s = reply.tail_s + verify_s
+        num_blocks = len(incoming.ticket.blocks)
+        # Prompt tokens that were found in a cache on either side. The decode side's own share is counted by the scheduler;
+        # what the prefill worker found beyond that is new.
+        local_tokens = incoming.ticket.first_block * self._layout.block_tokens
+        return RemotePrefill(
+            first_tokens=tuple(sampled_token_from_wire(token) for token in reply.first_tokens),
+            prompt_logprobs=logprobs,
+            cached_tokens=max(0, reply.cached_tokens - local_tokens),
+            timings=StageTimings(
+                prefill_queue_s=reply.queue_s,
+                prefill_s=reply.prefill_s,
+                transfer_exposed_s=exposed_s,
+                rpc_s=max(0.0, run_s - reply.queue_s - reply.prefill_s - reply.tail_s),
+                transfer_hidden_s=max(0.0, reply.transfer_s - exposed_s),
+                prefill_worker=peer.ref.worker_id,
+                transport=peer.transport,
+                transfer_bytes=num_blocks * self._layout.block_bytes,
+                transfer_blocks=num_blocks,
+            ),
+        )
+
+    async def _call_run(self, peer: _Peer, message: worker_pb2.PrefillRequest, timeout_s: float) -> worker_pb2.PrefillReply:
+        try:
+            reply: worker_pb2.PrefillReply = await peer.stub.Run(message, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    async def _handshake(self, peer: _Peer) -> None:
+        async with peer.connecting:
+            if peer.transport:
+                return
+            message = worker_pb2.HandshakeRequest(
+                protocol_version=PROTOCOL_VERSION,
+                decode_worker_id=self._spec.worker_id,
+                decode_incarnation=self._spec.incarnation,
+                layout=layout_to_wire(self._layout),
+                offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
+                pool_blocks=self._region.num_blocks,
+            )
+            try:
+                reply = await peer.stub.Handshake(message, timeout=self._config.handshake_timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise error_from_rpc(error) from error
+            if (reply.prefill_worker_id, reply.prefill_incarnation) != (peer.ref.worker_id, peer.ref.incarnation):
+                raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
+            peer.transport = reply.transport
+            _log.info("linked", prefill=peer.ref.worker_id, incarnation=peer.ref.incarnation, transport=reply.transport)
+
+    def _peer(self, ref: WorkerRef) -> _Peer:
+        known = self._peers.get(ref.worker_id)
+        if known is not None and known.ref == ref:
+            return known
+        if known is not None:
+            if known.ref.incarnation > ref.incarnation:
+                raise HandshakeRefused("a later incarnation of this prefill worker is known", param="incarnation")
+            self._spawn(known.channel.close(None))
+        channel = connect(ref.address, self._spec.cluster_token)
+        peer = _Peer(ref, channel, worker_pb2_grpc.PrefillStub(channel))
+        self._peers[ref.worker_id] = peer
+        return peer
+
+    async def _drain(self, progress: _Progress) -> None:
+        peer, incoming = progress.peer, progress.incoming
+        if peer is not None and incoming is not None:
+
+            async def release() -> None:
+                message = worker_pb2.ReleaseRequest(nonces=[incoming.ticket.nonce])
+                try:
+                    await peer.stub.Release(message, timeout=self._config.release_timeout_s)
+                except grpc.aio.AioRpcError as error:
+                    raise error_from_rpc(error) from error
+
+            await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
+        self._on_drained(progress.wanted.blocks)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _present(value: TokenLogprob | None) -> TokenLogprob:
+    if value is None:
+        raise SealMismatch("a prompt log-probability is missing")
+    return value

@@ -1,0 +1,21 @@
+"""`pdserve pull`: fetches a model into the cache, with progress and a checksum."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deploy.commands.output import errors_as_lines, out, say
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face repo id (org/name), or a local path.")],
+) -> None:
+    """Fetches a model and verifies it; quick when it is there already. Prints where it is."""
+    from common.config import pdserve_home
+    from common.model_store import pull as fetch
+
+    with errors_as_lines():
+        files = fetch(name, home=pdserve_home(), progress=say)
+        out.print(str(files.path), markup=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""Cleans up after a launcher that could not do it itself: a process of its own that outlives `pdserve up`, however that ends.
+
+    started by the launcher with a pipe -> waits for its end of file -> kills what is left of the cluster -> removes its files
+
+The kernel closes the pipe when the launcher dies, by SIGKILL too. After an orderly stop there is nothing left to do. What belongs
+to the cluster bears its id in the environment, as every process that the launcher started and their children do; nothing else
+is ever touched. It imports no more than the standard library: it has to work when everything else is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_VARIABLE = "PDSERVE_CLUSTER_ID"
+_PATIENCE_S = 20.0
+
+
+def members(cluster_id: str) -> list[int]:
+    """Pids of all processes of this user that bear the cluster's id, but our own."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if pid != os.getpid() and _bears(pid, cluster_id)]
+
+
+def _bears(pid: int, cluster_id: str) -> bool:
+    try:
+        return f"{_VARIABLE}={cluster_id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # gone, or not ours to read
+
+
+def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S) -> bool:
+    """Whether none is left. Looks again until two looks in a row find nobody: a process may start a child while others are
+    being listed or killed."""
+    deadline_s = time.monotonic() + patience_s
+    while pids := members(cluster_id) or members(cluster_id):
+        if time.monotonic() > deadline_s:
+            return False
+        descriptors = []
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                descriptors.append(descriptor)
+                if _bears(pid, cluster_id):  # the number may have been given to another process meanwhile
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        poller = select.poll()
+        for descriptor in descriptors:
+            poller.register(descriptor, select.POLLIN)
+        poller.poll(100)  # wakes when one is gone; what is a zombie has no environment any more
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.janitor")
+    parser.add_argument("--cluster-id", required=True)
+    parser.add_argument("--remove", type=Path, action="append", default=[], help="files and folders that go with the cluster")
+    given = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()  # returns when the launcher is gone
+    clean = kill_all(given.cluster_id)
+    for path in given.remove:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""`pdserve up`: one process that brings a cluster up, stays with it, and takes it down.
+
+    models fetched -> janitor -> Ray -> pool manager -> router -> every worker ready -> state file, "how to call it"
+    -> (a signal, or the manager's end) -> router drained -> workers stopped -> Ray ended -> files removed
+
+The launcher owns the processes, not the work: requests never pass through it. A router that dies is started again; a pool
+manager that dies ends the cluster. If the launcher itself is killed, the janitor does what it cannot do any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+
+from common.config import Config, ModelConfig, pdserve_home
+from common.errors import ClusterError, PdserveError
+from common.logs import get_logger
+from common.model_store import pull
+from common.wire.registry_pb2 import ClusterSnapshot
+from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_path, write_state
+from deploy.manager_actor import ACTOR_NAME, ManagerActor
+from deploy.pool_manager import ManagerSpec, ModelToServe
+from deploy.ray_environment import CLUSTER_ID_VARIABLE, actor_environment, namespace_of
+from deploy.ray_host import answer
+from deploy.ray_start import join_ray, start_private_ray
+from deploy.worker_host import build_worker
+
+log = get_logger(__name__)
+
+Say = Callable[[str], None]
+
+_MANAGER_START_TIMEOUT_S = 120.0
+_READY_TIMEOUT_S = 900.0
+_ROUTER_GRACE_S = 5.0
+_SHUTDOWN_TIMEOUT_S = 30.0
+_ROUTER_BACKOFF_FIRST_S, _ROUTER_BACKOFF_LAST_S = 0.2, 10.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line asked for."""
+
+    config_path: Path
+    overrides: tuple[str, ...]
+    config: Config
+    cluster_id: str  # stands in our environment already, for children to inherit
+
+
+def launch(asked: Launch, say: Say) -> int:
+    """Runs a cluster until it is told to stop; returns the exit status. Blocking, on the main thread."""
+    home = pdserve_home()
+    name = asked.config.cluster
+    with cluster_lock(home, name) as lock:
+        models = [_model_to_serve(model, asked.config, home, say) for model in asked.config.models]
+        return _launch(asked, models, home, lock, say)
+
+
+def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int, say: Say) -> int:
+    name = asked.config.cluster
+    # Short, because names of unix sockets are limited to 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
+    janitor = _start_janitor(asked.cluster_id, [folder, state_path(home, name)], lock)
+    try:
+        say(f"starting cluster {name!r}: Ray, pool manager, router, {_count_workers(asked.config)} workers")
+        # Before the loop and on this thread: the kernel ends Ray's processes together with the thread that started them.
+        if asked.config.ray.address is None:
+            start_private_ray(folder)
+        else:
+            join_ray(asked.config.ray.address)
+        try:
+            return asyncio.run(_Cluster(asked, models, home, janitor.pid, say).run())
+        finally:
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if janitor.stdin is not None:
+            janitor.stdin.close()
+        janitor.wait(_SHUTDOWN_TIMEOUT_S)
+
+
+class _Cluster:
+    def __init__(self, asked: Launch, models: Sequence[ModelToServe], home: Path, janitor_pid: int, say: Say) -> None:
+        self._asked = asked
+        self._models = tuple(models)
+        self._cluster_id = asked.cluster_id
+        self._home = home
+        self._janitor_pid = janitor_pid
+        self._say = say
+        self._token = secrets.token_hex(32)
+        self._stop = asyncio.Event()
+        self._router: subprocess.Popen[bytes] | None = None
+        self._manager: Any = None
+
+    async def run(self) -> int:
+        self._listen_to_signals()
+        manager_address = await self._start_manager()
+        serving = asyncio.ensure_future(self._announce(manager_address))
+        lasting = {
+            asyncio.ensure_future(self._watch_manager()),
+            asyncio.ensure_future(self._keep_router(manager_address)),
+            asyncio.ensure_future(self._wait_for_signal()),
+        }
+        try:
+            done, _ = await asyncio.wait({serving, *lasting}, return_when=asyncio.FIRST_COMPLETED)
+            if done == {serving} and serving.exception() is None:
+                done, _ = await asyncio.wait(lasting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            return 0
+        finally:
+            self._say("stopping; Ctrl-C again to force")
+            for task in (serving, *lasting):
+                task.cancel()
+            await asyncio.wait({serving, *lasting})
+            await self._take_down()
+            self._say("stopped")
+
+    # -- up ------------------------------------------------------------------------------------------------------------
+
+    async def _start_manager(self) -> str:
+        config = self._asked.config
+        spec = ManagerSpec(
+            cluster=config.cluster,
+            models=self._models,
+            transfer=config.transfer,
+            logging=config.logging,
+            cluster_token=self._token,
+        )
+        options = {
+            "name": ACTOR_NAME,
+            "namespace": namespace_of(config.cluster),
+            "lifetime": "detached",
+            "num_cpus": 0,
+            "max_restarts": 0,
+            "runtime_env": actor_environment(self._cluster_id, threads=None),
+        }
+        actor = ray.remote(ManagerActor).options(**options)
+        self._manager = actor.remote(spec, self._cluster_id, config.ray.num_cpus_per_worker, build_worker)
+        try:
+            async with asyncio.timeout(_MANAGER_START_TIMEOUT_S):
+                return await answer(cast(Awaitable[str], self._manager.start.remote()))
+        except TimeoutError as error:
+            raise ClusterError("the pool manager did not start in time") from error
+
+    async def _keep_router(self, manager_address: str) -> None:
+        """Starts the router, and again whenever it ends. One that ends at once, over and over, ends the cluster."""
+        backoff_s = _ROUTER_BACKOFF_FIRST_S
+        while True:
+            started_s = time.monotonic()
+            self._router = _start_router(self._asked, manager_address, self._token, self._cluster_id)
+            status = await _exit_status(self._router)
+            if time.monotonic() - started_s > 60.0:
+                backoff_s = _ROUTER_BACKOFF_FIRST_S
+            if backoff_s > _ROUTER_BACKOFF_LAST_S or status == 1:
+                raise ClusterError(f"the router ended with status {status}")
+            log.warning("the router ended; starting it again", status=status)
+            await asyncio.sleep(backoff_s)
+            backoff_s *= 2
+
+    async def _announce(self, manager_address: str) -> None:
+        """Waits until everything serves, tells about it, and leaves the state file."""
+        pid = os.getpid()
+        state = ClusterState(
+            cluster=self._asked.config.cluster,
+            cluster_id=self._cluster_id,
+            launcher_pid=pid,
+            launcher_started=started_at(pid) or 0,
+            manager_address=manager_address,
+            token=self._token,
+            janitor_pid=self._janitor_pid,
+            janitor_started=started_at(self._janitor_pid) or 0,
+        )
+        write_state(self._home, state)
+        try:
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                snapshot = await self._until_ready()
+        except TimeoutError as error:
+            raise ClusterError(f"not ready within {_READY_TIMEOUT_S:g} s") from error
+        _tell_how_to_call(snapshot, self._asked.config, self._say)
+
+    async def _until_ready(self) -> ClusterSnapshot:
+        version = -1
+        told: dict[str, str] = {}
+        while True:
+            news = await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version)))
+            snapshot = ClusterSnapshot.FromString(news)
+            version = snapshot.version
+            for worker in snapshot.workers:
+                if told.get(worker.worker_id) != worker.state:
+                    told[worker.worker_id] = worker.state
+                    self._say(f"  {worker.worker_id}: {worker.state}" + (f" ({worker.failure})" if worker.failure else ""))
+                if worker.state == "failed":
+                    raise ClusterError(f"{worker.worker_id} cannot start: {worker.failure}")
+            ready = sum(worker.state == "ready" for worker in snapshot.workers)
+            if snapshot.routers and ready >= _count_workers(self._asked.config):
+                return snapshot
+
+    async def _watch_manager(self) -> None:
+        """Returns when somebody asked the manager to shut the cluster down; raises when it broke."""
+        try:
+            await answer(cast(Awaitable[None], self._manager.wait_ended.remote()))
+        except PdserveError as error:
+            raise ClusterError(f"the pool manager is gone: {error.message}") from error
+
+    async def _wait_for_signal(self) -> None:
+        await self._stop.wait()
+
+    # -- down ----------------------------------------------------------------------------------------------------------
+
+    def _listen_to_signals(self) -> None:
+        def on_signal() -> None:
+            if self._stop.is_set():
+                os._exit(130)  # the janitor cleans up
+            self._stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+    async def _take_down(self) -> None:
+        if self._router is not None and self._router.poll() is None:
+            self._router.send_signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_ROUTER_GRACE_S + 1.0):
+                    await _exit_status(self._router)
+            except TimeoutError:
+                self._router.kill()
+                self._router.wait(_ROUTER_GRACE_S)
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+                await answer(cast(Awaitable[None], self._manager.shut_down.remote()))
+        except (TimeoutError, PdserveError) as error:
+            log.warning("the workers did not stop in time", error=str(error))
+        if self._asked.config.ray.address is not None:
+            ray.kill(self._manager)
+        state_path(self._home, self._asked.config.cluster).unlink(missing_ok=True)
+
+
+def _model_to_serve(model: ModelConfig, config: Config, home: Path, say: Say) -> ModelToServe:
+    files = pull(model.source, home=home, progress=say)
+    workers = _count_workers(config)
+    threads = model.engine.threads or max(1, (os.cpu_count() or 1) // max(1, workers))
+    return ModelToServe(config=model, path=str(files.path), created_s=int(time.time()), threads=threads)
+
+
+def _count_workers(config: Config) -> int:
+    return sum(model.prefill.replicas + model.decode.replicas for model in config.models)
+
+
+def _start_janitor(cluster_id: str, remove: Sequence[Path], lock: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "deploy.janitor", "--cluster-id", cluster_id]
+    for path in remove:
+        command += ["--remove", str(path)]
+    environment = {key: value for key, value in os.environ.items() if key != CLUSTER_ID_VARIABLE}
+    # A session of its own: the terminal's Ctrl-C is not for it. It keeps the lock until everything is clean.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[lock])
+
+
+def _start_router(asked: Launch, manager_address: str, token: str, cluster_id: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "router", "--config", str(asked.config_path), "--manager", manager_address]
+    command += ["--drain-grace-s", str(_ROUTER_GRACE_S)]
+    for override in asked.overrides:
+        command += ["--set", override]
+    environment = {**os.environ, "PDSERVE_CLUSTER_TOKEN": token, CLUSTER_ID_VARIABLE: cluster_id}
+    # A session of its own: at Ctrl-C the launcher drains it.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+
+
+async def _exit_status(process: subprocess.Popen[bytes]) -> int:
+    """Waits for the end of a child without a thread."""
+    if process.poll() is None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        descriptor = os.pidfd_open(process.pid)
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+    return process.wait()
+
+
+def _tell_how_to_call(snapshot: ClusterSnapshot, config: Config, say: Say) -> None:
+    router = snapshot.routers[0]
+    model = config.models[0].name
+    body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+    say(
+        f"""
+ready: {len(snapshot.workers)} workers
+
+  OpenAI HTTP  http://{router.http_address}/v1
+  gRPC         {router.grpc_address}
+
+  curl -N http://{router.http_address}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{body}'
+  pdserve chat --stats
+  pdserve status
+
+Ctrl-C stops all of it."""
+    )

@@ -1,0 +1,62 @@
+"""The Ray actor around the pool manager: one per cluster, detached, named `manager`.
+
+    start -> address;  serving;  `wait_ended` returns after a shutdown and raises if the manager broke
+
+Operators and routers talk to it over gRPC (`deploy.control`); the launcher alone uses Ray calls, to start it and to notice its
+end. A manager that dies is not restarted: the launcher ends the cluster, because nobody would watch over the workers any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from common.clock import SystemClock
+from common.errors import ClusterError
+from common.logs import configure_logging
+from common.rpc import RpcServer
+from deploy.control import serve_manager
+from deploy.pool_manager import ManagerSpec, PoolManager
+from deploy.ray_host import RayHost
+from deploy.worker_host import WorkerFactory
+
+ACTOR_NAME = "manager"
+_SERVER_GRACE_S = 1.0
+
+
+class ManagerActor:
+    def __init__(self, spec: ManagerSpec, cluster_id: str, num_cpus_per_worker: float, factory: WorkerFactory) -> None:
+        self._spec = spec
+        self._cluster_id = cluster_id
+        self._num_cpus_per_worker = num_cpus_per_worker
+        self._factory = factory
+        self._manager: PoolManager | None = None
+        self._server: RpcServer | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return ACTOR_NAME
+
+    async def start(self) -> str:
+        spec = self._spec
+        configure_logging(spec.logging, process=ACTOR_NAME)
+        workers = RayHost(spec.cluster, self._cluster_id, self._num_cpus_per_worker, self._factory)
+        self._manager = PoolManager(spec, workers, SystemClock())
+        self._server = await serve_manager(self._manager, host=spec.host, token=spec.cluster_token)
+        self._running = asyncio.create_task(self._manager.run(), name="pool manager")
+        return self._server.address
+
+    async def snapshot_after(self, version: int) -> bytes:
+        """The next ClusterSnapshot, serialised."""
+        if self._manager is None:
+            raise ClusterError("the manager was not started")
+        return (await self._manager.after(version)).SerializeToString()
+
+    async def shut_down(self) -> None:
+        if self._manager is not None:
+            await self._manager.shut_down()
+
+    async def wait_ended(self) -> None:
+        if self._running is None or self._server is None:
+            raise ClusterError("the manager was not started")
+        await asyncio.shield(self._running)
+        await self._server.stop(_SERVER_GRACE_S)

@@ -1,0 +1,120 @@
+"""The picture of the cluster that the manager shows: every worker's last report, the routers that watch, the models.
+
+A worker's state is the manager's word (`deploy.reconcile`), its counts are its own. Each change makes a new `ClusterSnapshot`
+with the next version; whoever waits in `after` wakes up. It decides nothing and talks to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.codec import role_to_wire
+from common.types import Role, WorkerState
+from common.wire.registry_pb2 import ClusterSnapshot, ModelInfo, RouterInfo
+from common.wire.worker_pb2 import InfoReply
+from deploy.reconcile import Phase, Pool, PoolsState, Replica
+
+_STATE_OF_PHASE = {
+    Phase.STARTING: WorkerState.STARTING,
+    Phase.BACKOFF: WorkerState.STARTING,
+    Phase.READY: WorkerState.READY,
+    Phase.DRAINING: WorkerState.DRAINING,
+    Phase.DRAINED: WorkerState.DRAINING,
+    Phase.STOPPING: WorkerState.DRAINING,
+    Phase.FAILED: WorkerState.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as the launcher resolved it."""
+
+    name: str
+    path: str
+    created_s: int
+
+
+class Membership:
+    def __init__(self, cluster: str, models: Sequence[ServedModel]) -> None:
+        self._cluster = cluster
+        self._models = tuple(models)
+        self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
+        self._known: dict[str, tuple[int, str]] = {}  # model -> (longest request, layout) as last reported
+        self._routers: dict[int, RouterInfo] = {}  # by watch
+        self._watches = itertools.count()
+        self._changed = asyncio.Event()
+        self.snapshot = ClusterSnapshot(cluster=cluster)
+
+    def report(self, info: InfoReply) -> None:
+        """A worker answered. Takes effect at the next `publish`."""
+        self._reports[info.worker_id, info.incarnation] = info
+
+    def router_joined(self, router: RouterInfo) -> int:
+        watch = next(self._watches)
+        self._routers[watch] = router
+        return watch
+
+    def router_left(self, watch: int) -> None:
+        self._routers.pop(watch, None)
+
+    def publish(self, state: PoolsState) -> None:
+        """Draws the picture anew; wakes the waiting if it differs from the last."""
+        current = {(one.worker_id, one.incarnation) for one in state.replicas.values()}
+        self._reports = {key: info for key, info in self._reports.items() if key in current}
+        workers = [self._worker(replica) for pool in state.pools() for replica in state.of(pool)]
+        self._learn(workers)
+        snapshot = ClusterSnapshot(
+            version=self.snapshot.version,
+            cluster=self._cluster,
+            models=[self._model(model, state.desired) for model in self._models],
+            workers=workers,
+            routers=self._routers.values(),
+        )
+        if snapshot != self.snapshot or snapshot.version == 0:
+            snapshot.version += 1
+            self.snapshot = snapshot
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def after(self, version: int) -> ClusterSnapshot:
+        """The newest snapshot as soon as there is one newer than `version`."""
+        while self.snapshot.version <= version:
+            await self._changed.wait()
+        return self.snapshot
+
+    def _worker(self, replica: Replica) -> InfoReply:
+        info = InfoReply()
+        reported = self._reports.get((replica.worker_id, replica.incarnation))
+        if reported is not None:
+            info.CopyFrom(reported)
+        state = _STATE_OF_PHASE[replica.phase]
+        # A worker may know better that it takes no more requests, never that it does.
+        if state is WorkerState.READY and reported is not None and reported.state == WorkerState.DRAINING:
+            state = WorkerState.DRAINING
+        info.worker_id, info.incarnation = replica.worker_id, replica.incarnation
+        info.role, info.model = role_to_wire(replica.pool.role), replica.pool.model
+        info.state, info.failure = state.value, replica.failure
+        return info
+
+    def _learn(self, workers: Sequence[InfoReply]) -> None:
+        for model in self._models:
+            ready = [one for one in workers if one.model == model.name and one.state == WorkerState.READY and one.pid]
+            longest = min((one.max_model_tokens for one in ready if one.max_model_tokens), default=None)
+            layout = next((one.layout_fingerprint for one in ready if one.layout_fingerprint), None)
+            old_longest, old_layout = self._known.get(model.name, (0, ""))
+            self._known[model.name] = (longest or old_longest, layout or old_layout)
+
+    def _model(self, model: ServedModel, desired: Mapping[Pool, int]) -> ModelInfo:
+        context_tokens, layout = self._known[model.name]
+        return ModelInfo(
+            name=model.name,
+            path=model.path,
+            context_tokens=context_tokens,
+            created_s=model.created_s,
+            desired_prefill=desired.get(Pool(model.name, Role.PREFILL), 0),
+            desired_decode=desired.get(Pool(model.name, Role.DECODE), 0),
+            layout_fingerprint=layout,
+        )

@@ -1,0 +1,324 @@
+"""The pool manager: holds the desired state, performs what `deploy.reconcile` decides, and watches the workers.
+
+    news (ready, drained, lost, scaled, time) -> decide -> Start | Drain | Stop -> one task each -> news
+
+A worker is lost when its process ends, when it says that it failed, or when it misses several health checks in a row; it is
+killed before its next incarnation starts, so that two never live. Draining and stopping go through the worker first and through
+the process if it does not answer in time. The manager knows neither Ray (`deploy.worker_host`) nor who asks (`deploy.control`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from common.clock import Clock
+from common.config import LoggingConfig, ModelConfig, TransferConfig
+from common.errors import ClusterError, ConfigError, DeadlineExceeded, ModelLoadError, ModelNotFound, PdserveError, WorkerLost
+from common.logs import get_logger
+from common.rpc import cancel_and_wait, connect, error_from_rpc
+from common.types import Role, WorkerRef
+from common.wire.registry_pb2 import ClusterSnapshot, RouterInfo
+from common.wire.worker_pb2 import DrainRequest, InfoReply, InfoRequest
+from common.wire.worker_pb2_grpc import WorkerStub
+from common.worker import WorkerSpec
+from deploy.membership import Membership, ServedModel
+from deploy.reconcile import (
+    Action,
+    Drain,
+    Loss,
+    Phase,
+    Pool,
+    PoolsState,
+    RestartPolicy,
+    Start,
+    Stop,
+    became_drained,
+    became_ready,
+    close,
+    decide,
+    lost,
+    set_desired,
+    wake_at_s,
+)
+from deploy.worker_host import WorkerHost, WorkerProcess
+
+log = get_logger(__name__)
+
+_STOP_MARGIN_S = 2.0  # beyond the grace, before a worker that was asked to stop is killed
+_PERMANENT = (ConfigError, ModelLoadError)  # the same start would fail again
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    interval_s: float = 0.5
+    # Generous: on a machine with few cores a healthy worker's event loop can be kept waiting for seconds.
+    timeout_s: float = 3.0
+    most_misses: int = 3
+
+
+@dataclass(frozen=True)
+class ModelToServe:
+    config: ModelConfig
+    path: str
+    created_s: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class ManagerSpec:
+    """Everything the manager is told when it starts. Written by the launcher."""
+
+    cluster: str
+    models: tuple[ModelToServe, ...]
+    transfer: TransferConfig
+    logging: LoggingConfig
+    cluster_token: str = field(repr=False)
+    host: str = "127.0.0.1"  # the manager's and the workers' ports bind here
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    health: HealthPolicy = field(default_factory=HealthPolicy)
+    start_timeout_s: float = 900.0
+    drain_timeout_s: float = 60.0
+    stop_grace_s: float = 5.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One incarnation, from launch to end."""
+
+    worker_id: str
+    incarnation: int
+    process: WorkerProcess
+    ref: WorkerRef | None = None
+    channel: grpc.aio.Channel | None = None
+
+
+class PoolManager:
+    """`run` works until `shut_down` has been called and every worker is gone."""
+
+    def __init__(self, spec: ManagerSpec, host: WorkerHost, clock: Clock) -> None:
+        self._spec = spec
+        self._host = host
+        self._clock = clock
+        self._models = {model.config.name: model for model in spec.models}
+        desired = {}
+        for model in spec.models:
+            desired[Pool(model.config.name, Role.PREFILL)] = model.config.prefill.replicas
+            desired[Pool(model.config.name, Role.DECODE)] = model.config.decode.replicas
+        self._state = PoolsState(desired=desired)
+        self._membership = Membership(
+            spec.cluster, [ServedModel(model.config.name, model.path, model.created_s) for model in spec.models]
+        )
+        self._workers: dict[str, _Worker] = {}
+        self._news = asyncio.Event()
+        self._closed = asyncio.Event()
+
+    @property
+    def snapshot(self) -> ClusterSnapshot:
+        return self._membership.snapshot
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    self._news.clear()
+                    self._state, actions = decide(self._state, self._clock.monotonic_s())
+                    for action in actions:
+                        tasks.create_task(self._perform(action), name=f"{type(action).__name__} {action.worker_id}")
+                    self._membership.publish(self._state)
+                    if self._state.closing and not self._state.replicas:
+                        break
+                    await self._wait_for_news()
+        finally:
+            self._closed.set()
+
+    async def after(self, version: int) -> ClusterSnapshot:
+        """The newest snapshot as soon as there is one newer than `version`."""
+        return await self._membership.after(version)
+
+    async def scale(self, model: str, desired: Mapping[Role, int], wait_s: float) -> ClusterSnapshot:
+        """Changes how many workers there should be; with `wait_s`, returns when it is so. Raises ModelNotFound,
+        DeadlineExceeded, or ClusterError when a worker was given up."""
+        if model not in self._models:
+            raise ModelNotFound(f"this cluster does not serve {model!r}", param="model")
+        if self._state.closing:
+            raise ClusterError("the cluster is shutting down")
+        pools = {Pool(model, role): count for role, count in desired.items()}
+        self._tell(lambda state: set_desired(state, pools))
+        self._membership.publish(self._state)
+        if wait_s > 0:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._until_settled(list(pools))
+            except TimeoutError as error:
+                raise DeadlineExceeded(f"{model} has not reached the wanted scale after {wait_s:g} s") from error
+        return self.snapshot
+
+    async def refresh(self) -> ClusterSnapshot:
+        """Asks every worker now."""
+        checks = [asyncio.create_task(self._answers(worker)) for worker in self._workers.values() if worker.ref is not None]
+        if checks:
+            await asyncio.wait(checks)  # not gather: a check whose worker is buried meanwhile ends cancelled
+        self._membership.publish(self._state)
+        return self.snapshot
+
+    async def shut_down(self) -> None:
+        """Stops every worker; returns when none is left. Idempotent."""
+        self._tell(close)
+        await self._closed.wait()
+
+    def router_joined(self, router: RouterInfo) -> int:
+        watch = self._membership.router_joined(router)
+        self._membership.publish(self._state)
+        return watch
+
+    def router_left(self, watch: int) -> None:
+        self._membership.router_left(watch)
+        self._membership.publish(self._state)
+
+    def _tell(self, change: Callable[[PoolsState], PoolsState]) -> None:
+        self._state = change(self._state)
+        self._news.set()
+
+    async def _wait_for_news(self) -> None:
+        wake_s = wake_at_s(self._state)
+        timeout_s = None if wake_s is None else max(0.0, wake_s - self._clock.monotonic_s())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        except TimeoutError:
+            return  # a back-off is over: that is news as well
+
+    async def _until_settled(self, pools: list[Pool]) -> None:
+        version = -1
+        while True:
+            for pool in pools:
+                for replica in self._state.of(pool):
+                    if replica.phase is Phase.FAILED:
+                        raise ClusterError(f"{replica.worker_id} was given up: {replica.failure}")
+            if all(self._state.settled(pool) for pool in pools):
+                return
+            version = (await self._membership.after(version)).version
+
+    async def _perform(self, action: Action) -> None:
+        match action:
+            case Start():
+                await self._live(action)
+            case Drain():
+                await self._drain(action)
+            case Stop():
+                await self._stop(action)
+
+    async def _live(self, start: Start) -> None:
+        """A worker's whole life. Ends when its process is gone; tells why."""
+        worker_id, incarnation = start.worker_id, start.incarnation
+        log.info("worker starting", worker=worker_id, incarnation=incarnation)
+        permanent = False
+        worker: _Worker | None = None
+        try:
+            process = await self._host.launch(self._worker_spec(start))
+            worker = self._workers[worker_id] = _Worker(worker_id, incarnation, process)
+            if self._state.replicas[worker_id].phase is not Phase.STARTING:
+                raise WorkerLost("stopped before it started")  # `_stop` came too early to find a process
+            async with asyncio.timeout(self._spec.start_timeout_s):
+                worker.ref = await process.start()
+            worker.channel = connect(worker.ref.address, self._spec.cluster_token)
+            await self._answers(worker)
+            self._tell(lambda state: became_ready(state, worker_id, incarnation, self._clock.monotonic_s()))
+            log.info("worker ready", worker=worker_id, incarnation=incarnation, address=worker.ref.address)
+            reason = await self._watch(worker)
+        except TimeoutError:
+            reason = f"did not start within {self._spec.start_timeout_s:g} s"
+        except PdserveError as error:
+            reason, permanent = f"{error.code}: {error.message}", isinstance(error, _PERMANENT)
+        finally:
+            if worker is not None:
+                await self._bury(worker)
+        log.info("worker gone", worker=worker_id, incarnation=incarnation, reason=reason)
+        loss = Loss(worker_id, incarnation, reason, permanent)
+        self._tell(lambda state: lost(state, loss, self._clock.monotonic_s(), self._spec.restarts))
+
+    async def _bury(self, worker: _Worker) -> None:
+        await worker.process.kill()
+        if worker.channel is not None:
+            await worker.channel.close(None)
+        del self._workers[worker.worker_id]
+
+    async def _watch(self, worker: _Worker) -> str:
+        """Returns why the worker must be given up."""
+        policy = self._spec.health
+        ended = asyncio.create_task(worker.process.ended())
+        try:
+            misses = 0
+            while misses < policy.most_misses:
+                await asyncio.wait({ended}, timeout=policy.interval_s)
+                if ended.done():
+                    return ended.result()
+                misses = 0 if await self._answers(worker) else misses + 1
+                self._membership.publish(self._state)
+            return f"hung: missed {misses} health checks of {policy.timeout_s:g} s"
+        finally:
+            await cancel_and_wait(ended)
+
+    async def _answers(self, worker: _Worker) -> bool:
+        """One health check; its report goes into the picture."""
+        if worker.channel is None or worker.ref is None:
+            return False
+        try:
+            info: InfoReply = await WorkerStub(worker.channel).Info(InfoRequest(), timeout=self._spec.health.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            log.debug("no answer", worker=worker.worker_id, error=error_from_rpc(error).code)
+            return False
+        if (info.worker_id, info.incarnation) != (worker.worker_id, worker.incarnation):
+            return False  # somebody else took over the port of a process that is gone
+        info.address = worker.ref.address
+        self._membership.report(info)
+        return True
+
+    async def _drain(self, drain: Drain) -> None:
+        worker = self._current(drain)
+        if worker is not None and worker.channel is not None:
+            timeout_s = self._spec.drain_timeout_s
+            try:
+                reply = await WorkerStub(worker.channel).Drain(
+                    DrainRequest(timeout_s=timeout_s), timeout=timeout_s + _STOP_MARGIN_S
+                )
+                log.info("worker drained", worker=drain.worker_id, complete=reply.drained)
+            except grpc.aio.AioRpcError as error:
+                log.warning("worker did not drain", worker=drain.worker_id, error=error_from_rpc(error).code)
+        self._tell(lambda state: became_drained(state, drain.worker_id, drain.incarnation))
+
+    async def _stop(self, stop: Stop) -> None:
+        """The end itself is seen, and told, by `_live`."""
+        worker = self._current(stop)
+        if worker is None:
+            return
+        if worker.ref is not None:
+            try:
+                async with asyncio.timeout(self._spec.stop_grace_s + _STOP_MARGIN_S):
+                    await worker.process.stop(self._spec.stop_grace_s)
+            except (TimeoutError, PdserveError) as error:
+                log.warning("worker did not stop by itself", worker=stop.worker_id, error=type(error).__name__)
+        await worker.process.kill()
+
+    def _current(self, action: Drain | Stop) -> _Worker | None:
+        worker = self._workers.get(action.worker_id)
+        return worker if worker is not None and worker.incarnation == action.incarnation else None
+
+    def _worker_spec(self, start: Start) -> WorkerSpec:
+        model = self._models[start.pool.model]
+        return WorkerSpec(
+            worker_id=start.worker_id,
+            incarnation=start.incarnation,
+            role=start.pool.role,
+            model=model.config,
+            model_path=model.path,
+            transfer=self._spec.transfer,
+            cluster_token=self._spec.cluster_token,
+            host=self._spec.host,
+            threads=model.threads,
+            logging=self._spec.logging,
+        )

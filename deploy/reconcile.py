@@ -1,0 +1,271 @@
+"""Desired against actual, as pure functions: `decide` turns a state into the next state and the actions that lead there.
+
+A replica is one slot of a pool; its worker id is `model/role/index`. Each start of a slot is a new incarnation.
+
+    (absent) --Start--> STARTING --became_ready--> READY --Drain--> DRAINING --became_drained--> DRAINED --Stop--> STOPPING
+                 ^         |                         |                 |                            |                 |
+                 |         +---------lost------------+                 +------------lost------------+------lost-------+-> (absent)
+                 |                   v
+                 +-- BACKOFF <-------+-------> FAILED (crash loop, or an error that a restart cannot mend)
+                (its time came)
+
+`decide` emits an action in the same step in which it moves the replica, so every action is emitted once. The other functions
+tell it what happened; news about an older incarnation changes nothing. There is no clock, socket, process or Ray here: the pool
+manager performs the actions and reports back.
+
+A pool grows only into room: replicas on their way out still hold memory, and count.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from common.types import Role
+
+
+class Phase(enum.Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"  # no process; will be started again
+    FAILED = "failed"  # no process; given up until the next change of scale
+
+
+WITH_PROCESS = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.DRAINED, Phase.STOPPING})
+LEAVING = frozenset({Phase.DRAINING, Phase.DRAINED, Phase.STOPPING})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Pool:
+    model: str
+    role: Role
+
+    def worker_id(self, index: int) -> str:
+        return f"{self.model}/{self.role.value}/{index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    pool: Pool
+    worker_id: str
+    birth: int  # grows with every new slot; the newest goes first when a pool shrinks
+    incarnation: int
+    phase: Phase
+    ready_at_s: float | None = None
+    quick_failures: int = 0  # in a row
+    restart_at_s: float = 0.0
+    failure: str = ""  # why the previous incarnation ended
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    worker_id: str
+    incarnation: int
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    worker_id: str
+    incarnation: int
+
+
+Action = Start | Drain | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """A replica that fails before it was ready for `stable_s` failed quickly; each quick failure doubles the wait."""
+
+    stable_s: float = 30.0
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 10.0
+    most_quick_failures: int = 4
+
+    def wait_s(self, quick_failures: int) -> float:
+        if quick_failures == 0:
+            return 0.0
+        return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (quick_failures - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PoolsState:
+    desired: Mapping[Pool, int]
+    replicas: Mapping[str, Replica] = field(default_factory=dict)  # by worker id
+    incarnations: Mapping[str, int] = field(default_factory=dict)  # the last one used, of slots that are gone too
+    births: int = 0
+    closing: bool = False
+
+    def of(self, pool: Pool) -> list[Replica]:
+        """The pool's replicas, oldest first."""
+        return sorted((replica for replica in self.replicas.values() if replica.pool == pool), key=lambda one: one.birth)
+
+    def pools(self) -> list[Pool]:
+        return sorted({*self.desired, *(replica.pool for replica in self.replicas.values())})
+
+    def settled(self, pool: Pool) -> bool:
+        """Exactly the desired number is ready and nobody else is left."""
+        replicas = self.of(pool)
+        return len(replicas) == self.desired.get(pool, 0) and all(one.phase is Phase.READY for one in replicas)
+
+
+def decide(state: PoolsState, now_s: float) -> tuple[PoolsState, tuple[Action, ...]]:
+    """One step towards the desired state. Idempotent: with nothing new, a second call acts no more."""
+    actions: list[Action] = []
+    for pool in state.pools():
+        state = _shrink(state, pool, actions)
+        state = _stop_drained(state, pool, actions)
+        state = _restart(state, pool, now_s, actions)
+        state = _grow(state, pool, actions)
+    return state, tuple(actions)
+
+
+def wake_at_s(state: PoolsState) -> float | None:
+    """When time alone makes `decide` act next; None if only news can."""
+    waiting = (one for one in state.replicas.values() if one.phase is Phase.BACKOFF and _has_room(state, one.pool))
+    return min((one.restart_at_s for one in waiting), default=None)
+
+
+def set_desired(state: PoolsState, desired: Mapping[Pool, int]) -> PoolsState:
+    """Changes the named pools. Whoever gave up there gets a new chance: a change of scale is an operator's word."""
+    for replica in list(state.replicas.values()):
+        if replica.pool in desired and replica.phase is Phase.FAILED:
+            state = _with(state, replace(replica, phase=Phase.BACKOFF, restart_at_s=0.0, quick_failures=0))
+    return replace(state, desired={**state.desired, **desired})
+
+
+def close(state: PoolsState) -> PoolsState:
+    """From here on everything is stopped, without draining first, and nothing is started."""
+    return replace(state, desired=dict.fromkeys(state.desired, 0), closing=True)
+
+
+def became_ready(state: PoolsState, worker_id: str, incarnation: int, now_s: float) -> PoolsState:
+    replica = _current(state, worker_id, incarnation)
+    if replica is None or replica.phase is not Phase.STARTING:
+        return state
+    return _with(state, replace(replica, phase=Phase.READY, ready_at_s=now_s))
+
+
+def became_drained(state: PoolsState, worker_id: str, incarnation: int) -> PoolsState:
+    replica = _current(state, worker_id, incarnation)
+    if replica is None or replica.phase is not Phase.DRAINING:
+        return state
+    return _with(state, replace(replica, phase=Phase.DRAINED))
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The process of an incarnation is gone. `permanent`: the same start would fail again."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+    permanent: bool = False
+
+
+def lost(state: PoolsState, loss: Loss, now_s: float, policy: RestartPolicy) -> PoolsState:
+    replica = _current(state, loss.worker_id, loss.incarnation)
+    if replica is None or replica.phase not in WITH_PROCESS:
+        return state
+    if replica.phase in LEAVING:
+        return _without(state, replica)
+    stable = replica.ready_at_s is not None and now_s - replica.ready_at_s >= policy.stable_s
+    quick_failures = 0 if stable else replica.quick_failures + 1
+    gave_up = loss.permanent or quick_failures >= policy.most_quick_failures
+    return _with(
+        state,
+        replace(
+            replica,
+            phase=Phase.FAILED if gave_up else Phase.BACKOFF,
+            ready_at_s=None,
+            quick_failures=quick_failures,
+            restart_at_s=now_s + policy.wait_s(quick_failures),
+            failure=loss.reason,
+        ),
+    )
+
+
+def _shrink(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
+    staying = [one for one in state.of(pool) if one.phase not in LEAVING]
+    excess = len(staying) - state.desired.get(pool, 0)
+    # Those without a process go first, then those that serve nobody, then the newest.
+    order = sorted(staying, key=lambda one: (one.phase in WITH_PROCESS, one.phase is Phase.READY, -one.birth))
+    for replica in order[: max(0, excess)]:
+        if replica.phase not in WITH_PROCESS:
+            state = _without(state, replica)
+        elif replica.phase is Phase.READY and not state.closing:
+            state = _with(state, replace(replica, phase=Phase.DRAINING))
+            actions.append(Drain(replica.worker_id, replica.incarnation))
+        else:
+            state = _stop(state, replica, actions)
+    return state
+
+
+def _stop_drained(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
+    for replica in state.of(pool):
+        if replica.phase is Phase.DRAINED or (state.closing and replica.phase is Phase.DRAINING):
+            state = _stop(state, replica, actions)
+    return state
+
+
+def _restart(state: PoolsState, pool: Pool, now_s: float, actions: list[Action]) -> PoolsState:
+    for replica in state.of(pool):
+        if replica.phase is Phase.BACKOFF and replica.restart_at_s <= now_s and _has_room(state, pool):
+            state = _start(state, replica, actions)
+    return state
+
+
+def _has_room(state: PoolsState, pool: Pool) -> bool:
+    """Whether another process may be started: one that is leaving keeps its place until it is gone."""
+    return sum(one.phase in WITH_PROCESS for one in state.of(pool)) < state.desired.get(pool, 0)
+
+
+def _grow(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
+    for _ in range(state.desired.get(pool, 0) - len(state.of(pool))):
+        worker_id = next(name for name in _worker_ids(pool) if name not in state.replicas)
+        state = replace(state, births=state.births + 1)
+        slot = Replica(pool, worker_id, birth=state.births, incarnation=0, phase=Phase.BACKOFF)
+        state = _start(state, slot, actions)
+    return state
+
+
+def _worker_ids(pool: Pool) -> Iterator[str]:
+    index = 0
+    while True:
+        yield pool.worker_id(index)
+        index += 1
+
+
+def _start(state: PoolsState, replica: Replica, actions: list[Action]) -> PoolsState:
+    incarnation = state.incarnations.get(replica.worker_id, 0) + 1
+    actions.append(Start(replica.worker_id, incarnation, replica.pool))
+    state = replace(state, incarnations={**state.incarnations, replica.worker_id: incarnation})
+    return _with(state, replace(replica, phase=Phase.STARTING, incarnation=incarnation, ready_at_s=None))
+
+
+def _stop(state: PoolsState, replica: Replica, actions: list[Action]) -> PoolsState:
+    actions.append(Stop(replica.worker_id, replica.incarnation))
+    return _with(state, replace(replica, phase=Phase.STOPPING))
+
+
+def _current(state: PoolsState, worker_id: str, incarnation: int) -> Replica | None:
+    replica = state.replicas.get(worker_id)
+    return replica if replica is not None and replica.incarnation == incarnation else None
+
+
+def _with(state: PoolsState, replica: Replica) -> PoolsState:
+    return replace(state, replicas={**state.replicas, replica.worker_id: replica})
+
+
+def _without(state: PoolsState, replica: Replica) -> PoolsState:
+    return replace(state, replicas={name: one for name, one in state.replicas.items() if name != replica.worker_id})

@@ -1,0 +1,48 @@
+"""The Ray actor around one worker: its process, and nothing of its work.
+
+    describe -> start -> (serving; `wait_failed` is pending) -> stop -> killed by the manager
+
+Ray runs every method of it on one event loop in this process; the worker's gRPC server and data endpoints live on that loop. Ray
+calls carry control only; an actor that lost its engine is reported by `wait_failed` and then killed from outside.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from common.errors import EngineFailure
+from common.logs import configure_logging
+from common.types import WorkerRef
+from common.worker import WorkerServer, WorkerSpec
+from deploy.worker_host import WorkerFactory
+
+
+class WorkerActor:
+    def __init__(self, spec: WorkerSpec, factory: WorkerFactory) -> None:
+        self._spec = spec
+        self._factory = factory
+        self._server: WorkerServer | None = None
+
+    def __repr__(self) -> str:
+        return self._spec.worker_id  # Ray puts it before each line that it forwards
+
+    async def describe(self) -> tuple[int, str]:
+        """Pid and Ray node of this process."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    async def start(self) -> WorkerRef:
+        configure_logging(self._spec.logging, process=f"{self._spec.worker_id}#{self._spec.incarnation}")
+        self._server = self._factory(self._spec)
+        return await self._server.start()
+
+    async def wait_failed(self) -> str:
+        if self._server is None:
+            raise EngineFailure("the worker was not started")
+        await self._server.wait_failed()
+        return "the engine failed"
+
+    async def stop(self, grace_s: float) -> None:
+        if self._server is not None:
+            await self._server.stop(grace_s)

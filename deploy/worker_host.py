@@ -1,0 +1,54 @@
+"""Where workers run, as the pool manager sees it: something that launches a `WorkerSpec` and hands back a process.
+
+    launch(spec) -> WorkerProcess: start() -> WorkerRef ... ended() ... stop(grace_s) | kill()
+
+`deploy.ray_host` is the one in production (an actor per worker); tests bring their own. The manager calls everything here from
+one event loop. What kind of worker a role means is looked up in `build_worker`, inside the worker's own process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from common.types import Role, WorkerRef
+from common.worker import WorkerServer, WorkerSpec
+
+WorkerFactory = Callable[[WorkerSpec], WorkerServer]
+
+
+class WorkerProcess(Protocol):
+    async def start(self) -> WorkerRef:
+        """Once. Returns when the worker can serve; raises its StartupError, or WorkerLost if the process ended."""
+        ...
+
+    async def ended(self) -> str:
+        """Waits until the worker can serve no more or its process is gone; says why. May be called more than once."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Asks the worker to end its requests within `grace_s`; raises WorkerLost if the process ended before it answered."""
+        ...
+
+    async def kill(self) -> None:
+        """Returns when the process is gone for good. Idempotent."""
+        ...
+
+
+class WorkerHost(Protocol):
+    async def launch(self, spec: WorkerSpec) -> WorkerProcess:
+        """Makes the process; the worker in it has not started yet. Raises ClusterError."""
+        ...
+
+
+def build_worker(spec: WorkerSpec) -> WorkerServer:
+    """The engines are imported here, in the worker's process, and nowhere else in `deploy`."""
+    match spec.role:
+        case Role.PREFILL:
+            from prefill_worker.server import PrefillWorker
+
+            return PrefillWorker(spec)
+        case Role.DECODE:
+            from decode_worker.server import DecodeWorker
+
+            return DecodeWorker(spec)

@@ -1,0 +1,36 @@
+"""KV hand-off: the permission to write blocks, the writing, and the proof that what arrived is what was sent.
+
+    decode worker d: owns the pool                          prefill worker p: computes the prompt
+    ------------------------------------------------        -----------------------------------------------------
+    KVReceiver(...), start(kinds, host) -> offers            KVSender(...)
+    Prefill.Handshake(layout, offers) ------- gRPC -------->  layout.check_compatible; sender.connect(offers) -> kind
+       (the data link, authenticated both ways)  <---------   connects to one offer
+    open(...) -> Incoming; blocks now have two owners
+    Prefill.Run(request, incoming.ticket) --- gRPC -------->  sender.open(ticket) -> Outgoing
+       grants the nonce, once            <---- OPEN --------    first thing on the link; nothing is written before GRANT
+       verifies each block as it comes   <---- blocks ------    push([(logical, source block)]) after every chunk
+       the writer is gone                <---- CLOSE -------    finish() -> TransferAccount
+    complete(seal) -> KV is verified     <---- gRPC --------  Run's reply, the seal
+    -- or, when anything at all goes wrong --
+    abandon(release) -> blocks to free   ----- gRPC ------->  sender.release(nonces): nothing more is written, ever
+
+Who calls what, how often. d calls `open` once per attempt; every Incoming ends in exactly one of `complete` (returned: the
+blocks are verified and belong to the request alone) or `abandon` (returned: no writer can touch the blocks, they may be freed).
+`wait_failed` tells d early, so that it can cancel Run. p calls `open` once per ticket and ends it by `finish` or `abort`;
+`release` may come before, during, after or without `open`. All but `open` may be repeated. A push that cannot be honoured raises
+at the next call on the same Outgoing. After a link was lost the sender connects again by itself, to the same incarnation only.
+
+A block is not free while a writer may touch it. What ends a writer, by transport: its CLOSE, or the end of its link; where the
+bytes pass through our own hands (tcp), also our own decision, at once. Memory shared with a stopped process stays in quarantine
+until that process goes on or dies; no timeout can change that.
+
+The design space: d pulls or p pushes; one-sided or two-sided; control inside or beside the data. Chosen: p pushes, so that
+transfer overlaps computation; permission is granted by the owner of the memory per nonce; logical block numbers travel, addresses
+and pool indices never do (the ticket holds the indices, under a MAC); control beside the data, on the workers' gRPC. Bytes are
+checked in full, always, on the side that will compute with them. Tensor layouts must be equal; resharding is not done here.
+
+This package knows memory as regions of equal blocks and a `KVLayout`; it knows no engine, no tensor library, no gRPC.
+"""
+
+PROTOCOL_VERSION = 1
+"""Of tickets, frames and seals together. Workers of different versions do not exchange KV."""

@@ -1,0 +1,83 @@
+"""A pool of equal blocks in one contiguous range of memory, as the transfer sees it.
+
+    buffer   |  block 0  |  block 1  |  ...  |  block num_blocks - 1  |
+             0      block_bytes                       num_blocks * block_bytes
+
+The engine builds its KV tensor over `buffer` and keeps the region as long as the tensor. `create_shared` takes anonymous shared
+memory: it has a descriptor to hand to a process that may map it, and no name, so that nothing is left behind by a kill.
+The region does not know which blocks are in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+
+from common.errors import StartupError
+
+F_ADD_SEALS = 1033
+F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
+
+
+class BlockRegion:
+    def __init__(self, buffer: memoryview, block_bytes: int, num_blocks: int, fd: int | None = None) -> None:
+        """`fd`, if given, is a descriptor of the same memory, from offset 0; the region owns it from now on."""
+        if block_bytes <= 0 or num_blocks <= 0 or buffer.nbytes != block_bytes * num_blocks:
+            raise StartupError(f"a region of {buffer.nbytes} bytes does not hold {num_blocks} blocks of {block_bytes} bytes")
+        if buffer.readonly or not buffer.c_contiguous:
+            raise StartupError("a region needs writable, contiguous memory")
+        self.buffer = buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
+        self.block_bytes = block_bytes
+        self.num_blocks = num_blocks
+        self.fd = fd
+        self._mapping: mmap.mmap | None = None
+
+    @classmethod
+    def create_shared(cls, block_bytes: int, num_blocks: int) -> BlockRegion:
+        """Zeroed memory that another process can map once it was given the descriptor. Pages are taken at first touch."""
+        size_bytes = block_bytes * num_blocks
+        if size_bytes <= 0:
+            raise StartupError(f"a region of {num_blocks} blocks of {block_bytes} bytes is empty")
+        try:
+            fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise StartupError(f"no shared memory for the KV pool: {error.strerror}") from error
+        try:
+            os.ftruncate(fd, size_bytes)
+            # A peer holds the same descriptor: without the seals it could shrink the file under our mapping (SIGBUS here).
+            fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+            mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            os.close(fd)
+            raise StartupError(f"no shared memory for a KV pool of {size_bytes} bytes: {error.strerror}") from error
+        use_huge_pages(mapping)
+        region = cls(memoryview(mapping), block_bytes, num_blocks, fd)
+        region._mapping = mapping
+        return region
+
+    def block(self, index: int) -> memoryview:
+        """The bytes of one block, writable. Raises IndexError outside the region."""
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(f"block {index} of {self.num_blocks}")
+        return self.buffer[index * self.block_bytes : (index + 1) * self.block_bytes]
+
+    def close(self) -> None:
+        """Gives up the descriptor, and the memory as soon as no tensor or view uses it any more. Idempotent."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        if self._mapping is not None:
+            mapping, self._mapping = self._mapping, None
+            try:
+                self.buffer.release()
+                mapping.close()
+            except BufferError:
+                return  # a tensor still lives: the last reference unmaps
+
+
+def use_huge_pages(mapping: mmap.mmap) -> None:
+    """The first touch of a 4 KiB page costs more than copying it. A kernel that has no huge pages is not asked twice."""
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)

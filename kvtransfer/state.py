@@ -1,0 +1,250 @@
+"""The life of the blocks of one transfer, on the side that owns them. Sans-IO: told what happened, says what follows.
+
+    RESERVED --offer--> OFFERED --writer_opened--> STREAMING --sealed--> SEALED --(all there, equal, closed)--> VERIFIED
+        |                  |  \\____________(no blocks to move)____________^                                       |
+        |                  |                          |                    |                                   activate
+        +---------+--------+--------------------------+--------------------+-----------------------+               v
+                  | cancel, poison, expire                                                                     ACTIVE
+                  v
+        CANCELLED | POISONED --(no writer open)--> DRAINED --take_back--> FREE
+
+Every destination block has two owners: the request, and, from `writer_opened` to `writer_closed`, the writer. Only when both have
+let go is a block FREE. In ACTIVE the writer is gone and the request is the sole owner; from there on the engine's block
+manager keeps the books, unless the request is cancelled before it took the blocks over.
+
+What counts as complete is a set, never a number: exactly the ticket's logical blocks, each verified here, each with the digest
+that the seal states. Nothing here knows sockets, memory or tasks; time comes from the injected clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.clock import Clock
+from common.errors import (
+    DigestMismatch,
+    HandoffError,
+    IllegalTransition,
+    SealMismatch,
+    TicketRefused,
+    TransferBroken,
+    TransferTimeout,
+)
+from common.types import Ticket
+
+
+class HandoffState(enum.Enum):
+    RESERVED = "reserved"  # the blocks are set aside, nobody was told
+    OFFERED = "offered"  # the ticket is out, no writer has been let in
+    STREAMING = "streaming"  # one writer may write
+    SEALED = "sealed"  # the writer's account is known
+    VERIFIED = "verified"  # everything arrived, everything is equal, the writer is gone
+    ACTIVE = "active"  # the request computes with the blocks
+    POISONED = "poisoned"  # failed; a writer may still be at it
+    CANCELLED = "cancelled"  # not wanted any more; a writer may still be at it
+    DRAINED = "drained"  # failed or cancelled, and no writer can touch the blocks
+    FREE = "free"  # the owner of the pool has taken the blocks back
+
+
+_ENDINGS = {HandoffState.POISONED, HandoffState.CANCELLED}
+TRANSITIONS: dict[HandoffState, frozenset[HandoffState]] = {
+    HandoffState.RESERVED: frozenset({HandoffState.OFFERED, *_ENDINGS}),
+    HandoffState.OFFERED: frozenset({HandoffState.STREAMING, HandoffState.SEALED, *_ENDINGS}),
+    HandoffState.STREAMING: frozenset({HandoffState.SEALED, *_ENDINGS}),
+    HandoffState.SEALED: frozenset({HandoffState.VERIFIED, *_ENDINGS}),
+    HandoffState.VERIFIED: frozenset({HandoffState.ACTIVE, *_ENDINGS}),
+    HandoffState.ACTIVE: frozenset({HandoffState.CANCELLED}),  # only before the request has made use of the blocks
+    HandoffState.POISONED: frozenset({HandoffState.DRAINED}),
+    HandoffState.CANCELLED: frozenset({HandoffState.DRAINED}),
+    HandoffState.DRAINED: frozenset({HandoffState.FREE}),
+    HandoffState.FREE: frozenset(),
+}
+RECEIVING = frozenset({HandoffState.STREAMING, HandoffState.SEALED})
+UNDECIDED = frozenset({HandoffState.RESERVED, HandoffState.OFFERED, *RECEIVING})
+
+
+class Arrival(enum.Enum):
+    """What an arrived block turned out to be."""
+
+    VERIFIED = "verified"
+    DUPLICATE = "duplicate"  # the same block with the same digest again: no effect
+    LATE = "late"  # nobody waits for it any more: no effect
+    REFUSED = "refused"  # it poisoned the transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The writer's account of a whole transfer. Travels beside the data, as the reply to Run."""
+
+    nonce: bytes
+    num_tokens: int  # the prompt that was computed, as the prefill worker counted it
+    digests: Mapping[int, bytes]  # logical block -> digest of what was sent
+
+
+class IncomingTransfer:
+    def __init__(self, ticket: Ticket, clock: Clock) -> None:
+        self.ticket = ticket
+        self.state = HandoffState.RESERVED
+        self.expected = frozenset(range(ticket.first_block, ticket.first_block + len(ticket.blocks)))
+        self.verified: dict[int, bytes] = {}
+        self.seal: Seal | None = None
+        self.error: HandoffError | None = None  # why it was poisoned
+        self.writer_open = False
+        self.deadline_s: float | None = None
+        self._clock = clock
+
+    # -- what the owner of the blocks does ----------------------------------------------------------------------------
+
+    def offer(self) -> None:
+        """The ticket is about to leave; its time runs from here."""
+        self._move(HandoffState.OFFERED)
+        self.deadline_s = self._clock.monotonic_s() + self.ticket.ttl_s
+
+    def sealed(self, seal: Seal) -> None:
+        """The writer's account arrived. A wrong one poisons and raises SealMismatch; repeating the same one has no effect."""
+        if self.error is not None:
+            raise self.error
+        if self.seal is not None:
+            if self.seal != seal:
+                raise self._fail(SealMismatch("two different seals for one transfer"))
+            return
+        if self.state not in (HandoffState.OFFERED, HandoffState.STREAMING):
+            raise IllegalTransition(f"sealed in {self.state.name}")
+        complaint = self._complaint_about(seal)
+        if complaint is not None:
+            raise self._fail(SealMismatch(complaint))
+        self.seal = seal
+        self._move(HandoffState.SEALED)
+        self._verify_if_complete()
+
+    def activate(self) -> None:
+        self._move(HandoffState.ACTIVE)
+
+    def cancel(self) -> None:
+        """The request is not wanted any more. No effect if the transfer has already failed or been cancelled."""
+        if self.state in (HandoffState.POISONED, HandoffState.CANCELLED, HandoffState.DRAINED, HandoffState.FREE):
+            return
+        self._move(HandoffState.CANCELLED)
+        self._drain_if_alone()
+
+    def take_back(self) -> tuple[int, ...]:
+        """The pool's blocks, once; legal only when no writer can touch them."""
+        self._move(HandoffState.FREE)
+        return self.ticket.blocks
+
+    # -- what the link reports ----------------------------------------------------------------------------------------
+
+    def writer_opened(self) -> None:
+        """A writer asks to be let in. Raises TicketRefused unless it is the first and in time."""
+        if self.state is not HandoffState.OFFERED:
+            raise TicketRefused(f"the ticket is {self.state.value}: a nonce admits one writer, once", param="nonce")
+        if self._clock.monotonic_s() >= self._deadline():
+            raise TicketRefused("the ticket has expired", param="ttl_s")
+        self._move(HandoffState.STREAMING)
+        self.writer_open = True
+
+    def wants(self, logical_block: int) -> int | None:
+        """The pool block that `logical_block` may be written to now, if any."""
+        if self.state not in RECEIVING or not self.writer_open:
+            return None
+        if logical_block not in self.expected or logical_block in self.verified:
+            return None
+        return self.ticket.blocks[logical_block - self.ticket.first_block]
+
+    def block_arrived(self, logical_block: int, digest: bytes, ok: bool) -> Arrival:
+        """A block was written whose sender states `digest`; `ok` says whether its bytes have that digest here."""
+        if self.state not in RECEIVING or not self.writer_open:
+            return Arrival.LATE
+        if logical_block not in self.expected:
+            return self._refuse(TicketRefused(f"logical block {logical_block} is not in the ticket", param="logical_block"))
+        if not ok:
+            return self._refuse(DigestMismatch(f"the bytes of logical block {logical_block} are not what was sent"))
+        known = self.verified.get(logical_block)
+        if known is not None:
+            if known == digest:
+                return Arrival.DUPLICATE
+            return self._refuse(DigestMismatch(f"logical block {logical_block} was sent twice, with different content"))
+        if self.seal is not None and self.seal.digests[logical_block] != digest:
+            return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
+        self.verified[logical_block] = digest
+        return Arrival.VERIFIED
+
+    def writer_closed(self) -> None:
+        """No write under this ticket can happen any more: the writer said so, or its link is gone, or it was fenced."""
+        if not self.writer_open:
+            return
+        self.writer_open = False
+        if self.state in RECEIVING and not self.complete:
+            missing = len(self.expected) - len(self.verified)
+            text = f"the writer stopped with {missing} of {len(self.expected)} blocks missing"
+            self.poison(TransferBroken(text) if self.seal is None else SealMismatch(text))
+        self._verify_if_complete()
+        self._drain_if_alone()
+
+    # -- what may happen at any time ----------------------------------------------------------------------------------
+
+    def poison(self, error: HandoffError) -> None:
+        """The transfer failed. The first error stays; no effect on one that is already over."""
+        if self.state in UNDECIDED or self.state is HandoffState.VERIFIED:
+            self.error = error
+            self._move(HandoffState.POISONED)
+            self._drain_if_alone()
+
+    def expire(self, now_s: float) -> None:
+        """Poisons if the ticket's time is over and the transfer is still undecided."""
+        if self.state in UNDECIDED and self.deadline_s is not None and now_s >= self.deadline_s:
+            self.poison(TransferTimeout(f"the KV of the prompt did not arrive within {self.ticket.ttl_s:g} s"))
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Every block of the ticket was verified here."""
+        return self.verified.keys() == self.expected
+
+    @property
+    def drained(self) -> bool:
+        """Failed or cancelled, and no writer can touch the blocks."""
+        return self.state in (HandoffState.DRAINED, HandoffState.FREE)
+
+    def _move(self, state: HandoffState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"{self.state.name} -> {state.name}")
+        self.state = state
+
+    def _deadline(self) -> float:
+        if self.deadline_s is None:
+            raise IllegalTransition("a ticket that was not offered has no deadline")
+        return self.deadline_s
+
+    def _fail(self, error: HandoffError) -> HandoffError:
+        self.poison(error)
+        return error
+
+    def _refuse(self, error: HandoffError) -> Arrival:
+        self.poison(error)
+        return Arrival.REFUSED
+
+    def _complaint_about(self, seal: Seal) -> str | None:
+        if seal.nonce != self.ticket.nonce:
+            return "the seal is of another transfer"
+        if seal.num_tokens != self.ticket.num_tokens:
+            return f"{seal.num_tokens} tokens were computed, {self.ticket.num_tokens} were asked for"
+        if seal.digests.keys() != self.expected:
+            return f"the seal covers {len(seal.digests)} blocks that are not the {len(self.expected)} of the ticket"
+        differing = [block for block, digest in self.verified.items() if seal.digests[block] != digest]
+        if differing:
+            return f"logical block {min(differing)} is not the one that was sealed"
+        if self.expected and self.state is HandoffState.OFFERED:
+            return "sealed, but no writer ever came"
+        return None
+
+    def _verify_if_complete(self) -> None:
+        if self.state is HandoffState.SEALED and self.complete and not self.writer_open:
+            self._move(HandoffState.VERIFIED)
+
+    def _drain_if_alone(self) -> None:
+        if self.state in _ENDINGS and not self.writer_open:
+            self._move(HandoffState.DRAINED)

@@ -1,0 +1,43 @@
+"""The links that KV travels over, one file each, behind one interface (`base`), and the table of them.
+
+| kind   | for                     | how                                             | a writer that does not answer |
+|--------|-------------------------|-------------------------------------------------|-------------------------------|
+| inproc | tests, simulations      | copies within the process                       | its link must end             |
+| shm    | two processes, one host | the peer maps the pool; one memcpy per block    | its process must end or go on |
+| tcp    | anywhere                | bytes pass through the owner of the pool        | is fenced at once             |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from common.errors import HandshakeRefused
+from kvtransfer.transports.base import Transport
+
+
+def _inproc() -> Transport:
+    from kvtransfer.transports.inproc import InprocTransport
+
+    return InprocTransport()
+
+
+def _shm() -> Transport:
+    from kvtransfer.transports.shm import ShmTransport
+
+    return ShmTransport()
+
+
+def _tcp() -> Transport:
+    from kvtransfer.transports.tcp import TcpTransport
+
+    return TcpTransport()
+
+
+TRANSPORTS: Mapping[str, Callable[[], Transport]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp}
+
+
+def create_transport(kind: str) -> Transport:
+    creator = TRANSPORTS.get(kind)
+    if creator is None:
+        raise HandshakeRefused(f"no transport {kind!r}; known are {', '.join(TRANSPORTS)}", param="transports")
+    return creator()

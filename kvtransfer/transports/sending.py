@@ -1,0 +1,177 @@
+"""The prefill worker's end of a link over a socket, shared by tcp and shm: one lane of work in a thread, replies on the loop.
+
+    event loop    open_writer --+                            +-- close_writer        reads GRANT, REFUSE, end of link
+                                v                            v
+    lane thread   ---- send OPEN ---- digest, write, digest, write ... ---- send CLOSE ----      in order, one at a time
+
+Digests, copies and sends happen in the lane, so that neither a large block nor a slow peer stops the event loop; other links have
+lanes of their own. How bytes get to the peer is the `BlockWriter`'s business.
+
+The end of a link, in this order: the lane stops (a send that waits is woken, a copy under way runs to its end), the writer lets
+go of the peer's memory, then the socket is closed. So whoever sees the socket end knows that nothing is written any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from common.errors import HandoffError, TransferBroken
+from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, Refusal, decode
+from kvtransfer.transports.base import Piece
+
+STALL_TIMEOUT_S = 10.0  # a peer that takes no bytes for so long is given up
+MAX_BUFFERS_PER_SEND = 512
+REPLY_BUFFER_BYTES = 64 * HEADER_BYTES
+
+Result = TypeVar("Result")
+Send = Callable[[Sequence[bytes | memoryview]], None]
+
+
+class BlockWriter(Protocol):
+    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+        """Runs in the lane. Writes pieces and announces them through `send` until done or told to stop; returns their digests."""
+        ...
+
+    def close(self) -> None:
+        """The lane is idle and stays so: let go of the peer's memory."""
+        ...
+
+
+class StreamSenderLink:
+    def __init__(self, sock: socket.socket, kind: str, writer: BlockWriter, *, block_bytes: int) -> None:
+        """`sock` is connected, authenticated and does not block; it and `writer` belong to the link from now on."""
+        self.kind = kind
+        self.lost: HandoffError | None = None
+        self._sock = sock
+        self._writer = writer
+        self._block_bytes = block_bytes
+        self._loop = asyncio.get_running_loop()
+        self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-send-{kind}")
+        self._jobs: set[asyncio.Future[Any]] = set()
+        self._grants: dict[bytes, asyncio.Future[None]] = {}
+        self._replies = bytearray()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ending: asyncio.Task[None] | None = None
+        self._loop.add_reader(sock, self._readable)
+
+    async def open_writer(self, nonce: bytes) -> None:
+        granted: asyncio.Future[None] = self._loop.create_future()
+        self._grants[nonce] = granted
+        try:
+            await self._in_lane(lambda: self._send([Frame(FrameKind.OPEN, nonce).encode()]))
+            await granted
+        finally:
+            del self._grants[nonce]
+            if granted.done() and not granted.cancelled():
+                granted.exception()  # retrieved: the send may have failed first
+
+    async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
+        return await self._in_lane(lambda: self._writer.write(nonce, pieces, lambda: stop() or self.lost is not None, self._send))
+
+    async def close_writer(self, nonce: bytes) -> None:
+        if self.lost is None:
+            try:
+                await self._in_lane(lambda: self._send([Frame(FrameKind.CLOSE, nonce).encode()]))
+            except TransferBroken:
+                return  # the link is gone, and with it the writer
+
+    def drop(self, error: HandoffError) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        self._loop.remove_reader(self._sock)
+        os.eventfd_write(self._wake, 1)
+        for granted in self._grants.values():
+            if not granted.done():
+                granted.set_exception(error)
+        self._ending = self._loop.create_task(self._end(), name=f"kv-link-end-{self.kind}")
+
+    async def close(self) -> None:
+        self.drop(TransferBroken("the link was closed"))
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        while self._jobs:
+            await asyncio.wait(self._jobs)
+        self._lane.shutdown()
+        self._writer.close()
+        self._sock.close()
+        os.close(self._wake)
+
+    async def _in_lane(self, job: Callable[[], Result]) -> Result:
+        if self.lost is not None:
+            raise self.lost
+        future = self._loop.run_in_executor(self._lane, job)
+        self._jobs.add(future)
+        future.add_done_callback(self._job_done)
+        return await asyncio.shield(future)
+
+    def _job_done(self, future: asyncio.Future[Any]) -> None:
+        self._jobs.discard(future)
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, TransferBroken):
+            self.drop(error)
+
+    def _send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """In the lane: all of `buffers`. Raises TransferBroken when the link goes, is dropped, or stalls."""
+        left = [memoryview(buffer) for buffer in buffers]
+        poller: select.poll | None = None
+        while left:
+            if self.lost is not None:
+                raise TransferBroken(self.lost.message)
+            try:
+                sent = self._sock.sendmsg(left[:MAX_BUFFERS_PER_SEND])
+            except (BlockingIOError, InterruptedError):
+                if poller is None:
+                    poller = select.poll()
+                    poller.register(self._sock, select.POLLOUT)
+                    poller.register(self._wake, select.POLLIN)
+                if not poller.poll(STALL_TIMEOUT_S * 1000):
+                    raise TransferBroken(f"the peer took nothing for {STALL_TIMEOUT_S:g} s") from None
+                continue
+            except OSError as error:
+                raise TransferBroken("the link to the decode worker went away") from error
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = left[0][sent:]
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(REPLY_BUFFER_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.drop(TransferBroken("the link to the decode worker went away"))
+            return
+        self._replies += data
+        try:
+            while len(self._replies) >= HEADER_BYTES:
+                self._replied(decode(self._replies[:HEADER_BYTES], block_bytes=self._block_bytes))
+                del self._replies[:HEADER_BYTES]
+        except TransferBroken as error:
+            self.drop(error)
+
+    def _replied(self, frame: Frame) -> None:
+        granted = self._grants.get(frame.nonce)
+        if frame.kind is FrameKind.GRANT:
+            if granted is not None and not granted.done():
+                granted.set_result(None)
+        elif frame.kind is FrameKind.REFUSE:
+            try:
+                refusal = Refusal(frame.logical_block)
+            except ValueError as error:
+                raise TransferBroken(f"a refusal for the unknown reason {frame.logical_block}") from error
+            if granted is not None and not granted.done():
+                granted.set_exception(refusal.as_error())
+        else:
+            raise TransferBroken(f"a {frame.kind.name} frame does not come from a decode worker")

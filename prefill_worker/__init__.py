@@ -1,0 +1,1 @@
+"""The prefill pool: computes prompts and pushes their KV to decode workers."""

@@ -1,0 +1,102 @@
+"""Where the prefill worker's engine meets KV transfer: finished blocks of a prompt go to the decode worker that asked for them.
+
+    begin(ticket) -> Push ── computed(...) after each chunk: what became final leaves while the next chunk computes
+                          ├─ finish() -> the account for the seal
+                          └─ abort(): nothing is read or written any more
+
+Only blocks that the ticket names travel: what the decode worker had already, it did not ask for. A block is final when it is
+full, or when the prompt is at its end. This file and its twin in `decode_worker` are the only ones that know both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.blocks import num_blocks, num_full_blocks
+from common.clock import Clock
+from common.codec import layout_from_wire
+from common.engine.engine import Engine
+from common.errors import HandshakeRefused
+from common.types import KVLayout, Ticket
+from common.wire import worker_pb2
+from common.worker import WorkerSpec
+from kvtransfer import PROTOCOL_VERSION
+from kvtransfer.layout import check_compatible
+from kvtransfer.region import BlockRegion
+from kvtransfer.sender import KVSender, Outgoing, TransferAccount
+from kvtransfer.ticket import derive_secret
+from kvtransfer.transports.base import TransportOffer
+
+
+class PrefillHandoff:
+    """One per worker; lives on its asyncio loop."""
+
+    def __init__(self, spec: WorkerSpec, engine: Engine, clock: Clock) -> None:
+        self._spec = spec
+        self._layout = engine.layout
+        self._sender = KVSender(
+            BlockRegion(engine.pool.buffer, engine.layout.block_bytes, engine.pool.num_blocks),
+            engine.layout,
+            spec.worker_id,
+            spec.incarnation,
+            derive_secret(spec.cluster_token),
+            clock,
+        )
+
+    @property
+    def num_open(self) -> int:
+        return self._sender.num_open
+
+    async def handshake(self, message: worker_pb2.HandshakeRequest) -> worker_pb2.HandshakeReply:
+        """A decode worker introduces itself. Raises HandshakeRefused naming what differs, or what could not be reached."""
+        if message.protocol_version != PROTOCOL_VERSION:
+            raise HandshakeRefused(
+                f"transfer protocol {message.protocol_version} there, {PROTOCOL_VERSION} here", param="protocol_version"
+            )
+        check_compatible(self._layout, layout_from_wire(message.layout))
+        kind = await self._sender.connect(
+            message.decode_worker_id,
+            message.decode_incarnation,
+            [TransportOffer(offer.kind, offer.address) for offer in message.offers],
+            message.pool_blocks,
+        )
+        return worker_pb2.HandshakeReply(
+            prefill_worker_id=self._spec.worker_id, prefill_incarnation=self._spec.incarnation, transport=kind
+        )
+
+    def begin(self, ticket: Ticket) -> Push:
+        """Raises TicketRefused."""
+        return Push(self._sender.open(ticket), ticket, self._layout)
+
+    async def release(self, nonces: Sequence[bytes]) -> None:
+        """When it returns nothing more is written under these nonces, ever."""
+        await self._sender.release(nonces)
+
+    async def close(self) -> None:
+        await self._sender.close()
+
+
+class Push:
+    """The outgoing KV of one prompt."""
+
+    def __init__(self, outgoing: Outgoing, ticket: Ticket, layout: KVLayout) -> None:
+        self._outgoing = outgoing
+        self._ticket = ticket
+        self._block_tokens = layout.block_tokens
+        self._next = ticket.first_block  # logical blocks below it have been pushed, or were not asked for
+
+    async def computed(self, num_tokens: int, blocks: Sequence[int]) -> None:
+        """The prompt's first `num_tokens` tokens are in `blocks`. Waits only while too much is queued; raises HandoffError."""
+        at_end = num_tokens == self._ticket.num_tokens
+        final = num_blocks(num_tokens, self._block_tokens) if at_end else num_full_blocks(num_tokens, self._block_tokens)
+        if final > self._next:
+            first, self._next = self._next, final
+            await self._outgoing.push([(logical, blocks[logical]) for logical in range(first, final)])
+
+    async def finish(self) -> TransferAccount:
+        """Returns when all was written. Raises HandoffError."""
+        return await self._outgoing.finish()
+
+    async def abort(self) -> None:
+        """Returns when no block is read any more; at once after `finish`. Idempotent."""
+        await self._outgoing.abort()

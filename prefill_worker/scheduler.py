@@ -1,0 +1,208 @@
+"""Which prompt tokens are computed in the next step: state in, data out. Chunked prefill under a token budget.
+
+    submit -> waiting --admit--> running --last chunk, or stop--> held (its blocks may still be read) --release--> gone
+
+First come, first served: the oldest prompt gets the budget first, and what it leaves goes to the next ones, so that short prompts
+share a step. A prompt is admitted only when the pool can hold all of it, and is never preempted; its blocks are held after it
+was computed, or given up, until the hand-off has stopped reading them. It knows no tensor, no socket, no ticket.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+
+from common.blocks import root_hash
+from common.clock import Clock
+from common.config import PrefillConfig
+from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice
+from common.engine.block_manager import BlockManager
+from common.engine.core import SchedulerTotals
+from common.engine.sequence import PagedSequence
+from common.errors import IllegalTransition
+from common.types import KVLayout, Request, SampledToken, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkComputed:
+    """The first `num_tokens` tokens of the prompt are in `blocks` (all of the prompt's, in order); full blocks are final."""
+
+    request_id: str
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptComputed:
+    """The whole prompt is in KV and the first token of each choice is drawn. The blocks stay until `release`."""
+
+    request_id: str
+    first_tokens: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+Event = ChunkComputed | PromptComputed
+
+
+class _State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    HELD = "held"
+
+
+_LEGAL = {_State.WAITING: {_State.RUNNING, _State.HELD}, _State.RUNNING: {_State.HELD}, _State.HELD: set[_State]()}
+
+
+class _Prompt:
+    def __init__(self, request: Request, sequence: PagedSequence, received_s: float) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.state = _State.WAITING
+        self.cached_tokens = 0
+        self.logprobs: list[TokenLogprob] = []
+        self.received_s = received_s
+        self.started_s: float | None = None
+
+    def enter(self, state: _State) -> None:
+        if state not in _LEGAL[self.state]:
+            raise IllegalTransition(f"prompt: {self.state.name} -> {state.name}")
+        self.state = state
+
+    def first_samples(self) -> tuple[SampleSpec, ...]:
+        request = self.request
+        return tuple(
+            SampleSpec.for_next_token(request.sampling, choice=index, position=request.num_prompt_tokens, num_generated=0)
+            for index in range(request.num_choices)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    batch: ScheduledBatch
+    prompts: tuple[tuple[_Prompt, int], ...]  # which prompt, how many tokens
+    copies: tuple[tuple[int, int], ...] = ()  # never any: prompts share blocks only to read them
+
+
+class PrefillScheduler:
+    def __init__(self, config: PrefillConfig, layout: KVLayout, blocks: BlockManager, clock: Clock) -> None:
+        self._config = config
+        self._layout = layout
+        self._blocks = blocks
+        self._clock = clock
+        self._prompts: dict[str, _Prompt] = {}
+        self._waiting: deque[_Prompt] = deque()
+        self._running: list[_Prompt] = []  # in order of arrival
+        self._events: list[Event] = []
+        self.totals = SchedulerTotals()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every prompt has been released."""
+        return not self._prompts
+
+    def take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def submit(self, request: Request) -> None:
+        root = root_hash(self._layout.fingerprint, request.cache_salt)
+        sequence = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
+        prompt = _Prompt(request, sequence, self._clock.monotonic_s())
+        self._prompts[request.request_id] = prompt
+        self._waiting.append(prompt)
+
+    def stop(self, request_id: str) -> None:
+        """Computes no further chunk of this prompt; its blocks are held on. Legal in any state; unknown ids are ignored."""
+        prompt = self._prompts.get(request_id)
+        if prompt is None or prompt.state is _State.HELD:
+            return
+        if prompt.state is _State.WAITING:
+            self._waiting.remove(prompt)
+        else:
+            self._running.remove(prompt)
+        prompt.enter(_State.HELD)
+
+    def release(self, request_id: str) -> None:
+        """Nobody reads the prompt's blocks any more. Legal in any state; unknown ids are ignored."""
+        self.stop(request_id)
+        prompt = self._prompts.pop(request_id, None)
+        if prompt is not None:
+            self._blocks.release(prompt.sequence.detach())
+
+    def schedule(self) -> StepPlan:
+        """The next step. Its batch is empty when nothing can be computed now."""
+        while self._waiting and len(self._running) < self._config.max_running and self._admit(self._waiting[0]):
+            self._waiting.popleft()
+        budget = self._config.chunk_tokens
+        slices: list[SequenceSlice] = []
+        shares: list[tuple[_Prompt, int]] = []
+        for prompt in self._running:
+            count = min(prompt.sequence.remaining, budget)
+            if count == 0:
+                break
+            if prompt.started_s is None:
+                prompt.started_s = self._clock.monotonic_s()
+            samples = prompt.first_samples() if count == prompt.sequence.remaining else ()
+            slices.append(prompt.sequence.slice(count, samples, prompt_logprobs=prompt.request.sampling.prompt_logprobs))
+            shares.append((prompt, count))
+            budget -= count
+        return StepPlan(ScheduledBatch(tuple(slices)), tuple(shares))
+
+    def complete(self, plan: StepPlan, result: ForwardResult) -> None:
+        """Accounts for a computed step."""
+        now_s = self._clock.monotonic_s()
+        for (prompt, count), computed in zip(plan.prompts, result.slices, strict=True):
+            sequence, request_id = prompt.sequence, prompt.request.request_id
+            sequence.advance(count, self._blocks)
+            self.totals.computed_tokens += count
+            prompt.logprobs.extend(computed.prompt_logprobs)
+            self._events.append(ChunkComputed(request_id, sequence.num_computed, tuple(sequence.blocks)))
+            if sequence.remaining == 0:
+                self.stop(request_id)
+                self.totals.generated_tokens += len(computed.tokens)
+                started_s = now_s if prompt.started_s is None else prompt.started_s
+                self._events.append(
+                    PromptComputed(
+                        request_id=request_id,
+                        first_tokens=computed.tokens,
+                        prompt_logprobs=tuple(prompt.logprobs),
+                        cached_tokens=prompt.cached_tokens,
+                        queue_s=started_s - prompt.received_s,
+                        prefill_s=now_s - started_s,
+                    )
+                )
+
+    def _admit(self, prompt: _Prompt) -> bool:
+        request, sequence = prompt.request, prompt.sequence
+        cached: list[int] = []
+        if request.sampling.prompt_logprobs is None:
+            cached = self._blocks.match_prefix(
+                request.prompt_token_ids, request.cache_salt, max_tokens=request.num_prompt_tokens - 1
+            )
+        self._blocks.acquire(cached)
+        missing = sequence.missing_blocks(request.num_prompt_tokens) - len(cached)
+        if not self._blocks.can_allocate(missing):
+            self._blocks.release(cached)
+            return False
+        sequence.attach([*cached, *self._blocks.allocate(missing)], 0)
+        prompt.cached_tokens = len(cached) * self._layout.block_tokens
+        sequence.advance(prompt.cached_tokens, self._blocks)
+        self.totals.prefix_queries += request.num_prompt_tokens
+        self.totals.prefix_hits += prompt.cached_tokens
+        prompt.enter(_State.RUNNING)
+        self._running.append(prompt)
+        if cached:
+            self._events.append(ChunkComputed(request.request_id, prompt.cached_tokens, tuple(sequence.blocks)))
+        return True

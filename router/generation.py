@@ -1,0 +1,240 @@
+"""One call of a client from its validated requests to text deltas, the same for every front end.
+
+    requests --Dispatcher--> token chunks --ChoiceText--> deltas        usage and waterfall are there when the deltas are over
+
+The requests of a call (one per prompt) run side by side and their deltas interleave. A request whose choices have all finished,
+perhaps early by a stop string, is closed at once, which cancels its stream at the worker. The call's metrics are counted here.
+
+It does not know JSON, SSE or the public gRPC messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from common.clock import Clock
+from common.errors import NoWorkerAvailable, PdserveError, RequestCancelled
+from common.lifecycle import Waterfall
+from common.metrics import RouterMetrics
+from common.types import Request, TokenLogprob
+from router.dispatch import Admission, Dispatcher, DispatchEvent
+from router.streaming import ChoiceDelta, ChoiceText
+from router.validate import ValidCall
+
+_QUEUED_EVENTS = 64  # of a call with several prompts, while the client is slow
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """The waterfall of a call's first request, and who served it."""
+
+    waterfall: Waterfall
+    decode_worker: str
+    cached_tokens: int
+    retries: int
+
+
+class InFlight:
+    """Calls in progress, by model, and the door that a drain closes; after that it waits for `idle`."""
+
+    def __init__(self) -> None:
+        self.by_model: Counter[str] = Counter()
+        self.closed = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def check_open(self) -> None:
+        """Raises NoWorkerAvailable once the door is closed."""
+        if self.closed:
+            raise NoWorkerAvailable("the router is shutting down", retry_after_s=1.0)
+
+    def enter(self, model: str) -> None:
+        self.check_open()
+        self.by_model[model] += 1
+        self.idle.clear()
+
+    def leave(self, model: str) -> None:
+        self.by_model[model] -= 1
+        if not any(self.by_model.values()):
+            self.idle.set()
+
+
+class Generation:
+    """Made per call; `deltas` is iterated once, inside `aclosing`."""
+
+    def __init__(
+        self,
+        call: ValidCall,
+        *,
+        received_s: float,
+        dispatcher: Dispatcher,
+        in_flight: InFlight,
+        metrics: RouterMetrics,
+        clock: Clock,
+    ) -> None:
+        self.call = call
+        self._received_s = received_s
+        self._dispatcher = dispatcher
+        self._in_flight = in_flight
+        self._metrics = metrics
+        self._clock = clock
+        self._choices = [self._choice_text(index) for index in range(call.num_choices)]
+        self._admissions: dict[int, Admission] = {}  # by request
+        self._first_token_s: float | None = None
+        self._last_token_s: dict[int, float] = {}  # by choice
+        self._ended_s: float | None = None
+        self.failure: PdserveError | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            self.call.num_prompt_tokens,
+            sum(choice.num_tokens for choice in self._choices),
+            sum(admission.started.cached_tokens for admission in self._admissions.values()),
+        )
+
+    @property
+    def timings(self) -> Timings | None:
+        """None before the first token of the first request."""
+        admission = self._admissions.get(0)
+        if admission is None or self._first_token_s is None:
+            return None
+        waterfall = Waterfall(
+            router_s=admission.dispatched_s - self._received_s,
+            ttft_s=self._first_token_s - self._received_s,
+            total_s=(self._ended_s or self._clock.monotonic_s()) - self._received_s,
+            num_output_tokens=self._choices[0].num_tokens,
+            worker=admission.started.timings,
+        )
+        cached_tokens = admission.started.cached_tokens
+        return Timings(waterfall, admission.decode_worker.worker_id, cached_tokens, admission.retries)
+
+    def prompt_logprobs(self, request: int) -> tuple[TokenLogprob | None, ...]:
+        """One per prompt token, the first is None; empty if they were not asked for. There from the first delta on."""
+        return self._admissions[request].started.prompt_logprobs
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """Never empty ones, except that the first delta of a choice always comes as soon as its first token exists."""
+        model = self.call.model.name
+        self._in_flight.enter(model)
+        self._metrics.prompt_tokens.labels(model).inc(self.call.num_prompt_tokens)
+        ended = False
+        try:
+            async with aclosing(self._events()) as events:
+                async for request, event in events:
+                    for delta in self._deltas_of(request, event):
+                        yield delta
+            ended = True
+        except PdserveError as error:
+            self.failure, ended = error, not isinstance(error, RequestCancelled)
+            raise
+        finally:
+            self._ended_s = self._clock.monotonic_s()
+            self._in_flight.leave(model)
+            self._metrics.generation_tokens.labels(model).inc(self.usage.completion_tokens)
+            if not ended:
+                self._metrics.cancelled_total.labels(model).inc()
+            self._observe_latency(model)
+
+    def _events(self) -> AsyncGenerator[tuple[int, DispatchEvent], None]:
+        return self._one(0) if len(self.call.requests) == 1 else self._side_by_side()
+
+    async def _one(self, index: int) -> AsyncGenerator[tuple[int, DispatchEvent], None]:
+        """The events of one request, until its choices need no more."""
+        request = self.call.requests[index]
+        mine = self._choices[index * request.num_choices : (index + 1) * request.num_choices]
+        async with aclosing(self._dispatcher.generate(request)) as events:
+            async for event in events:
+                yield index, event
+                if all(choice.finished for choice in mine):
+                    return
+
+    async def _side_by_side(self) -> AsyncGenerator[tuple[int, DispatchEvent], None]:
+        arrived: asyncio.Queue[tuple[int, DispatchEvent] | asyncio.Task[None]] = asyncio.Queue()
+        room = asyncio.Semaphore(_QUEUED_EVENTS)  # bounds the events in the queue; the ends of tasks always fit
+
+        async def pump(index: int) -> None:
+            async with aclosing(self._one(index)) as events:
+                async for item in events:
+                    await room.acquire()
+                    arrived.put_nowait(item)
+
+        pumps = {asyncio.create_task(pump(index), name=f"prompt {index}") for index in range(len(self.call.requests))}
+        for task in pumps:
+            task.add_done_callback(arrived.put_nowait)
+        running = len(pumps)
+        try:
+            while running:
+                item = await arrived.get()
+                if isinstance(item, asyncio.Task):
+                    item.result()
+                    running -= 1
+                else:
+                    room.release()
+                    yield item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)  # the first error was raised above; one is enough
+
+    def _deltas_of(self, request: int, event: DispatchEvent) -> Iterable[ChoiceDelta]:
+        now_s = self._clock.monotonic_s()
+        if event.admission is not None:
+            self._admissions[request] = event.admission
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+            self._metrics.ttft_s.labels(self.call.model.name).observe(now_s - self._received_s)
+        for chunk in event.chunks:
+            index = request * self.call.requests[request].num_choices + chunk.choice
+            choice = self._choices[index]
+            if choice.finished:
+                continue
+            first = index not in self._last_token_s
+            if not first:
+                gap_s = now_s - self._last_token_s[index]
+                self._metrics.itl_s.labels(self.call.model.name).observe(gap_s)
+            self._last_token_s[index] = now_s
+            delta = choice.push(chunk)
+            if delta.finish_reason is not None:
+                self._metrics.success_total.labels(self.call.model.name, str(delta.finish_reason)).inc()
+            if first or not delta.empty:
+                yield ChoiceDelta(index, delta.text, delta.tokens, delta.finish_reason, delta.stop_reason)
+
+    def _choice_text(self, index: int) -> ChoiceText:
+        plan = self.call.plan
+        request: Request = self.call.requests[index // self.call.requests[0].num_choices]
+        return ChoiceText(
+            index,
+            self.call.model.tokenizer.stream(request.prompt_token_ids, skip_special_tokens=plan.skip_special_tokens),
+            stops=plan.stops,
+            include_stop=plan.include_stop,
+            min_tokens=plan.min_tokens,
+            client_stop_token_ids=plan.client_stop_token_ids,
+            discard_tokens=plan.discard_tokens,
+        )
+
+    def _observe_latency(self, model: str) -> None:
+        if not all(choice.finished for choice in self._choices) or self._ended_s is None:
+            return
+        self._metrics.e2e_s.labels(model).observe(self._ended_s - self._received_s)
+        timings = self.timings
+        if timings is not None and timings.waterfall.num_output_tokens > 1:
+            self._metrics.tpot_s.labels(model).observe(timings.waterfall.tpot_s)

@@ -1,0 +1,215 @@
+"""The public gRPC face, `pdserve.v1.Inference`: the twin of the HTTP face over other messages.
+
+A message becomes the same body that HTTP parses (absent optionals are left out, so that they take the same defaults), goes
+through the same schemas, validator and generation, and fails with the same errors, as a status with an `ErrorDetail` trailer.
+With `echo` the prompt comes before the first generated text of a choice; its first token has no log-probability: NaN.
+
+The last event of a stream carries usage, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+
+from common.errors import PdserveError
+from common.logs import bind_request, get_logger
+from common.rpc import typed_errors
+from common.tokenizer import Tokenizer
+from common.types import TokenLogprob
+from common.wire import inference_pb2 as pb
+from common.wire import inference_pb2_grpc
+from router.front import Front, request_id_or_new
+from router.generation import Generation
+from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
+from router.streaming import ChoiceDelta
+from router.validate import Caller, ValidCall
+
+log = get_logger(__name__)
+
+SERVICE = "pdserve.v1.Inference"
+_REQUEST_ID = "x-request-id"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class _Call:
+    """What is known of a call, for its log line and its count."""
+
+    request_id: str
+    received_s: float
+    cache_salt: str = field(default="", repr=False)
+    model: str = ""
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def Generate(self, request: pb.InferenceRequest, context: Context) -> None:
+        async with self._call(context, "Generate", request.request_id) as call:
+            self._front.admit()
+            caller = Caller(call.request_id, call.cache_salt, timeout_s=context.time_remaining())
+            valid = await self._validated(request, caller)
+            call.model = valid.model.name
+            generation = self._front.generation(valid, call.received_s)
+            events = _Events(generation, call.request_id)
+            # Written, not yielded: a call that the client cancels ends here at once, and closes what is below.
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    await context.write(events.of(delta))
+            await context.write(events.last())
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsReply:
+        async with self._call(context, "ListModels", ""):
+            registry = self._front.registry
+            return pb.ListModelsReply(
+                models=[
+                    pb.Model(
+                        id=name,
+                        created=model.created_s,
+                        owned_by="pdserve",
+                        max_model_tokens=registry.max_model_tokens(model),
+                    )
+                    for name, model in registry.names()
+                ]
+            )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:
+        async with self._call(context, "Tokenize", ""):
+            data: dict[str, Any] = {"model": request.model}
+            if request.HasField("chat"):
+                data["messages"] = _messages(request.chat)
+            elif request.HasField("prompt"):
+                data["prompt"] = request.prompt
+            if request.HasField("add_special_tokens"):
+                data["add_special_tokens"] = request.add_special_tokens
+            text = await self._front.validator.tokenize(parse(TokenizeBody, data))
+            return pb.TokenizeReply(token_ids=text.token_ids, max_model_tokens=text.model.max_model_tokens)
+
+    async def _validated(self, request: pb.InferenceRequest, caller: Caller) -> ValidCall:
+        data = _body(request)
+        if request.HasField("chat"):
+            return await self._front.validator.chat(parse(ChatBody, data), caller)
+        return await self._front.validator.completion(parse(CompletionBody, data), caller)
+
+    @asynccontextmanager
+    async def _call(self, context: Context, method: str, request_id: str) -> AsyncIterator[_Call]:
+        """Around every handler: request id, API key, typed errors, count and log line."""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        front = self._front
+        call = _Call(request_id_or_new(request_id or metadata.get(_REQUEST_ID, "")), front.clock.monotonic_s())
+        status = "499"  # unless it ends otherwise
+        with bind_request(call.request_id):
+            try:
+                async with typed_errors(context):
+                    try:
+                        call.cache_salt = front.keys.cache_salt(metadata.get("authorization"))
+                        await context.send_initial_metadata(((_REQUEST_ID, call.request_id),))
+                        yield call
+                        status = "200"
+                    except PdserveError as error:
+                        status = str(error.http_status)
+                        raise
+            finally:
+                front.metrics.requests_total.labels(call.model, f"grpc/{method}", status).inc()
+                seconds = front.clock.monotonic_s() - call.received_s
+                log.info("request", method="gRPC", endpoint=method, status=status, model=call.model, seconds=seconds)
+
+
+class _Events:
+    """The messages of one stream."""
+
+    def __init__(self, generation: Generation, request_id: str) -> None:
+        self._generation = generation
+        self._request_id = request_id
+        self._tokenizer: Tokenizer = generation.call.model.tokenizer
+        self._started: set[int] = set()
+
+    def of(self, delta: ChoiceDelta) -> pb.InferenceEvent:
+        plan = self._generation.call.plan
+        text = delta.text
+        reports = [self._report(token.token_id, token.logprob) for token in delta.tokens if token.logprob is not None]
+        if plan.echo and delta.choice not in self._started:
+            text = plan.prompt_texts[0] + text
+            prompt = self._generation.call.requests[0].prompt_token_ids
+            echoed = self._generation.prompt_logprobs(0)
+            reports = [*(self._report(*pair) for pair in zip(prompt, echoed, strict=False)), *reports]
+        self._started.add(delta.choice)
+        return pb.InferenceEvent(
+            request_id=self._request_id,
+            index=delta.choice,
+            text=text,
+            token_ids=[token.token_id for token in delta.tokens],
+            logprobs=reports,
+            finish_reason=delta.finish_reason or "",
+            stop_reason="" if delta.stop_reason is None else str(delta.stop_reason),
+        )
+
+    def last(self) -> pb.InferenceEvent:
+        usage = self._generation.usage
+        return pb.InferenceEvent(
+            request_id=self._request_id,
+            usage=pb.Usage(
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                total_tokens=usage.total_tokens,
+                cached_tokens=usage.cached_tokens,
+            ),
+        )
+
+    def _report(self, token_id: int, logprob: TokenLogprob | None) -> pb.TokenReport:
+        data = self._tokenizer.token_bytes(token_id)
+        return pb.TokenReport(
+            token=data.decode("utf-8", errors="replace"),
+            logprob=math.nan if logprob is None else logprob.logprob,
+            bytes=data,
+            token_id=token_id,
+            top=() if logprob is None else list(self._alternatives(logprob.top)),
+        )
+
+    def _alternatives(self, top: Sequence[tuple[int, float]]) -> Iterable[pb.TokenAlternative]:
+        for token_id, logprob in top[: self._generation.call.plan.logprobs]:
+            data = self._tokenizer.token_bytes(token_id)
+            text = data.decode("utf-8", errors="replace")
+            yield pb.TokenAlternative(token=text, logprob=logprob, bytes=data, token_id=token_id)
+
+
+_OPTIONALS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "min_tokens")
+
+
+def _body(request: pb.InferenceRequest) -> dict[str, Any]:
+    """The message as the JSON that an HTTP client would have sent."""
+    data: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONALS if request.HasField(name)}
+    data["model"] = request.model
+    if request.stop:
+        data["stop"] = list(request.stop)
+    if request.stop_token_ids:
+        data["stop_token_ids"] = list(request.stop_token_ids)
+    if request.HasField("echo"):
+        data["echo"] = request.echo
+    if request.HasField("chat"):
+        data["messages"] = _messages(request.chat)
+        if request.HasField("logprobs"):
+            data.update(logprobs=True, top_logprobs=request.logprobs)
+        return data
+    if request.HasField("prompt"):
+        data["prompt"] = request.prompt
+    elif request.HasField("prompt_token_ids"):
+        data["prompt"] = list(request.prompt_token_ids.ids)
+    if request.HasField("logprobs"):
+        data["logprobs"] = request.logprobs
+    return data
+
+
+def _messages(chat: pb.ChatMessages) -> list[dict[str, str]]:
+    return [
+        {"role": message.role, "content": message.content, **({"name": message.name} if message.name else {})}
+        for message in chat.messages
+    ]

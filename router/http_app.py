@@ -1,0 +1,188 @@
+"""The routes of the OpenAI HTTP face, and nothing else: parse, validate, generate, format.
+
+A body is read here, within a size and a time; every PdserveError raised by a route becomes its status and an OpenAI-shaped body.
+The framework's own pages, validation and error shapes are switched off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+from typing import cast
+
+import orjson
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PayloadTooLarge, PdserveError, RequestCancelled
+from router.chat_format import ChatFormat
+from router.completion_format import CompletionFormat
+from router.event_stream import EventStream, until_disconnect
+from router.front import Front
+from router.http_edge import Edge, Json, error_response
+from router.openai_format import VERSION, Formatter, whole_choices
+from router.openai_format import Json as JsonObject
+from router.registry import ModelView
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from router.validate import Caller, ValidCall
+
+_BODY_TIMEOUT_S = 30.0
+# What is too large is still read, up to here, and thrown away: a client that is cut off while it sends may not see the answer.
+_DISCARDED_BYTES = 16 * 1024 * 1024
+_SLOW_CLIENT_S = 30.0  # beyond the request's own deadline, to take what is still being written
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.add_exception_handler(PdserveError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        front.admit()
+        body = parse(ChatBody, await _read_json(request, front))
+        return await answer(request, await front.validator.chat(body, _caller(request)), ChatFormat)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        front.admit()
+        body = parse(CompletionBody, await _read_json(request, front))
+        return await answer(request, await front.validator.completion(body, _caller(request)), CompletionFormat)
+
+    async def answer(request: Request, call: ValidCall, kind: type[ChatFormat] | type[CompletionFormat]) -> Response:
+        state = request.state
+        state.model = call.model.name
+        if request.headers.get("x-pdserve-timings") == "1":
+            call = replace(call, plan=replace(call.plan, timings=True))
+        generation = front.generation(call, state.received_s)
+        formatter: Formatter = kind(generation, request_id=state.request_id, created_s=int(front.clock.wall_s()))
+        timeout_s = front.config.request_timeout_s + _SLOW_CLIENT_S
+        if call.plan.stream:
+            return EventStream(generation, formatter, timeout_s=timeout_s)
+        async with until_disconnect(request.receive, timeout_s), aclosing(generation.deltas()) as stream:
+            deltas = [delta async for delta in stream]
+        return Json(formatter.body(whole_choices(deltas, call.num_choices)))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        return Json({"object": "list", "data": [_model(name, model, front) for name, model in front.registry.names()]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(request: Request, model_id: str) -> Response:
+        for name, view in front.registry.names():
+            if name == model_id:
+                return Json(_model(name, view, front))
+        raise ModelNotFound(f"The model {model_id[:256]!r} does not exist.", param="model")
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = parse(TokenizeBody, await _read_json(request, front))
+        text = await front.validator.tokenize(body)
+        ids = text.token_ids
+        strings = [text.model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+        return Json({"count": len(ids), "max_model_len": text.model.max_model_tokens, "tokens": ids, "token_strs": strings})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeBody, await _read_json(request, front))
+        return Json({"prompt": await front.validator.detokenize(body)})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(request: Request) -> Response:
+        tokenizer = (await front.registry.model(request.query_params.get("model", ""))).tokenizer
+        end, begin = tokenizer.eos_token_ids, tokenizer.bos_token_id
+        return Json(
+            {
+                "eos_token": tokenizer.token_text(end[0]) if end else None,
+                "bos_token": tokenizer.token_text(begin) if begin is not None else None,
+                "vocab_size": tokenizer.vocab_size,
+            }
+        )
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        return Response(status_code=200)
+
+    @app.get("/ready")
+    async def ready(request: Request) -> Response:
+        models = front.ready_models()
+        status = "draining" if front.draining else "ready" if models else "no decode worker is ready"
+        return Json({"status": status, "models": models}, status_code=200 if models else 503)
+
+    @app.get("/version")
+    async def version(request: Request) -> Response:
+        return Json({"version": VERSION})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(prometheus), media_type=_METRICS_TYPE)
+
+    return Edge(app, front)
+
+
+def _caller(request: Request) -> Caller:
+    return Caller(request.state.request_id, cache_salt=request.state.cache_salt)
+
+
+def _model(name: str, model: ModelView, front: Front) -> JsonObject:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "pdserve",
+        "root": model.name,
+        "parent": None,
+        "max_model_len": front.registry.max_model_tokens(model) or None,
+    }
+
+
+async def _read_json(request: Request, front: Front) -> object:
+    limit_bytes = front.config.max_body_bytes
+    too_large = PayloadTooLarge(f"the body is larger than {limit_bytes} bytes")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit_bytes + _DISCARDED_BYTES:
+        raise too_large
+    body = bytearray()
+    size_bytes = 0
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                size_bytes += len(piece)
+                if size_bytes > limit_bytes + _DISCARDED_BYTES:
+                    raise too_large
+                if size_bytes <= limit_bytes:
+                    body += piece
+    except TimeoutError:
+        raise InvalidRequest(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
+    except ClientDisconnect:
+        raise RequestCancelled("the client went away") from None
+    if size_bytes > limit_bytes:
+        raise too_large
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(cast(PdserveError, error))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods, in the shape that clients expect."""
+    raised = cast(HTTPException, error)
+    kind = "NotFoundError" if raised.status_code == 404 else "BadRequestError"
+    body = {"message": raised.detail, "type": kind, "param": None, "code": None}
+    return Json({"error": body}, status_code=raised.status_code, headers=dict(raised.headers or {}))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """What should not happen. The traceback goes to the log, by the framework; the client learns nothing of it."""
+    return error_response(EngineFailure("internal error"))

@@ -1,0 +1,85 @@
+"""The edge of the HTTP face: what happens to every request before and after its route.
+
+    request id -> API key -> [route] -> status counted, one log line        every answer carries X-Request-Id
+
+A plain ASGI layer around the app: it sees bytes and statuses, and never reads a body. What is open without a key is a short list
+of exact paths; everything else is closed, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import math
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import AuthenticationFailed, CapacityError, PayloadTooLarge, PdserveError
+from common.logs import bind_request, get_logger
+from router.front import Front, request_id_or_new
+from router.openai_format import error_body
+
+log = get_logger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"})
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return orjson.dumps(content)
+
+
+def error_response(error: PdserveError) -> Json:
+    headers: dict[str, str] = {}
+    if error.retry_after_s is not None or isinstance(error, CapacityError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
+    if isinstance(error, AuthenticationFailed):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, PayloadTooLarge):
+        headers["Connection"] = "close"  # the rest of the body is not going to be read
+    return Json(error_body(error), status_code=error.http_status, headers=headers)
+
+
+class Edge:
+    def __init__(self, app: ASGIApp, front: Front) -> None:
+        self._app = app
+        self._front = front
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = request_id_or_new(headers.get("x-request-id", ""))
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, received_s=self._front.clock.monotonic_s(), model="")
+        status = "499"  # unless an answer begins
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        with bind_request(request_id):
+            try:
+                if scope["path"] not in OPEN_PATHS:
+                    state["cache_salt"] = self._front.keys.cache_salt(headers.get("authorization"))
+                await self._app(scope, receive, send_with_id)
+            except AuthenticationFailed as error:
+                await error_response(error)(scope, receive, send_with_id)
+            finally:
+                self._account(scope, state.get("outcome", status))
+
+    def _account(self, scope: Scope, status: str) -> None:
+        path, state = scope["path"], scope["state"]
+        endpoint = path if path in _COUNTED_PATHS else "other"
+        self._front.metrics.requests_total.labels(state["model"], endpoint, status).inc()
+        if path not in OPEN_PATHS:
+            seconds = self._front.clock.monotonic_s() - state["received_s"]
+            log.info("request", method=scope["method"], endpoint=endpoint, status=status, model=state["model"], seconds=seconds)

@@ -1,0 +1,293 @@
+"""What a client may write: the request bodies of both front ends, field by field, and what this version refuses.
+
+A body goes through `parse` once. Explicit null is the same as leaving a field out. Three kinds of field end in a 400 that names
+the field, because ignoring them would silently change what the client gets: a known field with a wrong value, a known feature
+that is not offered here (unless it is set to its neutral value), and the internal fields of the hand-off. Unknown fields are
+ignored with a debug log. The models are strict: "5" is not 5, and true is not 1.
+
+Nothing here knows a model, a tokenizer or the configuration; `router.validate` does the checks that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from common.errors import InvalidRequest
+from common.logs import get_logger
+
+log = get_logger(__name__)
+
+MAX_MESSAGES = 1024
+MAX_PROMPTS = 256
+MAX_STOP_STRINGS = 8
+MAX_STOP_BYTES = 128
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
+MAX_TEMPLATE_ARGUMENTS = 16
+
+Prompt = str | tuple[int, ...]
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    # The message is data, not a template: braces in it must not be filled in.
+    return PydanticCustomError("pdserve", "{message}", {"message": message})
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists, and not be empty")
+    if all(type(item) is int for item in value):
+        return (tuple(value),)
+    if len(value) > MAX_PROMPTS:
+        raise _wrong(f"at most {MAX_PROMPTS} prompts in one request")
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+        return tuple(tuple(item) for item in value)
+    raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists; kinds cannot be mixed")
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise _wrong("must be a string or a list of strings")
+    if len(items) > MAX_STOP_STRINGS:
+        raise _wrong(f"at most {MAX_STOP_STRINGS} stop strings")
+    if any(not item for item in items):
+        raise _wrong("a stop string cannot be empty")
+    if any(len(item.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES for item in items):
+        raise _wrong(f"a stop string is at most {MAX_STOP_BYTES} bytes long")
+    return tuple(items)
+
+
+def _content(value: object) -> object:
+    """Text parts become one text, as chat templates want it; other kinds of part are refused."""
+    if not isinstance(value, list):
+        return value
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise _wrong(f"content parts of type {str(kind)[:40]!r} are not supported; only 'text' is")
+        if not isinstance(part.get("text"), str):
+            raise _wrong("a text part needs a string 'text'")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _template_arguments(value: object) -> object:
+    if not isinstance(value, dict):
+        raise _wrong("must be an object")
+    if len(value) > MAX_TEMPLATE_ARGUMENTS:
+        raise _wrong(f"at most {MAX_TEMPLATE_ARGUMENTS} arguments")
+    for name, argument in value.items():
+        if not name.isidentifier() or name in ("messages", "tools", "documents", "add_generation_prompt"):
+            raise _wrong(f"{name[:40]!r} cannot be given here")
+        if not isinstance(argument, (bool, int, str)):
+            raise _wrong(f"{name[:40]!r} must be a boolean, an integer or a string")
+    return value
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | None, BeforeValidator(_content)] = None
+    name: str | None = Field(None, max_length=256)
+
+
+class GenerationBody(_Body):
+    """The fields that chat and completions share. None means "not given" wherever the default depends on something."""
+
+    model: str = Field(min_length=1, max_length=256)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    pdserve_timings: bool = False
+
+
+class ChatBody(GenerationBody):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_arguments)] = Field(default_factory=dict)
+
+
+class CompletionBody(GenerationBody):
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+
+class TokenizeBody(_Body):
+    """`prompt` or `messages`. `model` may be left out while only one is served."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_arguments)] = Field(default_factory=dict)
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(_Body):
+    model: str = ""
+    tokens: list[int]
+
+
+BodyT = TypeVar("BodyT", bound=_Body)
+
+
+def parse(kind: type[BodyT], data: object) -> BodyT:
+    """The one way from parsed JSON (or its gRPC twin) to a body. Raises InvalidRequest naming the field."""
+    if not isinstance(data, Mapping):
+        raise InvalidRequest("the body must be a JSON object")
+    given = {name: value for name, value in data.items() if value is not None}
+    if issubclass(kind, GenerationBody):
+        _refuse(given, kind)
+    unknown = sorted(name for name in given if name not in kind.model_fields and name not in _HARMLESS)
+    if unknown:
+        log.debug("unknown request fields ignored", fields=[name[:64] for name in unknown[:16]])
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+def _empty(value: object) -> bool:
+    return value in ("", [], {})
+
+
+def _is(*neutral: object) -> Callable[[Any], bool]:
+    # `1 == True` in Python; a flag is not a number here.
+    return lambda value: any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
+
+
+def _never(value: object) -> bool:
+    return False
+
+
+_INTERNAL = ("kv_transfer_params", "data_parallel_rank", "routed_dp_rank", "disagg_prefill_dp_rank")
+_INTERNAL_PREFIX = "bootstrap_"
+
+# What this version does not do yet, with the test for a value that asks for nothing.
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
+    "tool_choice": _is("none", "auto"),
+    "functions": _empty,
+    "function_call": _is("none", "auto"),
+    "logit_bias": _empty,
+    "presence_penalty": _is(0),
+    "frequency_penalty": _is(0),
+    "repetition_penalty": _is(1),
+    "length_penalty": _is(1),
+    "use_beam_search": _is(False),
+    "structured_outputs": _empty,
+    "suffix": _empty,
+    "prompt_embeds": _empty,
+    "allowed_token_ids": _empty,
+    "bad_words": _empty,
+    "logits_processors": _empty,
+    "truncate_prompt_tokens": _never,
+    "prompt_logprobs": _never,
+    "priority": _is(0),
+    "cache_salt": _empty,
+    "chat_template": _empty,
+    "documents": _empty,
+    "reasoning_effort": _is("none"),
+    "thinking_token_budget": _never,
+    "verbosity": _is("medium"),
+    "modalities": _is(["text"]),
+    "audio": _empty,
+    "web_search_options": _never,
+    "spaces_between_special_tokens": _is(True),
+    "return_tokens_as_token_ids": _is(False),
+    "mm_processor_kwargs": _empty,
+    "vllm_xargs": _empty,
+    "lora_path": _empty,
+}
+_UNSUPPORTED_PREFIX = "guided_"
+
+# Accepted because leaving them out of account changes nothing that the client can observe in its tokens.
+_HARMLESS = frozenset(
+    {
+        *_UNSUPPORTED,
+        "best_of", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "request_id",
+        "rid", "safety_identifier", "service_tier", "session_id", "store", "stream_interval", "tools", "user",
+    }
+)  # fmt: skip
+
+
+def _refuse(given: Mapping[str, Any], kind: type[GenerationBody]) -> None:
+    for name, value in given.items():
+        if name in _INTERNAL or name.startswith(_INTERNAL_PREFIX):
+            raise InvalidRequest(f"{name} is internal to the cluster and cannot be given by a client", param=name)
+        if name.startswith(_UNSUPPORTED_PREFIX) and not _empty(value):
+            raise InvalidRequest(f"{name} is not supported", param=name)
+        if name in kind.model_fields:
+            continue
+        neutral = _UNSUPPORTED.get(name)
+        if neutral is not None and not neutral(value):
+            raise InvalidRequest(f"{name} is not supported, or not with this value", param=name)
+    if given.get("tools") and given.get("tool_choice") != "none":
+        raise InvalidRequest("tools are not supported unless tool_choice is 'none'", param="tools")
+    best_of, choices = given.get("best_of"), given.get("n", 1)
+    if best_of is not None and (isinstance(best_of, bool) or best_of != choices):
+        raise InvalidRequest("best_of is not supported unless it equals n", param="best_of")
+    if kind is ChatBody:
+        _refuse_in_chat(given)
+
+
+def _refuse_in_chat(given: Mapping[str, Any]) -> None:
+    for name in ("echo", "prompt"):
+        if given.get(name):
+            raise InvalidRequest(f"{name} is not supported for chat", param=name)
+    messages = given.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+            if isinstance(message, dict) and message.get(name):
+                raise InvalidRequest(f"messages with {name} are not supported", param=f"messages[{index}].{name}")
+
+
+def _explained(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int"):  # pydantic names the arms of unions here too
+            param += f".{part}" if param else part
+    return InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param or None)

@@ -1,0 +1,131 @@
+"""One YAML file, overlaid by environment and command line; whatever is wrong is said with its key and, in a file, its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from common.config import Config, RouterConfig, load_config, pdserve_home
+from common.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = "models:\n  - name: tiny\n    source: some/where\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "cluster.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def load(path: Path, *overrides: str, **environment: str) -> Config:
+    return load_config(path, overrides=overrides, environment=environment)
+
+
+def test_defaults_fill_in_what_the_file_leaves_out(write) -> None:
+    config = load(write(MINIMAL))
+    assert [(model.name, model.source) for model in config.models] == [("tiny", "some/where")]
+    assert config.router == RouterConfig()
+    assert config.router.http_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "deploy/configs").glob("*.yaml"))])
+def test_the_shipped_configurations_load(name: str) -> None:
+    assert load(ROOT / "deploy/configs" / name).models
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "port"),
+    [
+        ((), {}, 8101),
+        ((), {"PDSERVE_ROUTER__HTTP_PORT": "8102"}, 8102),
+        (("router.http_port=8103",), {"PDSERVE_ROUTER__HTTP_PORT": "8102"}, 8103),
+        (("router.http_port=8103", "router.http_port=8104"), {}, 8104),
+    ],
+)
+def test_command_line_over_environment_over_file(write, overrides, environment, port) -> None:
+    path = write("router:\n  http_port: 8101\n" + MINIMAL)
+    assert load(path, *overrides, **environment).router.http_port == port
+
+
+def test_overrides_reach_into_lists_and_hold_yaml(write) -> None:
+    config = load(write(MINIMAL), "models.0.aliases=[small, default]", PDSERVE_MODELS__0__ENGINE__EXACT="true")
+    assert config.models[0].aliases == ("small", "default")
+    assert config.models[0].engine.exact is True
+    assert config.model_named("small") is config.models[0]
+
+
+def test_variables_that_are_not_settings_are_left_alone(write) -> None:
+    load(write(MINIMAL), PDSERVE_HOME="/somewhere", PDSERVE_CLUSTER_ID="x", HOME="/root")
+    assert pdserve_home({"PDSERVE_HOME": "/somewhere"}) == Path("/somewhere")
+    assert pdserve_home({}) == Path.home() / ".cache/pdserve"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "param", "says"),
+    [
+        (MINIMAL + "router:\n  http_prot: 1\n", 5, "router.http_prot", "did you mean 'http_port'?"),
+        (MINIMAL + "    decode:\n      replicsa: 2\n", 5, "models.0.decode.replicsa", "did you mean 'replicas'?"),
+        (MINIMAL + "router:\n  http_port: 70000\n", 5, "router.http_port", "65535"),
+        (MINIMAL + "router:\n  http_port: many\n", 5, "router.http_port", "integer"),
+        ("cluster: Has Spaces\n" + MINIMAL, 1, "cluster", "pattern"),
+        (MINIMAL + "  - name: tiny\n    source: else\n", 1, "models", "'tiny' is given twice"),
+        (MINIMAL + "    aliases: [tiny]\n", 1, "models", "'tiny' is given twice"),
+        (MINIMAL + "router:\n  http_host: 0.0.0.0\n", 4, "router", "needs api_keys"),
+        (MINIMAL + "router: {grpc_host: 10.0.0.1}\n", 4, "router", "10.0.0.1 needs api_keys"),
+        ("models: []\n", 1, "models", "at least 1"),
+    ],
+)
+def test_a_mistake_is_named_with_key_and_line(write, text, line, param, says) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{path}:{line}: ")
+    assert says in caught.value.message
+
+
+def test_off_loopback_is_fine_with_keys(write) -> None:
+    config = load(write(MINIMAL + "router: {http_host: 0.0.0.0, api_keys: [secret]}\n"))
+    assert config.router.http_host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("router.http_port", "key=value"),
+        ("models.3.name=x", "index into a list of 1"),
+        ("models.first.name=x", "index into a list of 1"),
+        ("cluster.name=x", "plain value"),
+        ("roouter.http_port=1", "unknown key 'roouter'; did you mean 'router'?"),
+    ],
+)
+def test_a_bad_override_is_refused(write, override, says) -> None:
+    with pytest.raises(ConfigError, match=r".") as caught:
+        load(write("cluster: local\n" + MINIMAL), override)
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "models: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(write, text) -> None:
+    with pytest.raises(ConfigError):
+        load(write(text))
+
+
+def test_a_missing_file_and_a_missing_model_are_config_errors(tmp_path: Path, write) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="other"):
+        load(write(MINIMAL)).model_named("other")
+
+
+def test_the_tree_is_frozen(write) -> None:
+    config = load(write(MINIMAL))
+    with pytest.raises(ValidationError):
+        config.router.http_port = 1

@@ -1,0 +1,34 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from common.model_store import ModelFiles
+
+# Before torch is imported: several engines share this process, and their OpenMP threads would wait for each other by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device; torch is loaded only if there are any."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelFiles:
+    """The default model, fetched if it is not in the model cache. Tests that use it are marked `model`."""
+    from common.model_store import pull
+
+    return pull("smollm2-135m")

@@ -1,0 +1,113 @@
+"""The command line without a cluster: light, clear, with the right exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+CLI = (sys.executable, "-m", "deploy.cli")
+
+
+def run(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PDSERVE_HOME": str(home), **environment}
+    return subprocess.run([*CLI, *arguments], env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    found = run("--help", home=tmp_path)
+    assert found.returncode == 0
+    for command in ("up", "down", "status", "scale", "chat", "pull", "config", "version"):
+        assert command in found.stdout
+
+
+@pytest.mark.parametrize("command", [("status",), ("status", "--json"), ("scale", "m", "--prefill", "1"), ("chat", "hello")])
+def test_without_a_cluster_it_says_how_to_start_one(tmp_path: Path, command: tuple[str, ...]) -> None:
+    found = run(*command, home=tmp_path)
+    assert found.returncode == 1
+    assert "no cluster 'local' runs here" in found.stderr
+    assert "pdserve up" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_down_without_a_cluster_is_no_error(tmp_path: Path) -> None:
+    assert run("down", home=tmp_path).returncode == 0
+
+
+def test_usage_errors_have_status_two(tmp_path: Path) -> None:
+    assert run("scale", home=tmp_path).returncode == 2
+    assert run("nonsense", home=tmp_path).returncode == 2
+
+
+def test_a_stale_state_file_counts_as_no_cluster(tmp_path: Path) -> None:
+    """A launcher that was killed together with its janitor leaves a file; its pid may belong to somebody else by now."""
+    state = {
+        "cluster": "local",
+        "cluster_id": "0" * 32,
+        "launcher_pid": os.getpid(),
+        "launcher_started": 1,
+        "manager_address": "127.0.0.1:1",
+        "token": "t",
+    }
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "local.json").write_text(json.dumps(state))
+    found = run("status", home=tmp_path)
+    assert found.returncode == 1
+    assert "no cluster" in found.stderr
+
+
+def test_a_mangled_state_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "local.json").write_text("{")
+    found = run("status", home=tmp_path)
+    assert found.returncode == 1
+    assert "local.json" in found.stderr
+
+
+def test_config_commands(tmp_path: Path) -> None:
+    assert run("config", "check", home=tmp_path).returncode == 0
+    shown = yaml.safe_load(run("config", "show", "--set", "router.http_port=81", home=tmp_path).stdout)
+    assert shown["router"]["http_port"] == 81
+    assert shown["models"][0]["engine"]["block_tokens"] == 16
+    schema = json.loads(run("config", "schema", home=tmp_path).stdout)
+    assert schema["properties"]["models"]["minItems"] == 1
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("models:\n  - name: m\n    source: m\nrouter:\n  http_prot: 1\n")
+    found = run("config", "check", str(wrong), home=tmp_path)
+    assert found.returncode == 1
+    assert "wrong.yaml:5" in found.stderr
+    assert "http_port" in found.stderr
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    shown = yaml.safe_load(run("config", "show", home=tmp_path, PDSERVE_ROUTER__GRPC_PORT="77").stdout)
+    assert shown["router"]["grpc_port"] == 77
+
+
+def test_up_refuses_what_cannot_work_before_anything_is_started(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"models": [{"name": "m", "source": str(tmp_path / "nothing.gguf")}]}))
+    found = run("up", str(config), home=tmp_path)
+    assert found.returncode == 1
+    assert "nothing.gguf" in found.stderr
+    assert "Ray" not in found.stderr
+
+
+def test_a_local_model_is_found_where_it_is(tmp_path: Path) -> None:
+    from support.tiny_models import make_tiny_model
+
+    model = make_tiny_model(tmp_path / "tiny")
+    found = run("pull", str(model), home=tmp_path / "home")
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()) == model
+
+
+def test_chat_with_nobody_at_the_address(tmp_path: Path) -> None:
+    found = run("chat", "hello", "--url", "http://127.0.0.1:9", home=tmp_path)
+    assert found.returncode == 1
+    assert "no router answers" in found.stderr

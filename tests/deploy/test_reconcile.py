@@ -1,0 +1,227 @@
+"""The control logic against an arbitrary world: any order of news, deaths and changes of scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from common.types import Role
+from deploy.reconcile import (
+    LEAVING,
+    WITH_PROCESS,
+    Drain,
+    Loss,
+    Phase,
+    Pool,
+    PoolsState,
+    RestartPolicy,
+    Start,
+    Stop,
+    became_drained,
+    became_ready,
+    close,
+    decide,
+    lost,
+    set_desired,
+    wake_at_s,
+)
+
+PREFILL = Pool("m", Role.PREFILL)
+DECODE = Pool("m", Role.DECODE)
+POLICY = RestartPolicy(stable_s=30.0, first_wait_s=1.0, longest_wait_s=8.0, most_quick_failures=3)
+
+
+@dataclass
+class World:
+    """Processes as they would really be: each obeys what it was told, when the test lets it."""
+
+    processes: dict[str, int] = field(default_factory=dict)  # worker id -> incarnation
+    told: dict[str, set[str]] = field(default_factory=dict)
+    highest: dict[str, int] = field(default_factory=dict)
+
+    def perform(self, action: Start | Drain | Stop) -> None:
+        name = action.worker_id
+        match action:
+            case Start():
+                assert name not in self.processes, "two processes of one worker id"
+                assert action.incarnation > self.highest.get(name, 0), "an incarnation was used twice"
+                self.highest[name] = action.incarnation
+                self.processes[name] = action.incarnation
+                self.told[name] = set()
+            case Drain():
+                assert self.processes.get(name) == action.incarnation
+                assert not self.told[name], "drained twice, or after it was stopped"
+                self.told[name].add("drain")
+            case Stop():
+                assert self.processes.get(name) == action.incarnation
+                assert "stop" not in self.told[name]
+                self.told[name].add("stop")
+
+
+class Pools(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.world = World()
+        self.state = PoolsState(desired={PREFILL: 1, DECODE: 1})
+        self.closed = False
+        self.step()
+
+    def step(self) -> None:
+        before = {pool: self.count(pool) for pool in (PREFILL, DECODE)}
+        ready = {name for name, one in self.state.replicas.items() if one.phase is Phase.READY}
+        self.state, actions = decide(self.state, self.now_s)
+        for action in actions:
+            self.world.perform(action)
+            if isinstance(action, Stop) and not self.closed:
+                assert action.worker_id not in ready, "stopped a serving worker without draining it"
+        for pool in (PREFILL, DECODE):
+            assert self.count(pool) <= max(before[pool], self.state.desired[pool]), "grew beyond what is desired"
+        again, nothing = decide(self.state, self.now_s)
+        assert nothing == ()
+        assert again == self.state
+
+    def count(self, pool: Pool) -> int:
+        return sum(name.startswith(f"{pool.model}/{pool.role.value}/") for name in self.world.processes)
+
+    def alive(self) -> list[str]:
+        return sorted(self.world.processes)
+
+    @rule(prefill=st.integers(0, 4), decode=st.integers(0, 4))
+    def scale(self, prefill: int, decode: int) -> None:
+        if not self.closed:
+            self.state = set_desired(self.state, {PREFILL: prefill, DECODE: decode})
+            self.step()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0, 100.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.step()
+
+    @precondition(lambda self: self.world.processes)
+    @rule(data=st.data())
+    def becomes_ready(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.alive()))
+        self.state = became_ready(self.state, name, self.world.processes[name], self.now_s)
+        self.step()
+
+    @precondition(lambda self: self.world.processes)
+    @rule(data=st.data())
+    def becomes_drained(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.alive()))
+        self.state = became_drained(self.state, name, self.world.processes[name])
+        self.step()
+
+    @precondition(lambda self: self.world.processes)
+    @rule(data=st.data(), permanent=st.booleans())
+    def dies(self, data: st.DataObject, permanent: bool) -> None:
+        name = data.draw(st.sampled_from(self.alive()))
+        incarnation = self.world.processes.pop(name)
+        self.state = lost(self.state, Loss(name, incarnation, "died", permanent=permanent), self.now_s, POLICY)
+        self.step()
+
+    @rule(data=st.data())
+    def stale_news_changes_nothing(self, data: st.DataObject) -> None:
+        if not self.world.highest:
+            return
+        name = data.draw(st.sampled_from(sorted(self.world.highest)))
+        old = data.draw(st.integers(0, self.world.highest[name] - 1))
+        assert lost(self.state, Loss(name, old, "late"), self.now_s, POLICY) == self.state
+        assert became_ready(self.state, name, old, self.now_s) == self.state
+        assert became_drained(self.state, name, old) == self.state
+
+    @rule()
+    def closes(self) -> None:
+        self.closed = True
+        self.state = close(self.state)
+        self.step()
+
+    @invariant()
+    def records_match_the_world(self) -> None:
+        recorded = {name: one.incarnation for name, one in self.state.replicas.items() if one.phase in WITH_PROCESS}
+        assert recorded == self.world.processes
+
+    def teardown(self) -> None:
+        """A world that obeys and no longer fails must reach the desired state."""
+        for _ in range(50):
+            for name in self.alive():
+                incarnation = self.world.processes[name]
+                if "stop" in self.world.told[name]:
+                    del self.world.processes[name]
+                    self.state = lost(self.state, Loss(name, incarnation, "stopped"), self.now_s, POLICY)
+                elif "drain" in self.world.told[name]:
+                    self.state = became_drained(self.state, name, incarnation)
+                else:
+                    self.state = became_ready(self.state, name, incarnation, self.now_s)
+            self.step()
+            wake = wake_at_s(self.state)
+            if wake is not None:
+                self.now_s = max(self.now_s, wake)
+                self.step()
+        for pool in (PREFILL, DECODE):
+            gave_up = sum(one.phase is Phase.FAILED for one in self.state.of(pool))
+            assert self.count(pool) == self.state.desired[pool] - gave_up
+            assert gave_up or self.state.settled(pool)
+        if self.closed:
+            assert not self.world.processes
+
+
+TestPools = Pools.TestCase
+TestPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def _run(state: PoolsState, now_s: float = 0.0) -> tuple[PoolsState, tuple[Start | Drain | Stop, ...]]:
+    return decide(state, now_s)
+
+
+def test_a_crash_loop_backs_off_and_gives_up_with_the_reason() -> None:
+    state, _ = _run(PoolsState(desired={DECODE: 1}))
+    now_s, waits = 0.0, []
+    for incarnation in (1, 2, 3):
+        state = lost(state, Loss("m/decode/0", incarnation, f"crash {incarnation}"), now_s, POLICY)
+        wake = wake_at_s(state)
+        if wake is not None:
+            waits.append(wake - now_s)
+            now_s = wake
+            state, actions = _run(state, now_s)
+            assert actions == (Start("m/decode/0", incarnation + 1, DECODE),)
+    assert waits == [1.0, 2.0]
+    replica = state.replicas["m/decode/0"]
+    assert (replica.phase, replica.failure) == (Phase.FAILED, "crash 3")
+    assert _run(state, 1e9)[1] == ()
+
+
+def test_a_worker_that_ran_long_is_restarted_at_once() -> None:
+    state, _ = _run(PoolsState(desired={DECODE: 1}))
+    state = became_ready(state, "m/decode/0", 1, 5.0)
+    state = lost(state, Loss("m/decode/0", 1, "killed"), 35.0, POLICY)
+    assert _run(state, 35.0)[1] == (Start("m/decode/0", 2, DECODE),)
+
+
+def test_a_permanent_failure_is_not_retried_until_scaled() -> None:
+    state, _ = _run(PoolsState(desired={DECODE: 1}))
+    state = lost(state, Loss("m/decode/0", 1, "no such model", permanent=True), 0.0, POLICY)
+    assert _run(state, 1e9)[1] == ()
+    assert _run(set_desired(state, {DECODE: 1}), 1.0)[1] == (Start("m/decode/0", 2, DECODE),)
+
+
+def test_the_newest_ready_replica_leaves_first_and_its_slot_keeps_counting() -> None:
+    state, _ = _run(PoolsState(desired={DECODE: 3}))
+    for index in range(3):
+        state = became_ready(state, f"m/decode/{index}", 1, 0.0)
+    state, actions = _run(set_desired(state, {DECODE: 2}))
+    assert actions == (Drain("m/decode/2", 1),)
+    # While it drains, growing back waits: the leaving worker still holds its memory.
+    state, actions = _run(set_desired(state, {DECODE: 3}))
+    assert actions == ()
+    state, actions = _run(became_drained(state, "m/decode/2", 1))
+    assert actions == (Stop("m/decode/2", 1),)
+    state, actions = _run(lost(state, Loss("m/decode/2", 1, "stopped"), 0.0, POLICY))
+    assert actions == (Start("m/decode/2", 2, DECODE),)
+
+
+def test_phases_that_leave_have_a_process() -> None:
+    assert LEAVING < WITH_PROCESS

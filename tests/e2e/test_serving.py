@@ -1,0 +1,230 @@
+"""The whole of it, as its users meet it: a real cluster (Ray, manager, router, workers), openai-python and a gRPC client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import grpc
+import httpx
+import openai
+import pytest
+
+from common.wire import inference_pb2, inference_pb2_grpc
+from support.cluster import RunningCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+PROMPT = [(7 * index) % 370 + 3 for index in range(120)]
+MESSAGES = [{"role": "user", "content": "tell me of the word that they had for it"}]
+
+
+@pytest.fixture(scope="module")
+def client(cluster: RunningCluster) -> Iterator[openai.OpenAI]:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=f"{cluster.base_url}/v1", api_key="unused", max_retries=0, http_client=http) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(cluster: RunningCluster) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{cluster.base_url}/v1",
+        api_key="unused",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    )
+
+
+def test_openai_python_does_what_its_users_do(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=12, temperature=0)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 12
+    assert whole.choices[0].finish_reason == "length"
+
+    streamed, usage, finish = "", None, None
+    for chunk in client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+    ):
+        if chunk.choices:
+            streamed += chunk.choices[0].delta.content or ""
+            finish = chunk.choices[0].finish_reason or finish
+        usage = chunk.usage or usage
+    assert streamed == whole.choices[0].message.content
+    assert finish == "length"
+    assert usage is not None
+    assert usage.prompt_tokens == whole.usage.prompt_tokens
+
+    several = client.completions.create(model="tiny", prompt=PROMPT, n=3, seed=5, temperature=0.9, max_tokens=6, logprobs=2)
+    again = client.completions.create(model="tiny", prompt=PROMPT, n=3, seed=5, temperature=0.9, max_tokens=6, logprobs=2)
+    assert len({choice.text for choice in several.choices}) > 1
+    assert [choice.text for choice in several.choices] == [choice.text for choice in again.choices]
+    assert all(choice.logprobs and len(choice.logprobs.token_logprobs or []) == 6 for choice in several.choices)
+
+    echoed = client.completions.create(model="tiny", prompt=PROMPT[:20], echo=True, logprobs=1, max_tokens=1, temperature=0)
+    logprobs = echoed.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert len(logprobs.token_logprobs) == 21
+    assert logprobs.token_logprobs[0] is None
+
+
+def test_openai_python_sees_proper_exceptions(client: openai.OpenAI) -> None:
+    def chat(**change: object) -> None:
+        arguments: dict[str, object] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **change}
+        client.chat.completions.create(**arguments)  # type: ignore[call-overload]
+
+    with pytest.raises(openai.NotFoundError):
+        chat(model="nobody")
+    for field, value in {"temperature": 9, "n": 0, "top_p": 7, "max_tokens": -1}.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(**{field: value})
+        assert caught.value.param == field
+    with pytest.raises(openai.BadRequestError, match=r"2048|context"):
+        client.completions.create(model="tiny", prompt=[5] * 5000)
+
+
+def test_prefill_happens_on_another_process_and_its_kv_travels(cluster: RunningCluster) -> None:
+    body = {"model": "tiny", "prompt": [9, *PROMPT], "max_tokens": 4, "temperature": 0, "pdserve_timings": True}
+    answer = httpx.post(f"{cluster.base_url}/v1/completions", json=body, trust_env=False, timeout=30)
+    timings = answer.json()["timings"]
+    assert timings["transport"] == "shm"
+    assert timings["prefill_worker"] == cluster.workers("prefill")[0]["worker_id"]
+    pids = {worker["pid"] for worker in cluster.status()["workers"]}
+    assert len(pids) == 2
+
+
+def test_a_grpc_client_does_the_same(cluster: RunningCluster, client: openai.OpenAI) -> None:
+    expected = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+    with grpc.insecure_channel(cluster.grpc_address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        assert [model.id for model in stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10).models] == ["tiny"]
+        tokens = inference_pb2.TokenIds(ids=PROMPT)
+        request = inference_pb2.InferenceRequest(model="tiny", prompt_token_ids=tokens, max_tokens=8, temperature=0)
+        events = list(stub.Generate(request, timeout=30))
+        assert "".join(event.text for event in events) == expected
+        assert events[-1].usage.completion_tokens == 8
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(inference_pb2.InferenceRequest(model="nobody", prompt="x"), timeout=10))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(inference_pb2.InferenceRequest(model="tiny", prompt="x", temperature=9), timeout=10))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "temperature" in caught.value.details()
+
+
+async def test_two_hundred_requests_with_random_cancels_and_disconnects(
+    cluster: RunningCluster, async_client: openai.AsyncOpenAI
+) -> None:
+    chance = random.Random(3)
+    gate = asyncio.Semaphore(12)
+
+    async def one(number: int) -> str:
+        prompt = [number + 3, *PROMPT[: chance.randrange(1, 100)]]
+        how = chance.choice(["whole", "stream", "leave at once", "leave in the middle"])
+        arguments = {"model": "tiny", "prompt": prompt, "max_tokens": chance.randrange(1, 30), "n": 1 + number % 2}
+        async with gate:
+            if how == "whole":
+                await async_client.completions.create(**arguments)
+            elif how == "leave at once":
+                task = asyncio.ensure_future(async_client.completions.create(**arguments))
+                await asyncio.sleep(chance.random() * 0.05)
+                task.cancel()
+                await asyncio.wait([task])
+            else:
+                stream = await async_client.completions.create(stream=True, **arguments)
+                seen = 0
+                async for _ in stream:
+                    seen += 1
+                    if how == "leave in the middle" and seen == 2:
+                        await stream.close()
+                        break
+        return how
+
+    outcomes = await asyncio.gather(*(one(number) for number in range(200)))
+    assert len(set(outcomes)) == 4
+    await async_client.close()
+    await asyncio.to_thread(cluster.wait_for, "clean pools", cluster.nothing_leaks, 10.0)
+
+
+async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
+    cluster: RunningCluster, async_client: openai.AsyncOpenAI
+) -> None:
+    stop = asyncio.Event()
+    expected: dict[int, str] = {}
+    count = 0
+
+    async def load(lane: int) -> None:
+        nonlocal count
+        while not stop.is_set():
+            number = count % 7
+            count += 1
+            answer = await async_client.completions.create(
+                model="tiny", prompt=[number + 3, *PROMPT], max_tokens=10, temperature=0.8, seed=number
+            )
+            text = answer.choices[0].text
+            assert expected.setdefault(number, text) == text, "the answer changed while scaling"
+
+    lanes = [asyncio.ensure_future(load(lane)) for lane in range(4)]
+    try:
+        scaled = await asyncio.to_thread(
+            cluster.cli, "scale", "tiny", "--prefill", "2", "--decode", "2", "--cluster", cluster.name, "--wait", "60"
+        )
+        assert scaled.returncode == 0, scaled.stderr
+
+        def all_serve() -> bool:
+            workers = cluster.status()["workers"]
+            return len(workers) == 4 and all(worker["requests_served"] > 0 for worker in workers)
+
+        await asyncio.to_thread(cluster.wait_for, "request served by each of four workers", all_serve, 60.0)
+        back = await asyncio.to_thread(
+            cluster.cli, "scale", "tiny", "--prefill", "1", "--decode", "1", "--cluster", cluster.name, "--wait", "60"
+        )
+        assert back.returncode == 0, back.stderr
+    finally:
+        stop.set()
+        await asyncio.gather(*lanes)
+    await async_client.close()
+    assert count > 20
+    assert len(await asyncio.to_thread(lambda: cluster.status()["workers"])) == 2
+
+
+def test_a_killed_prefill_worker_is_not_noticed(cluster: RunningCluster, client: openai.OpenAI) -> None:
+    before = client.completions.create(model="tiny", prompt=[11, *PROMPT], max_tokens=8, temperature=0).choices[0].text
+    old = cluster.workers("prefill")[0]
+    os.kill(old["pid"], signal.SIGKILL)
+    for _ in range(5):
+        again = client.completions.create(model="tiny", prompt=[11, *PROMPT], max_tokens=8, temperature=0)
+        assert again.choices[0].text == before
+
+    def restarted() -> bool:
+        ready = cluster.workers("prefill")
+        return bool(ready) and ready[0]["incarnation"] > old["incarnation"] and ready[0]["pid"] != old["pid"]
+
+    cluster.wait_for("new incarnation of the prefill worker", restarted, 60.0)
+    cluster.wait_for("clean pools", cluster.nothing_leaks, 10.0)
+
+
+def test_a_killed_decode_worker_ends_streams_in_one_error_and_comes_back(cluster: RunningCluster, client: openai.OpenAI) -> None:
+    old = cluster.workers("decode")[0]
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1800, temperature=0, stream=True)
+    next(iter(stream))
+    os.kill(old["pid"], signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        for _ in stream:
+            pass
+
+    def restarted() -> bool:
+        ready = cluster.workers("decode")
+        return bool(ready) and ready[0]["incarnation"] > old["incarnation"]
+
+    cluster.wait_for("new incarnation of the decode worker", restarted, 60.0)
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, temperature=0)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4

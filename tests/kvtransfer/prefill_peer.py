@@ -1,0 +1,80 @@
+"""A prefill worker's transfer end in a process of its own, to be stopped and killed. Obeys JSON lines on stdin, answers each.
+
+{"do": "connect", "kind", "address", "pool_blocks"} · {"do": "open", "ticket"} · {"do": "push", "blocks"} · {"do": "finish"}
+{"do": "half", "logical"}: a header and half of its block, then nothing (tcp) · {"do": "release", "nonce"}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from common.clock import SystemClock
+from common.errors import PdserveError
+from common.types import KVLayout, Ticket
+from kvtransfer.digest import block_digest
+from kvtransfer.frames import Frame, FrameKind
+from kvtransfer.region import BlockRegion
+from kvtransfer.sender import KVSender, Outgoing
+from kvtransfer.ticket import derive_secret
+from kvtransfer.transports.base import TransportOffer
+
+LAYOUT = KVLayout("model", "tokenizer", 16, 4, 32, 16, "float32", True)  # 256 KiB a block
+SOURCE_BLOCKS = 64
+
+
+def source_block(index: int) -> bytes:
+    return bytes([index + 1]) * LAYOUT.block_bytes
+
+
+class Peer:
+    def __init__(self, worker_id: str) -> None:
+        self.region = BlockRegion.create_shared(LAYOUT.block_bytes, SOURCE_BLOCKS)
+        for index in range(SOURCE_BLOCKS):
+            self.region.block(index)[:] = source_block(index)
+        self.sender = KVSender(self.region, LAYOUT, worker_id, 1, derive_secret("token"), SystemClock())
+        self.outgoing: Outgoing | None = None
+
+    async def obey(self, order: dict[str, Any]) -> Any:
+        match order["do"]:
+            case "connect":
+                offer = TransportOffer(order["kind"], order["address"])
+                return await self.sender.connect("m/decode/0", 1, [offer], order["pool_blocks"])
+            case "open":
+                values = order["ticket"]
+                for name in ("nonce", "layout_fingerprint", "mac"):
+                    values[name] = bytes.fromhex(values[name])
+                self.outgoing = self.sender.open(Ticket(**{**values, "blocks": tuple(values["blocks"])}))
+            case "release":
+                await self.sender.release([bytes.fromhex(order["nonce"])])
+            case "push" if self.outgoing is not None:
+                await self.outgoing.push([(logical, source) for logical, source in order["blocks"]])
+            case "finish" if self.outgoing is not None:
+                account = await self.outgoing.finish()
+                return {logical: digest.hex() for logical, digest in account.digests.items()}
+            case "half" if self.outgoing is not None:
+                link, nonce, logical = self.outgoing._link, self.outgoing.ticket.nonce, order["logical"]
+                block = self.region.block(logical)
+                frame = Frame(FrameKind.BLOCK, nonce, logical, len(block), block_digest(block, nonce, logical))
+                await link._in_lane(lambda: link._send([frame.encode(), block[: len(block) // 2]]))  # type: ignore[union-attr]
+        return None
+
+
+async def main() -> None:
+    peer = Peer(sys.argv[1])
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        try:
+            answer = {"ok": await peer.obey(json.loads(line))}
+        except PdserveError as error:
+            answer = {"error": error.code}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    await peer.sender.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

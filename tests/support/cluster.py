@@ -1,0 +1,121 @@
+"""A cluster as a user starts it: `pdserve up` in a process of its own, watched through `pdserve status --json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+CLI = (sys.executable, "-m", "deploy.cli")
+
+
+@dataclass
+class RunningCluster:
+    name: str
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+    log: Path
+
+    def cli(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*CLI, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    def status(self) -> dict[str, Any]:
+        found = self.cli("status", "--json", "--cluster", self.name)
+        assert found.returncode == 0, found.stderr
+        status: dict[str, Any] = json.loads(found.stdout)
+        return status
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.status()['routers'][0]['http_address']}"
+
+    @property
+    def grpc_address(self) -> str:
+        address: str = self.status()["routers"][0]["grpc_address"]
+        return address
+
+    def workers(self, role: str, state: str = "ready") -> list[dict[str, Any]]:
+        return [worker for worker in self.status()["workers"] if worker["role"] == role and worker["state"] == state]
+
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"the cluster ended while waiting for {what}:\n{self.log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s} s: {self.status()}"
+            time.sleep(0.1)
+
+    def nothing_leaks(self) -> bool:
+        return all(
+            worker["blocks_free"] == worker["blocks_total"] and worker["leases_open"] == 0 and worker["requests_running"] == 0
+            for worker in self.status()["workers"]
+            if worker["state"] == "ready"
+        )
+
+
+@contextmanager
+def launched(
+    folder: Path, *, model_path: Path, name: str = "e2e", settings: dict[str, Any] | None = None
+) -> Iterator[RunningCluster]:
+    """Up, ready, and down again by Ctrl-C; the end is part of what is tested: it must come in time and be clean."""
+    config = {
+        "cluster": name,
+        "models": [
+            {
+                "name": "tiny",
+                "source": str(model_path),
+                "engine": {"dtype": "float32", "exact": True, "kv_pool_tokens": 4096, "threads": 1},
+                "decode": {"local_prefill_tokens": 4},
+            }
+        ],
+        "router": {"http_port": 0, "grpc_port": 0},
+        **(settings or {}),
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    environment = {**os.environ, "PDSERVE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    log = folder / "up.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*CLI, "up", str(path)], env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    cluster = RunningCluster(name, process, environment, log)
+    try:
+        _wait_ready(cluster)
+        yield cluster
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()[-4000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+
+
+def _wait_ready(cluster: RunningCluster) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert cluster.process.poll() is None, f"`pdserve up` ended:\n{cluster.log.read_text()[-4000:]}"
+        assert time.monotonic() < deadline, f"not ready in time:\n{cluster.log.read_text()[-4000:]}"
+        found = cluster.cli("status", "--json", "--cluster", cluster.name)
+        if found.returncode == 0 and (routers := json.loads(found.stdout)["routers"]):
+            try:
+                if httpx.get(f"http://{routers[0]['http_address']}/ready", trust_env=False, timeout=5.0).status_code == 200:
+                    return
+            except httpx.TransportError:
+                continue
+        time.sleep(0.2)

@@ -1,0 +1,62 @@
+"""Models of transformers, an implementation that shares no code with ours, for tests to hold answers against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def gguf_oracle(file: Path) -> torch.nn.Module:
+    """transformers' Llama with the tensors of a GGUF file, as the gguf library dequantises them."""
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = gguf.GGUFReader(file)
+
+    def field(name: str) -> Any:
+        return reader.fields[f"llama.{name}"].contents()
+
+    heads, kv_heads = field("attention.head_count"), field("attention.head_count_kv")
+    config = LlamaConfig(
+        num_hidden_layers=field("block_count"),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        max_position_embeddings=field("context_length"),
+        vocab_size=reader.fields["llama.vocab_size"].contents(),
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    names = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    weights = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        first, *rest = tensor.name.split(".")
+        if first != "blk":
+            weights[{"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[first] + ".weight"] = values
+            continue
+        layer, part, _ = rest
+        if part in ("attn_q", "attn_k"):  # llama.cpp turns neighbouring dimensions, transformers those half a head apart
+            split = (heads if part == "attn_q" else kv_heads, -1, 2, values.shape[1])
+            values = values.view(split).transpose(1, 2).reshape(values.shape)
+        weights[f"model.layers.{layer}.{names[part]}.weight"] = values
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (list(missing), list(unexpected)) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model.eval()

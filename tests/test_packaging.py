@@ -1,0 +1,94 @@
+"""Import path is file path: our names resolve to this repository, nobody else owns them, and the small installs stay small."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("common", "kvtransfer", "prefill_worker", "decode_worker", "router", "deploy")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "constraints.txt",
+    "proto",
+    "pyproject.toml",
+    "tests",
+    *PACKAGES,
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_each_package_is_ours(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).resolve() == ROOT / name / "__init__.py", "another distribution shadows this package"
+    assert set(importlib.metadata.packages_distributions().get(name, ["pdserve"])) == {"pdserve"}
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tools["hatch"]["build"]["targets"]["wheel"]["packages"] == list(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    "module", ["router.server", "deploy.cli", "kvtransfer", "common.codec", "common.rpc", "common.tokenizer"]
+)
+def test_importing_it_loads_nothing_heavy(module: str) -> None:
+    heavy = "{'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules)"
+    script = f"import sys, {module}; heavy = {heavy}; sys.exit(f'{module} loads {{heavy}}' if heavy else 0)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_top_level_of_the_repository_holds_what_is_listed() -> None:
+    if (ROOT / ".git").exists():  # what is staged or committed: the folder itself may hold anybody's scratch files
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        found = {name.partition("/")[0] for name in done.stdout.splitlines()}
+    else:
+        ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line and line[0] != "#"]
+        found = {path.name for path in ROOT.iterdir() if not any(fnmatch(path.name, pattern) for pattern in ignored)}
+    assert found <= TOP_LEVEL, f"not in the plan: {sorted(found - TOP_LEVEL)}"
+    missing = sorted(name for name in TOP_LEVEL if not (ROOT / name).exists())
+    assert not missing, f"in the plan but not there: {missing}"
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", distribution, maxsplit=1)[0]).lower()
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    extras = PROJECT["optional-dependencies"]
+    declared = {_normal(name) for name in PROJECT["dependencies"]}
+    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "otel") for name in extras[extra]}
+    # starlette is FastAPI's face, triton and numpy come with torch; their names are part of those libraries' contracts
+    declared |= {"starlette", "triton", "pydantic-core"}
+    owners = importlib.metadata.packages_distributions()
+    undeclared = []
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - set(PACKAGES) - sys.stdlib_module_names:
+                if not declared & {_normal(owner) for owner in owners.get(name, [name])}:
+                    undeclared.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert undeclared == []
