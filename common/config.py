@@ -52,6 +52,9 @@ class PrefillConfig(_Part):
     replicas: int = Field(1, ge=0, description="Prefill workers of this model.")
     chunk_tokens: int = Field(512, ge=1, description="Most prompt tokens computed in one step.")
     max_running: int = Field(32, ge=1, description="Most prompts in progress at once.")
+    layer_groups: int = Field(
+        6, ge=1, description="A chunk's KV leaves in so many groups of layers while later layers compute; 1 sends whole chunks."
+    )
 
 
 class DecodeConfig(_Part):

@@ -1,14 +1,15 @@
 """Every Prometheus metric of pdserve, on one page. vLLM's names where it has one (boards know them), `pdserve_` else.
 
-One registry per process, served by that process: routers on their HTTP port, workers on a port of their own. Counters and
-histograms are updated where things happen; gauges are read from live state at scrape time, so that they can never go stale.
+One registry per process, served by that process: routers on their HTTP port, workers and the manager on ports of their own.
+Counters and histograms are updated where things happen; gauges are read from live state at scrape time, so that they can never
+go stale.
 No metric carries a prompt, a request id or an API key.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -171,6 +172,40 @@ class WorkerMetrics:
         )
         info.add_metric((*self._values, str(now.block_tokens), str(now.blocks_total)), 1)
         yield info
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReadings:
+    """One pool at the moment of a scrape. Written by the pool manager. `phases` has every phase there is."""
+
+    model: str
+    role: str
+    desired: int
+    phases: Mapping[str, int]
+    restarts: int  # incarnations after the first of each slot
+
+
+class ManagerMetrics:
+    """What the pool manager shows. Created once, by its process; `read` is called from the thread that serves metrics."""
+
+    def __init__(
+        self, registry: CollectorRegistry, *, read: Callable[[], Iterable[PoolReadings]], routers: Callable[[], int]
+    ) -> None:
+        self._read_pools, self._count_routers = read, routers
+        registry.register(_Gauges(self._read))
+
+    def _read(self) -> Iterable[Metric]:
+        labels = ("model_name", "role")
+        desired = GaugeMetricFamily("pdserve_pool_desired_workers", "Workers there should be.", labels=labels)
+        workers = GaugeMetricFamily("pdserve_pool_workers", "Workers there are, by phase.", labels=(*labels, "phase"))
+        restarts = CounterMetricFamily("pdserve_pool_worker_restarts", "Workers started again after a loss.", labels=labels)
+        for pool in self._read_pools():
+            desired.add_metric((pool.model, pool.role), pool.desired)
+            restarts.add_metric((pool.model, pool.role), pool.restarts)
+            for phase, count in pool.phases.items():
+                workers.add_metric((pool.model, pool.role, phase), count)
+        watching = GaugeMetricFamily("pdserve_routers", "Routers that watch the membership.", value=self._count_routers())
+        yield from (desired, workers, restarts, watching)
 
 
 class _Gauges(Collector):

@@ -17,8 +17,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
-import grpc.aio
-
 from common.clock import Clock
 from common.codec import (
     layout_to_wire,
@@ -28,13 +26,12 @@ from common.codec import (
     token_logprob_from_wire,
 )
 from common.config import TransferConfig
-from common.engine.engine import Engine
 from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch
 from common.logs import get_logger
-from common.rpc import connect, error_from_rpc
-from common.types import Request, StageTimings, TokenLogprob, WorkerRef
-from common.wire import worker_pb2, worker_pb2_grpc
+from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
+from common.wire import worker_pb2
 from common.worker import WorkerSpec
+from decode_worker.prefill_peer import ConnectPrefill, PrefillPeer
 from decode_worker.scheduler import RemotePrefill, RemotePrefillWanted
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.receiver import Incoming, KVReceiver
@@ -61,8 +58,7 @@ class PoolMemory:
 @dataclass(slots=True)
 class _Peer:
     ref: WorkerRef
-    channel: grpc.aio.Channel
-    stub: worker_pb2_grpc.PrefillStub
+    rpc: PrefillPeer
     connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
     transport: str = ""  # "" until the handshake succeeded
 
@@ -81,17 +77,23 @@ class DecodeHandoff:
     """One per worker; lives on its asyncio loop. `on_drained` gets the blocks of every fetch that did not succeed, once."""
 
     def __init__(
-        self, spec: WorkerSpec, engine: Engine, region: BlockRegion, clock: Clock, on_drained: Callable[[tuple[int, ...]], None]
+        self,
+        spec: WorkerSpec,
+        layout: KVLayout,
+        region: BlockRegion,
+        clock: Clock,
+        *,
+        connect: ConnectPrefill,
+        on_drained: Callable[[tuple[int, ...]], None],
     ) -> None:
         self._spec = spec
         self._config: TransferConfig = spec.transfer
-        self._layout = engine.layout
+        self._layout = layout
         self._region = region
         self._clock = clock
+        self._connect = connect
         self._on_drained = on_drained
-        self._receiver = KVReceiver(
-            region, engine.layout, spec.worker_id, spec.incarnation, derive_secret(spec.cluster_token), clock
-        )
+        self._receiver = KVReceiver(region, layout, spec.worker_id, spec.incarnation, derive_secret(spec.cluster_token), clock)
         self._offers: list[TransportOffer] = []
         self._peers: dict[str, _Peer] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -106,7 +108,7 @@ class DecodeHandoff:
     async def close(self) -> None:
         await self._receiver.close()
         for peer in self._peers.values():
-            await peer.channel.close(None)
+            await peer.rpc.close()
         self._peers.clear()
         if self._background:
             await asyncio.wait(self._background)
@@ -160,7 +162,7 @@ class DecodeHandoff:
     async def _run(self, peer: _Peer, incoming: Incoming, request: Request) -> RemotePrefill:
         started_s = self._clock.monotonic_s()
         message = worker_pb2.PrefillRequest(request=request_to_wire(request), ticket=ticket_to_wire(incoming.ticket))
-        run = asyncio.ensure_future(self._call_run(peer, message, incoming.ticket.ttl_s))
+        run = asyncio.ensure_future(peer.rpc.run(message, incoming.ticket.ttl_s))
         failed = asyncio.ensure_future(incoming.wait_failed())
         try:
             await asyncio.wait({run, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -213,13 +215,6 @@ class DecodeHandoff:
             ),
         )
 
-    async def _call_run(self, peer: _Peer, message: worker_pb2.PrefillRequest, timeout_s: float) -> worker_pb2.PrefillReply:
-        try:
-            reply: worker_pb2.PrefillReply = await peer.stub.Run(message, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
-
     async def _handshake(self, peer: _Peer) -> None:
         async with peer.connecting:
             if peer.transport:
@@ -232,10 +227,7 @@ class DecodeHandoff:
                 offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
                 pool_blocks=self._region.num_blocks,
             )
-            try:
-                reply = await peer.stub.Handshake(message, timeout=self._config.handshake_timeout_s)
-            except grpc.aio.AioRpcError as error:
-                raise error_from_rpc(error) from error
+            reply = await peer.rpc.handshake(message, self._config.handshake_timeout_s)
             if (reply.prefill_worker_id, reply.prefill_incarnation) != (peer.ref.worker_id, peer.ref.incarnation):
                 raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
             peer.transport = reply.transport
@@ -248,9 +240,8 @@ class DecodeHandoff:
         if known is not None:
             if known.ref.incarnation > ref.incarnation:
                 raise HandshakeRefused("a later incarnation of this prefill worker is known", param="incarnation")
-            self._spawn(known.channel.close(None))
-        channel = connect(ref.address, self._spec.cluster_token)
-        peer = _Peer(ref, channel, worker_pb2_grpc.PrefillStub(channel))
+            self._spawn(known.rpc.close())
+        peer = _Peer(ref, self._connect(ref))
         self._peers[ref.worker_id] = peer
         return peer
 
@@ -260,10 +251,7 @@ class DecodeHandoff:
 
             async def release() -> None:
                 message = worker_pb2.ReleaseRequest(nonces=[incoming.ticket.nonce])
-                try:
-                    await peer.stub.Release(message, timeout=self._config.release_timeout_s)
-                except grpc.aio.AioRpcError as error:
-                    raise error_from_rpc(error) from error
+                await peer.rpc.release(message, self._config.release_timeout_s)
 
             await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
         self._on_drained(progress.wanted.blocks)

@@ -9,10 +9,14 @@ end. A manager that dies is not restarted: the launcher ends the cluster, becaus
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
 
 from common.clock import SystemClock
 from common.errors import ClusterError
 from common.logs import configure_logging
+from common.metrics import ManagerMetrics, start_metrics_server
 from common.rpc import RpcServer
 from deploy.control import serve_manager
 from deploy.pool_manager import ManagerSpec, PoolManager
@@ -32,6 +36,7 @@ class ManagerActor:
         self._manager: PoolManager | None = None
         self._server: RpcServer | None = None
         self._running: asyncio.Task[None] | None = None
+        self._stop_metrics: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return ACTOR_NAME
@@ -40,7 +45,11 @@ class ManagerActor:
         spec = self._spec
         configure_logging(spec.logging, process=ACTOR_NAME)
         workers = RayHost(spec.cluster, self._cluster_id, self._num_cpus_per_worker, self._factory)
-        self._manager = PoolManager(spec, workers, SystemClock())
+        self._manager = manager = PoolManager(spec, workers, SystemClock())
+        registry = CollectorRegistry()
+        ManagerMetrics(registry, read=manager.read_pools, routers=lambda: len(manager.snapshot.routers))
+        metrics_address, self._stop_metrics = start_metrics_server(registry, spec.host)
+        manager.metrics_served_at(metrics_address)
         self._server = await serve_manager(self._manager, host=spec.host, token=spec.cluster_token)
         self._running = asyncio.create_task(self._manager.run(), name="pool manager")
         return self._server.address
@@ -59,4 +68,6 @@ class ManagerActor:
         if self._running is None or self._server is None:
             raise ClusterError("the manager was not started")
         await asyncio.shield(self._running)
+        if self._stop_metrics is not None:
+            await asyncio.to_thread(self._stop_metrics)
         await self._server.stop(_SERVER_GRACE_S)

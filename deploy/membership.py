@@ -39,6 +39,7 @@ class ServedModel:
 
 class Membership:
     def __init__(self, cluster: str, models: Sequence[ServedModel]) -> None:
+        self.manager_metrics_address = ""  # shown from the next `publish` on
         self._cluster = cluster
         self._models = tuple(models)
         self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
@@ -72,6 +73,7 @@ class Membership:
             models=[self._model(model, state.desired) for model in self._models],
             workers=workers,
             routers=self._routers.values(),
+            manager_metrics_address=self.manager_metrics_address,
         )
         if snapshot != self.snapshot or snapshot.version == 0:
             snapshot.version += 1

@@ -19,6 +19,7 @@ from common.clock import Clock
 from common.config import LoggingConfig, ModelConfig, TransferConfig
 from common.errors import ClusterError, ConfigError, DeadlineExceeded, ModelLoadError, ModelNotFound, PdserveError, WorkerLost
 from common.logs import get_logger
+from common.metrics import PoolReadings
 from common.rpc import cancel_and_wait, connect, error_from_rpc
 from common.types import Role, WorkerRef
 from common.wire.registry_pb2 import ClusterSnapshot, RouterInfo
@@ -119,6 +120,30 @@ class PoolManager:
     @property
     def snapshot(self) -> ClusterSnapshot:
         return self._membership.snapshot
+
+    def read_pools(self) -> list[PoolReadings]:
+        """For metrics; from any thread: the state is replaced as a whole, never changed."""
+        state = self._state
+        readings = []
+        for pool in state.pools():
+            phases = dict.fromkeys((phase.value for phase in Phase), 0)
+            for replica in state.of(pool):
+                phases[replica.phase.value] += 1
+            starts = [count for worker_id, count in state.incarnations.items() if worker_id.startswith(pool.worker_prefix)]
+            readings.append(
+                PoolReadings(
+                    model=pool.model,
+                    role=pool.role.value,
+                    desired=state.desired.get(pool, 0),
+                    phases=phases,
+                    restarts=sum(starts) - len(starts),
+                )
+            )
+        return readings
+
+    def metrics_served_at(self, address: str) -> None:
+        """Where operators find this process's metrics; part of the picture from now on."""
+        self._membership.manager_metrics_address = address
 
     async def run(self) -> None:
         try:

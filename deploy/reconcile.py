@@ -44,8 +44,12 @@ class Pool:
     model: str
     role: Role
 
+    @property
+    def worker_prefix(self) -> str:
+        return f"{self.model}/{self.role.value}/"
+
     def worker_id(self, index: int) -> str:
-        return f"{self.model}/{self.role.value}/{index}"
+        return f"{self.worker_prefix}{index}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Where the prefill worker's engine meets KV transfer: finished blocks of a prompt go to the decode worker that asked for them.
 
-    begin(ticket) -> Push ── computed(...) after each chunk: what became final leaves while the next chunk computes
+    begin(ticket) -> Push ── computed(...) after each group of layers of each chunk: it leaves while the next one computes
                           ├─ finish() -> the account for the seal
                           └─ abort(): nothing is read or written any more
 
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from common.blocks import num_blocks, num_full_blocks
 from common.clock import Clock
 from common.codec import layout_from_wire
-from common.engine.engine import Engine
 from common.errors import HandshakeRefused
 from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
@@ -31,12 +30,13 @@ from kvtransfer.transports.base import TransportOffer
 class PrefillHandoff:
     """One per worker; lives on its asyncio loop."""
 
-    def __init__(self, spec: WorkerSpec, engine: Engine, clock: Clock) -> None:
+    def __init__(self, spec: WorkerSpec, layout: KVLayout, pool: memoryview, clock: Clock) -> None:
+        """`pool` is the engine's KV memory, a whole number of blocks."""
         self._spec = spec
-        self._layout = engine.layout
+        self._layout = layout
         self._sender = KVSender(
-            BlockRegion(engine.pool.buffer, engine.layout.block_bytes, engine.pool.num_blocks),
-            engine.layout,
+            BlockRegion(pool, layout.block_bytes, pool.nbytes // layout.block_bytes),
+            layout,
             spec.worker_id,
             spec.incarnation,
             derive_secret(spec.cluster_token),
@@ -83,15 +83,20 @@ class Push:
         self._outgoing = outgoing
         self._ticket = ticket
         self._block_tokens = layout.block_tokens
-        self._next = ticket.first_block  # logical blocks below it have been pushed, or were not asked for
+        self._num_layers = layout.num_layers
+        self._next = ticket.first_block  # logical blocks below it have been pushed with all layers, or were not asked for
 
-    async def computed(self, num_tokens: int, blocks: Sequence[int]) -> None:
-        """The prompt's first `num_tokens` tokens are in `blocks`. Waits only while too much is queued; raises HandoffError."""
+    async def computed(self, num_tokens: int, blocks: Sequence[int], first_layer: int, end_layer: int) -> None:
+        """Layers [first, end) of the prompt's first `num_tokens` tokens are in `blocks`; called in order of chunks, and of layers
+        within a chunk. Waits only while too much is queued; raises HandoffError."""
         at_end = num_tokens == self._ticket.num_tokens
         final = num_blocks(num_tokens, self._block_tokens) if at_end else num_full_blocks(num_tokens, self._block_tokens)
         if final > self._next:
-            first, self._next = self._next, final
-            await self._outgoing.push([(logical, blocks[logical]) for logical in range(first, final)])
+            pairs = [(logical, blocks[logical]) for logical in range(self._next, final)]
+            if end_layer < self._num_layers:
+                return
+            self._next = final
+            await self._outgoing.push(pairs)
 
     async def finish(self) -> TransferAccount:
         """Returns when all was written. Raises HandoffError."""

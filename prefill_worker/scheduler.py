@@ -25,12 +25,15 @@ from common.types import KVLayout, Request, SampledToken, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkComputed:
-    """The first `num_tokens` tokens of the prompt are in `blocks` (all of the prompt's, in order); full blocks are final."""
+class LayersComputed:
+    """The first `num_tokens` tokens of the prompt are in `blocks` (all of the prompt's, in order), as far as the layers
+    [first, end) go. Layers of a chunk are reported in order, and all of them before the next chunk's. Full blocks are final."""
 
     request_id: str
     num_tokens: int
     blocks: tuple[int, ...]
+    first_layer: int
+    end_layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class PromptComputed:
     prefill_s: float
 
 
-Event = ChunkComputed | PromptComputed
+Event = LayersComputed | PromptComputed
 
 
 class _State(enum.Enum):
@@ -160,15 +163,28 @@ class PrefillScheduler:
             budget -= count
         return StepPlan(ScheduledBatch(tuple(slices)), tuple(shares))
 
+    def layers_computed(self, plan: StepPlan, first_layer: int, end_layer: int) -> None:
+        """Keys and values of these layers are in the pool for every token of the plan, while later layers still compute."""
+        for prompt, count in plan.prompts:
+            sequence = prompt.sequence
+            self._events.append(
+                LayersComputed(
+                    prompt.request.request_id,
+                    sequence.num_computed + count,
+                    tuple(sequence.blocks),
+                    first_layer,
+                    end_layer,
+                )
+            )
+
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
-        """Accounts for a computed step."""
+        """Accounts for a computed step, whose layers have all been reported."""
         now_s = self._clock.monotonic_s()
         for (prompt, count), computed in zip(plan.prompts, result.slices, strict=True):
             sequence, request_id = prompt.sequence, prompt.request.request_id
             sequence.advance(count, self._blocks)
             self.totals.computed_tokens += count
             prompt.logprobs.extend(computed.prompt_logprobs)
-            self._events.append(ChunkComputed(request_id, sequence.num_computed, tuple(sequence.blocks)))
             if sequence.remaining == 0:
                 self.stop(request_id)
                 self.totals.generated_tokens += len(computed.tokens)
@@ -204,5 +220,6 @@ class PrefillScheduler:
         prompt.enter(_State.RUNNING)
         self._running.append(prompt)
         if cached:
-            self._events.append(ChunkComputed(request.request_id, prompt.cached_tokens, tuple(sequence.blocks)))
+            blocks = tuple(sequence.blocks)
+            self._events.append(LayersComputed(request.request_id, prompt.cached_tokens, blocks, 0, self._layout.num_layers))
         return True

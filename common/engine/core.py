@@ -1,6 +1,7 @@
 """One step of an engine: schedule, copy, compute, account. The same for both pools; what differs is the scheduler.
 
     commands -> scheduler -> StepPlan -> pool copies, runner -> ForwardResult -> scheduler -> events
+                                                         `-> a group of layers is computed -> LayerWatcher -> events
 
 Runs on the engine's thread (`common.engine.loop`). Commands reach the scheduler between steps (`EngineLoop.post`). It knows
 neither requests nor gRPC nor KV transfer.
@@ -8,7 +9,7 @@ neither requests nor gRPC nor KV transfer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -43,6 +44,7 @@ class Plan(Protocol):
 
 
 PlanType = TypeVar("PlanType", bound=Plan)
+WatchedPlan = TypeVar("WatchedPlan", contravariant=True)
 Event = TypeVar("Event")
 
 
@@ -61,10 +63,30 @@ class Scheduler(Protocol[PlanType, Event]):
     def take_events(self) -> list[Event]: ...
 
 
+class LayerWatcher(Protocol[WatchedPlan]):
+    """Wants to know how far a step has come, in groups of layers."""
+
+    def layers_computed(self, plan: WatchedPlan, first_layer: int, end_layer: int) -> None:
+        """Keys and values of the layers [first, end) of the plan's batch are in the pool. In order; the last group ends with
+        the model's last layer."""
+        ...
+
+
 class Core(Generic[PlanType, Event]):
     """An `EngineCore` for the engine's thread."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler[PlanType, Event], metrics: WorkerMetrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler[PlanType, Event],
+        metrics: WorkerMetrics,
+        clock: Clock,
+        *,
+        watcher: LayerWatcher[PlanType] | None = None,
+        layer_groups: int = 1,
+    ) -> None:
+        self._watcher = watcher
+        self._group_ends = group_ends(engine.layout.num_layers, layer_groups)
         self._engine = engine
         self._scheduler = scheduler
         self._metrics = metrics
@@ -84,13 +106,32 @@ class Core(Generic[PlanType, Event]):
         self._plan = plan
         return True
 
-    def compute(self) -> None:
+    def compute(self, hand_over: Callable[[], None]) -> None:
         plan, self._plan = self._plan, None
         if plan is None:
             raise IllegalTransition("compute without a schedule")
-        self._scheduler.complete(plan, self._engine.runner.execute(plan.batch))
+        watch = None if self._watcher is None else self._watch(self._watcher, plan, hand_over)
+        self._scheduler.complete(plan, self._engine.runner.execute(plan.batch, watch))
         self._metrics.step_tokens.observe(plan.batch.num_tokens)
         self._metrics.step_s.observe(self._clock.monotonic_s() - self._started_s)
 
     def take_events(self) -> list[Event]:
         return self._scheduler.take_events()
+
+    def _watch(self, watcher: LayerWatcher[PlanType], plan: PlanType, hand_over: Callable[[], None]) -> Callable[[int], None]:
+        first_layer = 0
+
+        def layer_done(num_layers: int) -> None:
+            nonlocal first_layer
+            if num_layers in self._group_ends:
+                watcher.layers_computed(plan, first_layer, num_layers)
+                first_layer = num_layers
+                hand_over()
+
+        return layer_done
+
+
+def group_ends(num_layers: int, num_groups: int) -> frozenset[int]:
+    """Where groups of layers end: as many as asked for, at most one per layer, equal but for one layer."""
+    groups = max(1, min(num_groups, num_layers))
+    return frozenset(num_layers * group // groups for group in range(1, groups + 1))

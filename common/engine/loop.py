@@ -1,7 +1,7 @@
 """The engine's own thread beside an asyncio loop, and the two ways between them.
 
     asyncio loop  -- post(function, *args) -->  inbox  -->  engine thread: apply all, schedule, compute, and again
-    asyncio loop  <--- deliver([events]) ----  before and after computing: at most two wake-ups per step, whatever its size
+    asyncio loop  <--- deliver([events]) ----  before and after computing, and when the core has news within a step
 
 The core is touched by the engine thread only, once `start` was called. When there is nothing to compute the thread sleeps in its
 inbox until something is posted; it never polls. If the core raises, the loop fails as a whole: `on_failure` is called once on the
@@ -27,8 +27,9 @@ class EngineCore(Protocol[Event]):
         """Decides what the next step computes. False: nothing, and only a post can change that."""
         ...
 
-    def compute(self) -> None:
-        """Computes what `schedule` decided, and accounts for it. Called only if that was something."""
+    def compute(self, hand_over: Callable[[], None]) -> None:
+        """Computes what `schedule` decided, and accounts for it. Called only if that was something. Calling `hand_over` has the
+        events so far delivered now; what is there at the end is delivered anyway."""
         ...
 
     def take_events(self) -> list[Event]:
@@ -36,25 +37,25 @@ class EngineCore(Protocol[Event]):
         ...
 
 
+class Inbox(Protocol):
+    """What those on the asyncio side see of an engine: it takes calls, in order, between its steps."""
+
+    def post(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None: ...
+
+
 class EngineLoop(Generic[Event]):
-    def __init__(
-        self,
-        core: EngineCore[Event],
-        *,
-        name: str,
-        deliver: Callable[[list[Event]], None],
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
+    def __init__(self, core: EngineCore[Event], *, name: str) -> None:
         self._core = core
-        self._deliver = deliver
-        self._on_failure = on_failure
+        self._deliver: Callable[[list[Event]], None] | None = None
+        self._on_failure: Callable[[BaseException], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
+    def start(self, *, deliver: Callable[[list[Event]], None], on_failure: Callable[[BaseException], None]) -> None:
         """Called once, on the asyncio loop that events are to be delivered on."""
+        self._deliver, self._on_failure = deliver, on_failure
         self._asyncio = asyncio.get_running_loop()
         self._thread.start()
 
@@ -83,7 +84,7 @@ class EngineLoop(Generic[Event]):
                 # What posts and scheduling had to say does not wait for the computation: first tokens, remote prefills.
                 self._hand_over()
                 if progressed:
-                    self._core.compute()
+                    self._core.compute(self._hand_over)
                     self._hand_over()
         except BaseException as error:
             self._call(self._on_failure, error)
@@ -104,6 +105,6 @@ class EngineLoop(Generic[Event]):
         if events:
             self._call(self._deliver, events)
 
-    def _call(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
-        if self._asyncio is not None and not self._asyncio.is_closed():
+    def _call(self, function: Callable[[*Arguments], None] | None, *arguments: *Arguments) -> None:
+        if function is not None and self._asyncio is not None and not self._asyncio.is_closed():
             self._asyncio.call_soon_threadsafe(function, *arguments)

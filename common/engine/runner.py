@@ -15,7 +15,7 @@ import torch
 from common.engine.attention import create_attention
 from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.kv_pool import KVPool
-from common.engine.models import Model
+from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
 from common.engine.sampler import report_logprobs, sample
 from common.engine.step_input import StepBuffers, StepInput
@@ -33,12 +33,12 @@ class ModelRunner:
         self._buffers = StepBuffers(pool)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> ForwardResult:
-        """Computes one step. Blocks until its tokens are on the host."""
+    def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:
+        """Computes one step. Blocks until its tokens are on the host; calls `layer_done` from within, on this thread."""
         if not batch.slices:
             return ForwardResult()
         _check(batch)
-        step, hidden = self._forward(batch)
+        step, hidden = self._forward(batch, layer_done)
         prompt_logprobs = [
             self._prompt_logprobs(item, hidden[span.first_row : span.first_row + span.num_rows])
             for item, span in zip(batch.slices, step.spans, strict=True)
@@ -60,12 +60,12 @@ class ModelRunner:
         _, hidden = self._forward(batch)
         return self._model.logits(hidden)
 
-    def _forward(self, batch: ScheduledBatch) -> tuple[StepInput, torch.Tensor]:
+    def _forward(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> tuple[StepInput, torch.Tensor]:
         step = self._buffers.fill(batch)
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
         plan = self._attention.plan(step.block_tables, step.spans)
-        return step, self._model.forward(step, self._pool, plan)
+        return step, self._model.forward(step, self._pool, plan, layer_done)
 
     def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
         specs: list[SampleSpec] = []

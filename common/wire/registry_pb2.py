@@ -26,7 +26,7 @@ from common.wire import types_pb2 as common_dot_wire_dot_types__pb2
 from common.wire import worker_pb2 as common_dot_wire_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ommon/wire/registry.proto\x12\npdserve.v1\x1a\x17\x63ommon/wire/types.proto\x1a\x18\x63ommon/wire/worker.proto\"Z\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\x9f\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tcreated_s\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65sired_prefill\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65sired_decode\x18\x06 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\t\"X\n\nRouterInfo\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xab\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12%\n\x06models\x18\x03 \x03(\x0b\x32\x15.pdserve.v1.ModelInfo\x12&\n\x07workers\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.InfoReply\x12\'\n\x07routers\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.RouterInfo\" \n\rStatusRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"o\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07prefill\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply2L\n\x08Registry\x12@\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x1b.pdserve.v1.ClusterSnapshot0\x01\x32\xcf\x01\n\x07\x43ontrol\x12@\n\x06Status\x12\x19.pdserve.v1.StatusRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12>\n\x05Scale\x12\x18.pdserve.v1.ScaleRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12\x42\n\x08Shutdown\x12\x1b.pdserve.v1.ShutdownRequest\x1a\x19.pdserve.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ommon/wire/registry.proto\x12\npdserve.v1\x1a\x17\x63ommon/wire/types.proto\x1a\x18\x63ommon/wire/worker.proto\"Z\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\x9f\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tcreated_s\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65sired_prefill\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65sired_decode\x18\x06 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\t\"X\n\nRouterInfo\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xcc\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12%\n\x06models\x18\x03 \x03(\x0b\x32\x15.pdserve.v1.ModelInfo\x12&\n\x07workers\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.InfoReply\x12\'\n\x07routers\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.RouterInfo\x12\x1f\n\x17manager_metrics_address\x18\x06 \x01(\t\" \n\rStatusRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"o\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07prefill\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply2L\n\x08Registry\x12@\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x1b.pdserve.v1.ClusterSnapshot0\x01\x32\xcf\x01\n\x07\x43ontrol\x12@\n\x06Status\x12\x19.pdserve.v1.StatusRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12>\n\x05Scale\x12\x18.pdserve.v1.ScaleRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12\x42\n\x08Shutdown\x12\x1b.pdserve.v1.ShutdownRequest\x1a\x19.pdserve.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,17 +40,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTERINFO']._serialized_start=347
   _globals['_ROUTERINFO']._serialized_end=435
   _globals['_CLUSTERSNAPSHOT']._serialized_start=438
-  _globals['_CLUSTERSNAPSHOT']._serialized_end=609
-  _globals['_STATUSREQUEST']._serialized_start=611
-  _globals['_STATUSREQUEST']._serialized_end=643
-  _globals['_SCALEREQUEST']._serialized_start=645
-  _globals['_SCALEREQUEST']._serialized_end=756
-  _globals['_SHUTDOWNREQUEST']._serialized_start=758
-  _globals['_SHUTDOWNREQUEST']._serialized_end=775
-  _globals['_SHUTDOWNREPLY']._serialized_start=777
-  _globals['_SHUTDOWNREPLY']._serialized_end=792
-  _globals['_REGISTRY']._serialized_start=794
-  _globals['_REGISTRY']._serialized_end=870
-  _globals['_CONTROL']._serialized_start=873
-  _globals['_CONTROL']._serialized_end=1080
+  _globals['_CLUSTERSNAPSHOT']._serialized_end=642
+  _globals['_STATUSREQUEST']._serialized_start=644
+  _globals['_STATUSREQUEST']._serialized_end=676
+  _globals['_SCALEREQUEST']._serialized_start=678
+  _globals['_SCALEREQUEST']._serialized_end=789
+  _globals['_SHUTDOWNREQUEST']._serialized_start=791
+  _globals['_SHUTDOWNREQUEST']._serialized_end=808
+  _globals['_SHUTDOWNREPLY']._serialized_start=810
+  _globals['_SHUTDOWNREPLY']._serialized_end=825
+  _globals['_REGISTRY']._serialized_start=827
+  _globals['_REGISTRY']._serialized_end=903
+  _globals['_CONTROL']._serialized_start=906
+  _globals['_CONTROL']._serialized_end=1113
 # @@protoc_insertion_point(module_scope)

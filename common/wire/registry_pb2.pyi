@@ -51,18 +51,20 @@ class RouterInfo(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class ClusterSnapshot(_message.Message):
-    __slots__ = ("version", "cluster", "models", "workers", "routers")
+    __slots__ = ("version", "cluster", "models", "workers", "routers", "manager_metrics_address")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    MANAGER_METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     version: int
     cluster: str
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
     workers: _containers.RepeatedCompositeFieldContainer[_worker_pb2.InfoReply]
     routers: _containers.RepeatedCompositeFieldContainer[RouterInfo]
-    def __init__(self, version: _Optional[int] = ..., cluster: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[_worker_pb2.InfoReply, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterInfo, _Mapping]]] = ...) -> None: ...
+    manager_metrics_address: str
+    def __init__(self, version: _Optional[int] = ..., cluster: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[_worker_pb2.InfoReply, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterInfo, _Mapping]]] = ..., manager_metrics_address: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("refresh",)

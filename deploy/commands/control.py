@@ -114,6 +114,7 @@ def _describe(snapshot: Any) -> dict[str, Any]:
     return {
         "cluster": snapshot.cluster,
         "version": snapshot.version,
+        "manager_metrics_address": snapshot.manager_metrics_address,
         "models": [
             {
                 "name": model.name,

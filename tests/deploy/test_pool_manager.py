@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import grpc.aio
 import pytest
+from prometheus_client import CollectorRegistry
 
 from common.clock import SystemClock
 from common.config import DecodeConfig, LoggingConfig, ModelConfig, PrefillConfig, TransferConfig
 from common.errors import ClusterError, DeadlineExceeded, ModelLoadError, ModelNotFound
+from common.metrics import ManagerMetrics
 from common.rpc import cancel_and_wait, connect, error_from_rpc
 from common.types import Role
 from common.wire.registry_pb2 import ClusterSnapshot, ScaleRequest, ShutdownRequest, StatusRequest, WatchRequest
@@ -110,6 +112,25 @@ async def test_a_dead_worker_is_restarted_with_the_same_id_and_a_new_incarnation
         decode = next(worker for worker in snapshot.workers if worker.worker_id == DECODE)
         assert decode.failure == "exit 9"
         assert next(worker for worker in snapshot.workers if worker.worker_id == PREFILL).incarnation == 1
+
+
+async def test_its_metrics_tell_desired_from_actual_workers_and_count_restarts() -> None:
+    async with running(spec_of(prefill=2)) as cluster:
+        registry = CollectorRegistry()
+        ManagerMetrics(registry, read=cluster.manager.read_pools, routers=lambda: 3)
+
+        def value(name: str, role: str, **labels: str) -> float | None:
+            return registry.get_sample_value(name, {"model_name": "m", "role": role, **labels})
+
+        await cluster.until_states(prefill_0="ready", prefill_1="ready", decode_0="ready")
+        cluster.host.latest(DECODE).die("exit 9")
+        await cluster.until(lambda now: any(worker.incarnation == 2 and worker.state == "ready" for worker in now.workers))
+        assert value("pdserve_pool_desired_workers", "prefill") == 2
+        assert value("pdserve_pool_workers", "prefill", phase="ready") == 2
+        assert value("pdserve_pool_workers", "prefill", phase="failed") == 0
+        assert value("pdserve_pool_worker_restarts_total", "prefill") == 0
+        assert value("pdserve_pool_worker_restarts_total", "decode") == 1
+        assert registry.get_sample_value("pdserve_routers") == 3
 
 
 async def test_a_hung_worker_is_killed_before_its_successor_starts() -> None:

@@ -100,6 +100,20 @@ def test_prefill_happens_on_another_process_and_its_kv_travels(cluster: RunningC
     assert len(pids) == 2
 
 
+def test_every_process_shows_its_metrics(cluster: RunningCluster, client: openai.OpenAI) -> None:
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2)
+    status = cluster.status()
+    seen = {
+        "vllm:time_to_first_token_seconds_count": cluster.base_url,
+        "pdserve_pool_desired_workers": f"http://{status['manager_metrics_address']}",
+    }
+    texts = [httpx.get(f"{address}/metrics", trust_env=False).text for address in seen.values()]
+    texts += [httpx.get(f"http://{worker['metrics_address']}/metrics", trust_env=False).text for worker in status["workers"]]
+    for name, text in zip([*seen, *["pdserve_kv_blocks"] * len(status["workers"])], texts, strict=True):
+        assert name in text
+    assert all(f'role="{role}"' in texts[1] for role in ("prefill", "decode"))
+
+
 def test_a_grpc_client_does_the_same(cluster: RunningCluster, client: openai.OpenAI) -> None:
     expected = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
     with grpc.insecure_channel(cluster.grpc_address) as channel:

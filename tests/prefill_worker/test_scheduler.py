@@ -11,7 +11,7 @@ from common.config import PrefillConfig
 from common.engine.batch import ForwardResult, SliceResult
 from common.engine.block_manager import BlockManager
 from common.types import KVLayout, Request, SampledToken, SamplingParams
-from prefill_worker.scheduler import ChunkComputed, PrefillScheduler, PromptComputed
+from prefill_worker.scheduler import LayersComputed, PrefillScheduler, PromptComputed
 
 BLOCK_TOKENS = 4
 LAYOUT = KVLayout("m", "t", 1, 1, 8, BLOCK_TOKENS, "float32", True)
@@ -44,9 +44,11 @@ class Driver:
             results.append(SliceResult(tuple(SampledToken(7) for _ in item.samples)))
         self.clock.advance(1.0)
         if plan.batch.slices:
+            for layer in range(LAYOUT.num_layers):
+                self.scheduler.layers_computed(plan, layer, layer + 1)
             self.scheduler.complete(plan, ForwardResult(tuple(results)))
         for event in self.scheduler.take_events():
-            if isinstance(event, ChunkComputed):
+            if isinstance(event, LayersComputed):
                 self.chunks.setdefault(event.request_id, []).append(event.num_tokens)
             else:
                 self.done[event.request_id] = event

@@ -17,9 +17,14 @@ from common.engine.numerics import Numerics
 from common.engine.step_input import StepInput
 from common.errors import ModelLoadError
 
+LayerDone = Callable[[int], None]
+"""Called with the number of layers whose keys and values of this step are in the pool, once per layer, in order."""
+
 
 class Model(Protocol):
-    def forward(self, step: StepInput, pool: KVPool, attention: AttentionPlan) -> torch.Tensor:
+    def forward(
+        self, step: StepInput, pool: KVPool, attention: AttentionPlan, layer_done: LayerDone | None = None
+    ) -> torch.Tensor:
         """Computes the rows of a step, writes their keys and values, returns their hidden states [rows, hidden]."""
         ...
 

@@ -8,6 +8,8 @@ hidden = norm(rows)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -83,11 +85,19 @@ class LlamaModel:
         self._norm = RMSNorm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
         self._head = Linear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
 
-    def forward(self, step: StepInput, pool: KVPool, attention: AttentionPlan) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepInput,
+        pool: KVPool,
+        attention: AttentionPlan,
+        layer_done: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         rows = F.embedding(step.token_ids, self._embedding)
         angles = self._rotary.angles(step.positions)
-        for layer in self._layers:
+        for number, layer in enumerate(self._layers, start=1):
             rows = layer(rows, angles, step, pool, attention)
+            if layer_done is not None:
+                layer_done(number)
         return rows
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,162 @@
+"""Every `Decode.Generate` of a worker, without the gRPC around it: work for the engine and, if need be, a hand-off.
+
+The life of a stream:
+  1. the request is submitted to the engine, with the prefill workers that the router proposes
+  2. the scheduler reserves blocks and decides where the prompt is prefilled
+  3. remote: the hand-off has it computed elsewhere and verifies what arrives (`handoff.fetch`); the engine hears of it
+  4. the engine generates; its outputs are given out as they come, one per step at most
+However the stream ends, the request is gone from the engine and the hand-off when it has: an unfinished one is aborted.
+
+It knows neither sockets nor threads: the engine is what takes posts and reports events, whatever runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from common.clock import Clock
+from common.engine.loop import Inbox
+from common.errors import DeadlineExceeded, EngineFailure, PdserveError
+from common.logs import get_logger
+from common.metrics import WorkerMetrics
+from common.types import Request, WorkerRef
+from decode_worker.handoff import DecodeHandoff
+from decode_worker.scheduler import DecodeScheduler, Event, Failed, Output, RemotePrefill, RemotePrefillWanted
+
+_log = get_logger(__name__)
+
+
+class _Stream:
+    """One Generate in progress: what the engine has for it, and the hand-off that runs for it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.news: asyncio.Queue[Output | PdserveError] = asyncio.Queue()
+        self.fetch: asyncio.Task[None] | None = None
+
+
+class DecodeStreams:
+    """One per worker; lives on its asyncio loop."""
+
+    def __init__(
+        self, scheduler: DecodeScheduler, inbox: Inbox, handoff: DecodeHandoff, *, metrics: WorkerMetrics, clock: Clock
+    ) -> None:
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._handoff = handoff
+        self._metrics = metrics
+        self._clock = clock
+        self._serial = itertools.count()
+        self._streams: dict[str, _Stream] = {}
+        self._failed = False
+
+    async def generate(self, request: Request, candidates: tuple[WorkerRef, ...]) -> AsyncGenerator[Output, None]:
+        """Ends after the output that says `done`, or raises a PdserveError. Closing it aborts the request."""
+        if self._failed:
+            raise EngineFailure("the decode engine failed")
+        deadline_s = self._clock.monotonic_s() + request.timeout_s
+        # A client may use a request id twice at a time; the engine must not.
+        key = f"{request.request_id}#{next(self._serial)}"
+        stream = self._streams[key] = _Stream(request)
+        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates)
+        started_s = first_token_s = self._clock.monotonic_s()
+        try:
+            while True:
+                news = await self._next(stream, deadline_s)
+                if news.started is not None:
+                    first_token_s = self._clock.monotonic_s()
+                    self._observe_start(news)
+                for chunk in news.chunks:
+                    if chunk.finish_reason is not None:
+                        self._metrics.finished(chunk.finish_reason.value)
+                if news.done:
+                    # Before the last tokens leave: whoever has them may cancel at once, and the request was served all the same.
+                    self._account(request, first_token_s - started_s, self._clock.monotonic_s() - started_s)
+                yield news
+                if news.done:
+                    break
+        finally:
+            del self._streams[key]
+            # In this order: the engine forgets the request first, so that what the hand-off reports later finds nothing.
+            self._inbox.post(self._scheduler.abort, key)
+            if stream.fetch is not None:
+                stream.fetch.cancel()
+
+    def deliver(self, events: list[Event]) -> None:
+        """What the engine reports, in order."""
+        for event in events:
+            match event:
+                case Output():
+                    self._tell(event.request_id, event)
+                case Failed():
+                    self._tell(event.request_id, event.error)
+                case RemotePrefillWanted():
+                    self._start_fetch(event)
+
+    def engine_failed(self) -> None:
+        """Nothing can be generated any more: all streams end, and those to come."""
+        self._failed = True
+        for stream in self._streams.values():
+            stream.news.put_nowait(EngineFailure("the decode engine failed"))
+
+    # -- within --------------------------------------------------------------------------------------------------------
+
+    async def _next(self, stream: _Stream, deadline_s: float) -> Output:
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s())):
+                news = await stream.news.get()
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request took longer than its time") from error
+        if isinstance(news, PdserveError):
+            raise news
+        return news
+
+    def _tell(self, key: str, news: Output | PdserveError) -> None:
+        stream = self._streams.get(key)
+        if stream is not None:
+            stream.news.put_nowait(news)
+
+    def _start_fetch(self, wanted: RemotePrefillWanted) -> None:
+        key = wanted.request.request_id
+        stream = self._streams.get(key)
+        if stream is None:
+            # Behind the abort that is on its way already; nobody was told of these blocks.
+            self._inbox.post(self._scheduler.drained, wanted.blocks)
+            return
+        scheduler = self._scheduler
+
+        def report(outcome: RemotePrefill | PdserveError) -> None:
+            if isinstance(outcome, RemotePrefill):
+                self._inbox.post(scheduler.remote_ready, key, outcome)
+                return
+            _log.warning("remote prefill failed", error=outcome.code, reason=outcome.message, prefill=wanted.prefill.worker_id)
+            self._metrics.transferred("", outcome.code)
+            self._inbox.post(scheduler.remote_failed, key, outcome)
+
+        stream.fetch = self._handoff.fetch(replace(wanted, request=stream.request), report)
+
+    def _account(self, request: Request, ttft_s: float, total_s: float) -> None:
+        self._metrics.decode_s.observe(total_s - ttft_s)
+        _log.info(
+            "served",
+            prompt_tokens=request.num_prompt_tokens,
+            choices=request.num_choices,
+            ttft_ms=round(ttft_s * 1e3, 1),
+            total_ms=round(total_s * 1e3, 1),
+        )
+
+    def _observe_start(self, news: Output) -> None:
+        if news.started is None:
+            return
+        timings, metrics = news.started.timings, self._metrics
+        metrics.queue_s.observe(timings.decode_queue_s)
+        if timings.transport:
+            metrics.transfer_exposed_s.observe(timings.transfer_exposed_s)
+            metrics.transfer_bytes.inc(timings.transfer_bytes)
+            metrics.transfer_blocks.inc(timings.transfer_blocks)
+            metrics.transferred(timings.transport, "ok")
+        else:
+            metrics.prefill_s.observe(timings.prefill_s)
