@@ -78,6 +78,8 @@ def request_to_wire(request: Request) -> pb.Request:
         num_choices=request.num_choices,
         cache_salt=request.cache_salt,
         timeout_s=request.timeout_s,
+        first_choice=request.first_choice,
+        num_resumed_tokens=request.num_resumed_tokens,
     )
 
 
@@ -88,6 +90,10 @@ def request_from_wire(message: pb.Request) -> Request:
         raise InvalidRequest("num_choices must be at least 1", param="num_choices")
     if message.sampling.max_tokens < 1:
         raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
+    if message.num_resumed_tokens >= min(len(message.prompt_token_ids), message.sampling.max_tokens):
+        raise InvalidRequest("more of the answer is there already than can be", param="num_resumed_tokens")
+    if message.num_resumed_tokens and message.num_choices > 1:
+        raise InvalidRequest("one choice at a time is resumed", param="num_choices")
     return Request(
         request_id=message.request_id,
         model=message.model,
@@ -96,6 +102,8 @@ def request_from_wire(message: pb.Request) -> Request:
         num_choices=message.num_choices,
         cache_salt=message.cache_salt,
         timeout_s=message.timeout_s,
+        first_choice=message.first_choice,
+        num_resumed_tokens=message.num_resumed_tokens,
     )
 
 

@@ -101,6 +101,10 @@ class RouterConfig(_Part):
     request_timeout_s: float = Field(600.0, gt=0, description="Budget of one request.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Budget for reaching a worker.")
     first_token_retries: int = Field(2, ge=0, description="Other workers tried when one dies before the first token.")
+    migrations: int = Field(
+        3, ge=0, description="How often the rest of an answer goes elsewhere when its worker dies; 0 ends it in an error."
+    )
+    migration_wait_s: float = Field(30.0, ge=0, description="How long such an answer waits for a worker that can take it over.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
 

@@ -61,6 +61,9 @@ class RouterMetrics:
         self.retries_total = Counter(
             "pdserve_router_retries", "Dispatches tried again elsewhere.", ("model_name", "reason"), registry=registry
         )
+        self.migrations_total = Counter(
+            "pdserve_router_migrations", "Answers that went on elsewhere after their worker was lost.", model, registry=registry
+        )
         self.cancelled_total = Counter("pdserve_router_cancelled", "Requests whose client left.", model, registry=registry)
         self._inflight: Callable[[], dict[str, int]] = dict
         registry.register(_Gauges(self._read))

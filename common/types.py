@@ -67,7 +67,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One validated unit of work: one prompt, `num_choices` continuations. Written once, by the router's validator."""
+    """One validated unit of work: one prompt, `num_choices` continuations. Written once, by the router's validator.
+
+    An answer that goes on after its worker was lost is a request as well, made by the router's dispatcher: for one choice, whose
+    tokens so far stand at the end of the prompt."""
 
     request_id: str
     model: str  # the served name, resolved from aliases
@@ -76,6 +79,8 @@ class Request:
     num_choices: int = 1
     cache_salt: str = ""  # tenant partition of every cache; derived from the API key, never from the body
     timeout_s: float = 600.0  # budget left when the message was sent; each process counts it down on its own clock
+    first_choice: int = 0  # index of the first choice; with the seed it is the key of its randomness
+    num_resumed_tokens: int = 0  # so many tokens at the end of the prompt are the beginning of the answer
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -45,7 +45,7 @@ class Choice:
         self.generation = generation
         self.index = index
         self.sequence = sequence
-        self.num_generated = 0
+        self.num_generated = generation.request.num_resumed_tokens
         self.state = ChoiceState.WAITING
 
     def enter(self, state: ChoiceState) -> None:
@@ -88,7 +88,7 @@ class Generation:
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.timings = StageTimings()
-        self.choices = [Choice(self, 0, prompt)]
+        self.choices = [Choice(self, request.first_choice, prompt)]
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -97,14 +97,6 @@ class Generation:
     @property
     def finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
-
-    def first_samples(self) -> tuple[SampleSpec, ...]:
-        """One draw per choice from the prompt's last logits."""
-        request = self.request
-        return tuple(
-            SampleSpec.for_next_token(request.sampling, choice=index, position=request.num_prompt_tokens, num_generated=0)
-            for index in range(request.num_choices)
-        )
 
     def local_timings(self) -> StageTimings:
         """The stages of a prompt that was prefilled here; called when it enters DECODING."""

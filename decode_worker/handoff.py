@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from common.clock import Clock
 from common.codec import (
+    error_to_wire,
     layout_to_wire,
     request_to_wire,
     sampled_token_from_wire,
@@ -34,10 +35,12 @@ from common.worker import WorkerSpec
 from decode_worker.prefill_peer import ConnectPrefill, PrefillPeer
 from decode_worker.scheduler import RemotePrefill, RemotePrefillWanted
 from kvtransfer import PROTOCOL_VERSION
+from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
+from kvtransfer.transports import TRANSPORTS
 from kvtransfer.transports.base import TransportOffer
 
 _log = get_logger(__name__)
@@ -93,7 +96,9 @@ class DecodeHandoff:
         self._clock = clock
         self._connect = connect
         self._on_drained = on_drained
-        self._receiver = KVReceiver(region, layout, spec.worker_id, spec.incarnation, derive_secret(spec.cluster_token), clock)
+        secret = derive_secret(spec.cluster_token)
+        self._receiver = KVReceiver(region, layout, spec.worker_id, spec.incarnation, secret, clock)
+        self._probes = ProbeTarget(spec.worker_id, spec.incarnation, secret, clock)
         self._offers: list[TransportOffer] = []
         self._peers: dict[str, _Peer] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -131,6 +136,40 @@ class DecodeHandoff:
         self._background.add(task)
         task.add_done_callback(ended)
         return task
+
+    async def probe(self, ref: WorkerRef) -> worker_pb2.PeerReport:
+        """Whether hand-offs from this prefill worker work, and how well each kind of link would do."""
+        report = worker_pb2.PeerReport(prefill_worker_id=ref.worker_id)
+        peer = self._peer(ref)
+        try:
+            await self._handshake(peer)
+            report.transport = peer.transport
+        except PdserveError as error:
+            report.refused.CopyFrom(error_to_wire(error))
+
+        async def ask(order: ProbeOrder) -> list[PushReport]:
+            message = worker_pb2.PushProbeRequest(
+                decode_worker_id=order.decode_worker_id,
+                decode_incarnation=order.decode_incarnation,
+                offer=worker_pb2.TransportOffer(kind=order.offer.kind, address=order.offer.address),
+                pool_blocks=order.pool_blocks,
+                layout=layout_to_wire(order.layout),
+                tickets=[ticket_to_wire(ticket) for ticket in order.tickets],
+            )
+            reply = await peer.rpc.push_probe(message, self._config.handshake_timeout_s)
+            return [PushReport(_seal(account), account.transfer_s) for account in reply.accounts]
+
+        configured = self._config.transports
+        kinds = (*configured, *(kind for kind in TRANSPORTS if kind not in configured and kind != "inproc"))
+        for link in await self._probes.measure(ref, kinds, self._spec.host, ask):
+            report.links.add(
+                kind=link.kind,
+                configured=link.kind in configured,
+                error=None if link.error is None else error_to_wire(link.error),
+                latency_s=link.latency_s,
+                bytes_per_s=link.bytes_per_s,
+            )
+        return report
 
     async def _fetch(self, progress: _Progress, report: Callable[[RemotePrefill | PdserveError], None]) -> None:
         try:
@@ -173,8 +212,7 @@ class DecodeHandoff:
             run.cancel()
             failed.cancel()
         replied_s = self._clock.monotonic_s()
-        digests = {block.logical_block: block.digest for block in reply.digests}
-        await incoming.complete(Seal(nonce=reply.nonce, num_tokens=reply.num_tokens, digests=digests))
+        await incoming.complete(_seal(reply))
         verify_s = self._clock.monotonic_s() - replied_s
         return self._account(peer, incoming, request, reply, replied_s - started_s, verify_s)
 
@@ -260,6 +298,11 @@ class DecodeHandoff:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _seal(reply: worker_pb2.PrefillReply) -> Seal:
+    digests = {block.logical_block: block.digest for block in reply.digests}
+    return Seal(nonce=reply.nonce, num_tokens=reply.num_tokens, digests=digests)
 
 
 def _present(value: TokenLogprob | None) -> TokenLogprob:

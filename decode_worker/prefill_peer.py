@@ -1,4 +1,4 @@
-"""A prefill worker as the decode worker's hand-off sees it: three calls, each with a deadline, each ending in a typed error.
+"""A prefill worker as the decode worker's hand-off sees it: four calls, each with a deadline, each ending in a typed error.
 
 `GrpcPrefillPeer` is the one of production; a simulation brings its own. It knows the messages, not what they are about.
 """
@@ -23,6 +23,8 @@ class PrefillPeer(Protocol):
     async def run(self, message: worker_pb2.PrefillRequest, timeout_s: float) -> worker_pb2.PrefillReply: ...
 
     async def release(self, message: worker_pb2.ReleaseRequest, timeout_s: float) -> worker_pb2.ReleaseReply: ...
+
+    async def push_probe(self, message: worker_pb2.PushProbeRequest, timeout_s: float) -> worker_pb2.PushProbeReply: ...
 
     async def close(self) -> None: ...
 
@@ -54,6 +56,13 @@ class GrpcPrefillPeer:
     async def release(self, message: worker_pb2.ReleaseRequest, timeout_s: float) -> worker_pb2.ReleaseReply:
         try:
             reply: worker_pb2.ReleaseReply = await self._stub.Release(message, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    async def push_probe(self, message: worker_pb2.PushProbeRequest, timeout_s: float) -> worker_pb2.PushProbeReply:
+        try:
+            reply: worker_pb2.PushProbeReply = await self._stub.PushProbe(message, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return reply

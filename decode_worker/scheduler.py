@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from common.blocks import root_hash
 from common.clock import Clock
 from common.config import DecodeConfig
-from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice
+from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
 from common.engine.sequence import PagedSequence
@@ -300,7 +300,7 @@ class DecodeScheduler:
             slices.append(
                 sequence.slice(
                     count,
-                    generation.first_samples() if at_end else (),
+                    first_samples(generation.request) if at_end else (),
                     prompt_logprobs=generation.request.sampling.prompt_logprobs,
                 )
             )
@@ -357,7 +357,9 @@ class DecodeScheduler:
         has_partial = num_tokens % self._layout.block_tokens != 0
         root = root_hash(self._layout.fingerprint, generation.request.cache_salt)
         for index in range(1, generation.request.num_choices):
-            choice = Choice(generation, index, PagedSequence(prompt.tokens, root, self._layout.block_tokens))
+            choice = Choice(
+                generation, generation.request.first_choice + index, PagedSequence(prompt.tokens, root, self._layout.block_tokens)
+            )
             generation.choices.append(choice)
             if has_partial and not self._blocks.can_allocate(1):
                 self._waiting.appendleft(choice)  # as if preempted: it computes the prompt again when there is room

@@ -112,3 +112,12 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
                 except PdserveError as error:
                     self._host.metrics.failed(error.code)
                     raise
+
+    async def ProbeLinks(
+        self,
+        request: worker_pb2.ProbeLinksRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.ProbeLinksRequest, worker_pb2.ProbeLinksReply],
+    ) -> worker_pb2.ProbeLinksReply:
+        async with typed_errors(context):
+            refs = [worker_ref_from_wire(ref) for ref in request.prefill]
+            return worker_pb2.ProbeLinksReply(peers=[await self._handoff.probe(ref) for ref in refs])

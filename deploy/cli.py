@@ -1,4 +1,4 @@
-"""`pdserve`, the command line: up, down, status, scale, chat, pull, config, version. Light: a command imports what it needs."""
+"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, version. Imports are late: it starts fast."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from deploy.commands import config
 from deploy.commands.chat import chat
 from deploy.commands.control import down, scale, status
+from deploy.commands.doctor import doctor
 from deploy.commands.models import pull
 from deploy.commands.output import out
 from deploy.commands.up import up
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (up, down, status, scale, chat, pull):
+for command in (up, down, status, doctor, scale, chat, pull):
     app.command()(command)
 app.add_typer(config.app, name="config")
 

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 
 from common.blocks import num_blocks, num_full_blocks
 from common.clock import Clock
-from common.codec import layout_from_wire
+from common.codec import layout_from_wire, ticket_from_wire
 from common.errors import HandshakeRefused
 from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.layout import check_compatible
+from kvtransfer.probe import ProbeOrder, ProbeSource
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender, Outgoing, TransferAccount
 from kvtransfer.ticket import derive_secret
@@ -34,14 +35,10 @@ class PrefillHandoff:
         """`pool` is the engine's KV memory, a whole number of blocks."""
         self._spec = spec
         self._layout = layout
-        self._sender = KVSender(
-            BlockRegion(pool, layout.block_bytes, pool.nbytes // layout.block_bytes),
-            layout,
-            spec.worker_id,
-            spec.incarnation,
-            derive_secret(spec.cluster_token),
-            clock,
-        )
+        secret = derive_secret(spec.cluster_token)
+        region = BlockRegion(pool, layout.block_bytes, pool.nbytes // layout.block_bytes)
+        self._sender = KVSender(region, layout, spec.worker_id, spec.incarnation, secret, clock)
+        self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)
 
     @property
     def num_open(self) -> int:
@@ -72,7 +69,33 @@ class PrefillHandoff:
         """When it returns nothing more is written under these nonces, ever."""
         await self._sender.release(nonces)
 
+    async def push_probe(self, message: worker_pb2.PushProbeRequest) -> worker_pb2.PushProbeReply:
+        """Pushes random blocks from memory of its own. Raises HandoffError: whatever is wrong with this link."""
+        order = ProbeOrder(
+            decode_worker_id=message.decode_worker_id,
+            decode_incarnation=message.decode_incarnation,
+            offer=TransportOffer(message.offer.kind, message.offer.address),
+            pool_blocks=message.pool_blocks,
+            layout=layout_from_wire(message.layout),
+            tickets=tuple(ticket_from_wire(ticket) for ticket in message.tickets),
+        )
+        return worker_pb2.PushProbeReply(
+            accounts=[
+                worker_pb2.PrefillReply(
+                    nonce=report.seal.nonce,
+                    num_tokens=report.seal.num_tokens,
+                    digests=[
+                        worker_pb2.BlockDigest(logical_block=logical, digest=digest)
+                        for logical, digest in report.seal.digests.items()
+                    ],
+                    transfer_s=report.transfer_s,
+                )
+                for report in await self._probes.push(order)
+            ]
+        )
+
     async def close(self) -> None:
+        await self._probes.close()
         await self._sender.close()
 
 

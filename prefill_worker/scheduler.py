@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from common.blocks import root_hash
 from common.clock import Clock
 from common.config import PrefillConfig
-from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice
+from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
 from common.engine.sequence import PagedSequence
@@ -74,13 +74,6 @@ class _Prompt:
         if state not in _LEGAL[self.state]:
             raise IllegalTransition(f"prompt: {self.state.name} -> {state.name}")
         self.state = state
-
-    def first_samples(self) -> tuple[SampleSpec, ...]:
-        request = self.request
-        return tuple(
-            SampleSpec.for_next_token(request.sampling, choice=index, position=request.num_prompt_tokens, num_generated=0)
-            for index in range(request.num_choices)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +150,7 @@ class PrefillScheduler:
                 break
             if prompt.started_s is None:
                 prompt.started_s = self._clock.monotonic_s()
-            samples = prompt.first_samples() if count == prompt.sequence.remaining else ()
+            samples = first_samples(prompt.request) if count == prompt.sequence.remaining else ()
             slices.append(prompt.sequence.slice(count, samples, prompt_logprobs=prompt.request.sampling.prompt_logprobs))
             shares.append((prompt, count))
             budget -= count

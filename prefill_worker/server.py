@@ -100,3 +100,11 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         async with typed_errors(context):
             await self._handoff.release(list(request.nonces))
             return worker_pb2.ReleaseReply()
+
+    async def PushProbe(
+        self,
+        request: worker_pb2.PushProbeRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.PushProbeRequest, worker_pb2.PushProbeReply],
+    ) -> worker_pb2.PushProbeReply:
+        async with typed_errors(context):
+            return await self._handoff.push_probe(request)

@@ -9,9 +9,11 @@
  6. A failure that is nobody's fault (worker lost, full, hand-off broken) before the first tokens: suspect the worker if it is
     lost and go back to 2 with the same request, so the same id and seed, avoiding the workers already tried. When there is no
     other worker, a lost one is given the time of a short back-off, or of a new snapshot, to come back.
- 7. Hand events on as they come. A failure from here on is raised: exactly one typed error ends the request.
+ 7. Hand events on as they come, and keep them (`router.answer`). A worker that is lost from here on takes nothing with it: the
+    rest of each unfinished choice is a request of its own, with the tokens so far at the end of its prompt, and goes back to 2;
+    it may wait for a worker to come back. Any other failure is raised: exactly one typed error ends the request.
  8. The stream is over when every choice has finished. However it ends, by success, error, cancellation or because the caller
-    needs no more, the gRPC stream is cancelled and the ledger entry closed.
+    needs no more, the gRPC streams are cancelled and the ledger entries closed.
 
 It does not know text, HTTP or the public gRPC face; it sees token ids only.
 """
@@ -19,8 +21,8 @@ It does not know text, HTTP or the public gRPC face; it sees token ids only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -40,10 +42,11 @@ from common.errors import (
 )
 from common.logs import get_logger
 from common.metrics import RouterMetrics
-from common.rpc import error_from_rpc
+from common.rpc import cancel_and_wait, error_from_rpc
 from common.types import Request, Started, TokenChunk, WorkerRef
 from common.wire import worker_pb2
 from common.wire.worker_pb2_grpc import DecodeStub
+from router.answer import Answer
 from router.links import Links
 from router.placement import Ledger, LedgerEntry, Placement, place
 from router.registry import Registry
@@ -51,6 +54,7 @@ from router.registry import Registry
 log = get_logger(__name__)
 
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 1.0
+_QUEUED_EVENTS = 64  # of an answer whose choices go on separately, while the client is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,14 @@ class DispatchEvent:
     admission: Admission | None = None
 
 
+@dataclass(slots=True)
+class _Journey:
+    """What a request and its rests share."""
+
+    deadline_s: float
+    migrations_left: int
+
+
 class Dispatcher:
     """Lives as long as the router. `abort_all` is called once, when a drain has run out of time."""
 
@@ -88,46 +100,84 @@ class Dispatcher:
 
     async def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
         """Events until every choice has finished. Close it (`aclosing`) to cancel. Raises one PdserveError, at most."""
-        deadline_s = self._clock.monotonic_s() + request.timeout_s  # 1
+        now_s = self._clock.monotonic_s()
+        journey = _Journey(deadline_s=now_s + request.timeout_s, migrations_left=self._config.migrations)  # 1
         await self._tidy()
+        async with aclosing(self._generate(request, journey, patience_until_s=now_s)) as events:
+            async for event in events:
+                yield event
+
+    async def _generate(
+        self, request: Request, journey: _Journey, *, patience_until_s: float
+    ) -> AsyncGenerator[DispatchEvent, None]:
+        """A request, or the rest of one. Until `patience_until_s` it waits for workers to come back."""
         tried: set[WorkerRef] = set()
         retries = 0
-        handed_over = False
         while True:
-            avoid = tried | self._registry.suspects()
-            placement = place(request.model, self._registry.view.workers, self.ledger, avoid)  # 2
+            placement = await self._place(request, tried, patience_until_s)  # 2
             tried.add(placement.decode)
+            answer = Answer(request)
+            handed_over = False
             try:
-                async with self._attempt(request, placement, deadline_s) as attempt:
-                    first = await attempt.first_tokens(retries)  # 3, 4, 5
-                    handed_over = True
-                    yield first  # 7
-                    while not attempt.finished:
-                        yield await attempt.next_tokens()
-                    return  # 8
+                async with self._attempt(request, placement, journey.deadline_s) as attempt:
+                    event = await attempt.first_tokens(retries)  # 3, 4, 5
+                    while True:  # 7
+                        answer.add(event.chunks)
+                        handed_over = True
+                        yield event
+                        if answer.finished:
+                            return  # 8
+                        event = await attempt.next_tokens()
             except PdserveError as error:
                 if isinstance(error, WorkerLost):
                     self._registry.suspect(placement.decode)
-                if handed_over:
-                    raise
                 failure = error
-            await self._before_retry(request, failure, placement, tried, retries)  # 6
+            if handed_over:
+                break
+            await self._before_retry(request, failure, placement, tried, retries, patience_until_s)  # 6
             retries += 1
+        if not isinstance(failure, WorkerLost) or journey.migrations_left == 0:
+            raise failure
+        journey.migrations_left -= 1
+        self._metrics.migrations_total.labels(request.model).inc()
+        rest = answer.rest()
+        log.warning("the rest of an answer goes elsewhere", lost=placement.decode.worker_id, choices=len(rest))
+        patience_until_s = min(self._clock.monotonic_s() + self._config.migration_wait_s, journey.deadline_s)
+        async with aclosing(_merged([self._generate(one, journey, patience_until_s=patience_until_s) for one in rest])) as events:
+            async for event in events:
+                yield DispatchEvent(event.chunks)
+
+    async def _place(self, request: Request, tried: set[WorkerRef], patience_until_s: float) -> Placement:
+        while True:
+            try:
+                return place(request.model, self._registry.view.workers, self.ledger, tried | self._registry.suspects())
+            except NoWorkerAvailable:
+                left_s = patience_until_s - self._clock.monotonic_s()
+                if left_s <= 0:
+                    raise
+            await self._registry.wait_changed(left_s)
 
     def _attempt(self, request: Request, placement: Placement, deadline_s: float) -> _Attempt:
         return _Attempt(request, placement, deadline_s, self._links, self.ledger, self._clock, self._active)
 
     async def _before_retry(
-        self, request: Request, failure: PdserveError, placement: Placement, tried: set[WorkerRef], retries: int
+        self,
+        request: Request,
+        failure: PdserveError,
+        placement: Placement,
+        tried: set[WorkerRef],
+        retries: int,
+        patience_until_s: float,
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
-        if not failure.retryable or retries >= self._config.first_token_retries:
+        patient = self._clock.monotonic_s() < patience_until_s
+        if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
             raise failure
         untried = [worker for worker in self._registry.view.workers if worker.ref not in tried]
         try:
             elsewhere = place(request.model, untried, self.ledger, ()).decode
         except NoWorkerAvailable:
-            if not isinstance(failure, WorkerLost):
+            if not isinstance(failure, WorkerLost) and not patient:
                 raise failure from None  # a worker that is full is not helped by asking it again at once
             await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S))
             elsewhere = placement.decode
@@ -174,11 +224,6 @@ class _Attempt:
         self._stack = AsyncExitStack()
         self._call: Any = None  # grpc.aio's stub types do not know the calls of intercepted channels
         self._aborted: PdserveError | None = None
-        self._unfinished = set(range(request.num_choices))
-
-    @property
-    def finished(self) -> bool:
-        return not self._unfinished
 
     async def __aenter__(self) -> _Attempt:
         self._active.add(self)
@@ -223,13 +268,13 @@ class _Attempt:
         if started is None:
             raise EngineFailure("the worker sent tokens before it said how it started")
         self._entry.prefilled()
-        return DispatchEvent(self._chunks(message), Admission(started, worker, dispatched_s, retries))
+        return DispatchEvent(_chunks(message), Admission(started, worker, dispatched_s, retries))
 
     async def next_tokens(self) -> DispatchEvent:
         while True:
             message = await self._read()
             if message.chunks:
-                return DispatchEvent(self._chunks(message))
+                return DispatchEvent(_chunks(message))
 
     async def _read(self) -> worker_pb2.GenerateEvent:
         if self._aborted is not None:
@@ -251,11 +296,40 @@ class _Attempt:
             raise self._aborted or WorkerLost("the worker gave the request up") from None
         return message
 
-    def _chunks(self, message: worker_pb2.GenerateEvent) -> tuple[TokenChunk, ...]:
-        chunks = tuple(chunk_from_wire(chunk) for chunk in message.chunks)
-        for chunk in chunks:
-            if chunk.choice not in self._unfinished:
-                raise EngineFailure("the worker sent tokens for a choice that is finished or was not asked for")
-            if chunk.finish_reason is not None:
-                self._unfinished.discard(chunk.choice)
-        return chunks
+
+def _chunks(message: worker_pb2.GenerateEvent) -> tuple[TokenChunk, ...]:
+    return tuple(chunk_from_wire(chunk) for chunk in message.chunks)
+
+
+async def _merged(sources: Sequence[AsyncGenerator[DispatchEvent, None]]) -> AsyncGenerator[DispatchEvent, None]:
+    """The events of all, as they come. The first failure ends all; so does closing this."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as events:
+            async for event in events:
+                yield event
+        return
+    queue: asyncio.Queue[DispatchEvent | PdserveError | None] = asyncio.Queue(maxsize=_QUEUED_EVENTS)
+
+    async def pump(source: AsyncGenerator[DispatchEvent, None]) -> None:
+        async with aclosing(source) as events:
+            try:
+                async for event in events:
+                    await queue.put(event)
+                await queue.put(None)
+            except PdserveError as error:
+                await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(source), name="rest of an answer") for source in sources]
+    try:
+        left = len(tasks)
+        while left:
+            news = await queue.get()
+            if isinstance(news, PdserveError):
+                raise news
+            if news is None:
+                left -= 1
+            else:
+                yield news
+    finally:
+        for task in tasks:
+            await cancel_and_wait(task)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from common.types import SampledToken, SamplingParams, TokenLogprob
+from common.types import Request, SampledToken, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,19 @@ class SampleSpec:
             logprobs=sampling.logprobs,
             banned_token_ids=sampling.stop_token_ids if num_generated < sampling.min_tokens else (),
         )
+
+
+def first_samples(request: Request) -> tuple[SampleSpec, ...]:
+    """One draw per choice from the prompt's last logits."""
+    return tuple(
+        SampleSpec.for_next_token(
+            request.sampling,
+            choice=request.first_choice + index,
+            position=request.num_prompt_tokens,
+            num_generated=request.num_resumed_tokens,
+        )
+        for index in range(request.num_choices)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         if request.model != self.spec.model.name:
             raise ModelNotFound(f"this worker serves {self.spec.model.name!r}", param="model")
         most = self.engine.max_model_tokens
-        if request.num_prompt_tokens + request.sampling.max_tokens > most:
+        if request.num_prompt_tokens - request.num_resumed_tokens + request.sampling.max_tokens > most:
             raise InvalidRequest(f"prompt and max_tokens together exceed {most} tokens", param="max_tokens")
         if max(request.prompt_token_ids) >= self.engine.architecture.vocab_size:
             raise InvalidRequest("a token id is outside the vocabulary", param="prompt_token_ids")

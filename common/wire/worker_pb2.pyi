@@ -7,6 +7,44 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ProbeLinksRequest(_message.Message):
+    __slots__ = ("prefill",)
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedCompositeFieldContainer[_types_pb2.WorkerRef]
+    def __init__(self, prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ...) -> None: ...
+
+class ProbeLinksReply(_message.Message):
+    __slots__ = ("peers",)
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerReport]
+    def __init__(self, peers: _Optional[_Iterable[_Union[PeerReport, _Mapping]]] = ...) -> None: ...
+
+class PeerReport(_message.Message):
+    __slots__ = ("prefill_worker_id", "transport", "refused", "links")
+    PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    prefill_worker_id: str
+    transport: str
+    refused: _types_pb2.ErrorDetail
+    links: _containers.RepeatedCompositeFieldContainer[LinkReport]
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., refused: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("kind", "configured", "error", "latency_s", "bytes_per_s")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    configured: bool
+    error: _types_pb2.ErrorDetail
+    latency_s: float
+    bytes_per_s: float
+    def __init__(self, kind: _Optional[str] = ..., configured: _Optional[bool] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("request", "prefill")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +60,28 @@ class GenerateEvent(_message.Message):
     started: _types_pb2.Started
     chunks: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenChunk]
     def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ...) -> None: ...
+
+class PushProbeRequest(_message.Message):
+    __slots__ = ("decode_worker_id", "decode_incarnation", "offer", "pool_blocks", "layout", "tickets")
+    DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    POOL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    decode_worker_id: str
+    decode_incarnation: int
+    offer: TransportOffer
+    pool_blocks: int
+    layout: _types_pb2.KVLayout
+    tickets: _containers.RepeatedCompositeFieldContainer[_types_pb2.Ticket]
+    def __init__(self, decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., pool_blocks: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.KVLayout, _Mapping]] = ..., tickets: _Optional[_Iterable[_Union[_types_pb2.Ticket, _Mapping]]] = ...) -> None: ...
+
+class PushProbeReply(_message.Message):
+    __slots__ = ("accounts",)
+    ACCOUNTS_FIELD_NUMBER: _ClassVar[int]
+    accounts: _containers.RepeatedCompositeFieldContainer[PrefillReply]
+    def __init__(self, accounts: _Optional[_Iterable[_Union[PrefillReply, _Mapping]]] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("kind", "address")

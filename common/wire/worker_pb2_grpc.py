@@ -39,6 +39,11 @@ class DecodeStub:
                 request_serializer=common_dot_wire_dot_worker__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_worker__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.ProbeLinks = channel.unary_unary(
+                '/pdserve.v1.Decode/ProbeLinks',
+                request_serializer=common_dot_wire_dot_worker__pb2.ProbeLinksRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_worker__pb2.ProbeLinksReply.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -52,6 +57,13 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeLinks(self, request, context):
+        """Tries every transport to each of these prefill workers, on memory of its own. For operators; takes a second per worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +71,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=common_dot_wire_dot_worker__pb2.GenerateRequest.FromString,
                     response_serializer=common_dot_wire_dot_worker__pb2.GenerateEvent.SerializeToString,
+            ),
+            'ProbeLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeLinks,
+                    request_deserializer=common_dot_wire_dot_worker__pb2.ProbeLinksRequest.FromString,
+                    response_serializer=common_dot_wire_dot_worker__pb2.ProbeLinksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -98,6 +115,33 @@ class Decode:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ProbeLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Decode/ProbeLinks',
+            common_dot_wire_dot_worker__pb2.ProbeLinksRequest.SerializeToString,
+            common_dot_wire_dot_worker__pb2.ProbeLinksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class PrefillStub:
     """Missing associated documentation comment in .proto file."""
@@ -122,6 +166,11 @@ class PrefillStub:
                 '/pdserve.v1.Prefill/Release',
                 request_serializer=common_dot_wire_dot_worker__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_worker__pb2.ReleaseReply.FromString,
+                _registered_method=True)
+        self.PushProbe = channel.unary_unary(
+                '/pdserve.v1.Prefill/PushProbe',
+                request_serializer=common_dot_wire_dot_worker__pb2.PushProbeRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_worker__pb2.PushProbeReply.FromString,
                 _registered_method=True)
 
 
@@ -151,6 +200,13 @@ class PrefillServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PushProbe(self, request, context):
+        """Connects to one offer and pushes random blocks to it: the other half of Decode.ProbeLinks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -168,6 +224,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=common_dot_wire_dot_worker__pb2.ReleaseRequest.FromString,
                     response_serializer=common_dot_wire_dot_worker__pb2.ReleaseReply.SerializeToString,
+            ),
+            'PushProbe': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushProbe,
+                    request_deserializer=common_dot_wire_dot_worker__pb2.PushProbeRequest.FromString,
+                    response_serializer=common_dot_wire_dot_worker__pb2.PushProbeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -251,6 +312,33 @@ class Prefill:
             '/pdserve.v1.Prefill/Release',
             common_dot_wire_dot_worker__pb2.ReleaseRequest.SerializeToString,
             common_dot_wire_dot_worker__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushProbe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Prefill/PushProbe',
+            common_dot_wire_dot_worker__pb2.PushProbeRequest.SerializeToString,
+            common_dot_wire_dot_worker__pb2.PushProbeReply.FromString,
             options,
             channel_credentials,
             insecure,

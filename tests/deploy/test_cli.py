@@ -22,7 +22,7 @@ def run(*arguments: str, home: Path, **environment: str) -> subprocess.Completed
 def test_help_names_every_command(tmp_path: Path) -> None:
     found = run("--help", home=tmp_path)
     assert found.returncode == 0
-    for command in ("up", "down", "status", "scale", "chat", "pull", "config", "version"):
+    for command in ("up", "down", "status", "doctor", "scale", "chat", "pull", "config", "version"):
         assert command in found.stdout
 
 

@@ -137,9 +137,13 @@ async def test_no_worker_is_503_with_a_time_to_come_back(start_cluster: Any) -> 
 
 
 @pytest.mark.parametrize("failure", [None, EngineFailure("the engine raised")], ids=["link", "engine"])
-async def test_after_the_first_token_a_failure_is_one_error_event(
-    cluster: FakeCluster, http: httpx.AsyncClient, failure: PdserveError | None
-) -> None:
+async def test_after_the_first_token_a_failure_is_one_error_event(start_cluster: Any, failure: PdserveError | None) -> None:
+    """Of an answer that may not go on elsewhere: by configuration, or because it was the engine that failed."""
+    async with start_cluster(migrations=0 if failure is None else 3) as cluster, http_client(cluster) as http:
+        await one_error_event(cluster, http, failure)
+
+
+async def one_error_event(cluster: FakeCluster, http: httpx.AsyncClient, failure: PdserveError | None) -> None:
     cluster.worker.fail_after, cluster.worker.failure = 2, failure
     async with http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as reply:
         assert reply.status_code == 200
@@ -156,7 +160,7 @@ async def test_after_the_first_token_a_failure_is_one_error_event(
 
 
 async def test_the_openai_client_raises_on_an_error_event(cluster: FakeCluster, openai: AsyncOpenAI) -> None:
-    cluster.worker.fail_after = 2
+    cluster.worker.fail_after, cluster.worker.failure = 2, EngineFailure("the engine raised")
     text = ""
 
     async def read() -> None:
@@ -171,10 +175,10 @@ async def test_the_openai_client_raises_on_an_error_event(cluster: FakeCluster, 
 
 
 async def test_after_the_first_token_a_failure_of_a_whole_answer_is_a_status(cluster: FakeCluster, openai: AsyncOpenAI) -> None:
-    cluster.worker.fail_after = 2
+    cluster.worker.fail_after, cluster.worker.failure = 2, EngineFailure("the engine raised")
     with pytest.raises(InternalServerError) as raised:
         await openai.chat.completions.create(**chat())
-    assert raised.value.status_code == 503
+    assert raised.value.status_code == 500
 
 
 async def test_an_error_before_the_first_token_is_a_status_of_a_stream_too(cluster: FakeCluster, openai: AsyncOpenAI) -> None:

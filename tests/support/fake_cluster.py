@@ -152,8 +152,8 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
         self.served += 1
 
     def events(self, request: Request) -> list[worker_pb2.GenerateEvent]:
-        ids = self.tokenizer.encode(self.answer, add_special_tokens=False)
-        limit = request.sampling.max_tokens
+        ids = self.tokenizer.encode(self.answer, add_special_tokens=False)[request.num_resumed_tokens :]
+        limit = request.sampling.max_tokens - request.num_resumed_tokens
         ends = EOS in request.sampling.stop_token_ids and len(ids) < limit
         ids = ids[:limit]
         groups = [ids[start : start + self.tokens_per_event] for start in range(0, len(ids), self.tokens_per_event)] or [[]]
@@ -165,7 +165,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
                 event.started.CopyFrom(started_to_wire(self._started(request)))
             for choice in range(request.num_choices):
                 chunk = TokenChunk(
-                    choice,
+                    request.first_choice + choice,
                     tuple(group),
                     tuple(self.logprob(token, request.sampling.logprobs) for token in group)
                     if request.sampling.logprobs is not None
