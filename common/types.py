@@ -38,6 +38,9 @@ class WorkerRef:
     address: str  # worker, "host:port" of its gRPC server
 
 
+BANNING_BIAS, FORCING_BIAS = -100.0, 100.0  # of SamplingParams.logit_bias
+
+
 class FinishReason(enum.StrEnum):
     """Why a choice ended well. A choice that ends badly ends in an error, not in a finish reason."""
 
@@ -59,10 +62,27 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # validator: the model's end-of-turn ids, unless ignore_eos, plus the client's
     logprobs: int | None = None  # how many alternatives to report beside the chosen token; None = no logprobs
     prompt_logprobs: int | None = None  # the same for each prompt token (echo)
+    presence_penalty: float = 0.0  # taken off the logit of every token that was generated
+    frequency_penalty: float = 0.0  # the same, times how often it was generated
+    repetition_penalty: float = 1.0  # 1 = off; divides (multiplies, below 0) the logits of tokens of prompt and answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value), ids ascending; -100 = never, 100 = nothing but these
+    allowed_token_ids: tuple[int, ...] = ()  # empty = all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def banned_by_bias(self) -> tuple[int, ...]:
+        return tuple(token_id for token_id, value in self.logit_bias if value <= BANNING_BIAS)
+
+    def leaves_a_token(self, vocab_size: int) -> bool:
+        """Whether, at every place of the answer, some token is left that may be drawn. Errs on the side of no."""
+        away = {*self.banned_by_bias, *(word[-1] for word in self.bad_words), *(self.stop_token_ids if self.min_tokens else ())}
+        if self.allowed_token_ids:
+            return not away.issuperset(token_id for token_id in self.allowed_token_ids if token_id < vocab_size)
+        return sum(token_id < vocab_size for token_id in away) < vocab_size
 
 
 @dataclass(frozen=True, slots=True)

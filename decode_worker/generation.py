@@ -18,6 +18,7 @@ import enum
 from common.clock import Clock
 from common.engine.batch import SampleSpec
 from common.engine.sequence import PagedSequence
+from common.engine.token_rules import TokenRules
 from common.errors import IllegalTransition
 from common.lifecycle import Lifecycle, Phase
 from common.types import FinishReason, Request, SampledToken, StageTimings, TokenChunk, TokenLogprob, WorkerRef
@@ -47,6 +48,7 @@ class Choice:
         self.sequence = sequence
         self.num_generated = generation.request.num_resumed_tokens
         self.state = ChoiceState.WAITING
+        self._rules = TokenRules.of(generation.request)
 
     def enter(self, state: ChoiceState) -> None:
         if state not in _LEGAL[self.state]:
@@ -54,11 +56,12 @@ class Choice:
         self.state = state
 
     def next_sample(self) -> SampleSpec:
+        tokens = self.sequence.tokens
         return SampleSpec.for_next_token(
             self.generation.request.sampling,
             choice=self.index,
-            position=len(self.sequence.tokens),
-            num_generated=self.num_generated,
+            position=len(tokens),
+            rules=None if self._rules is None else self._rules.for_next(tokens),
         )
 
     def accept(self, sampled: SampledToken) -> TokenChunk:

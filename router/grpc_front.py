@@ -181,17 +181,20 @@ class _Events:
             yield pb.TokenAlternative(token=text, logprob=logprob, bytes=data, token_id=token_id)
 
 
-_OPTIONALS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "min_tokens")
+_OPTIONALS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "min_tokens",
+    "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 
 
 def _body(request: pb.InferenceRequest) -> dict[str, Any]:
     """The message as the JSON that an HTTP client would have sent."""
     data: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONALS if request.HasField(name)}
     data["model"] = request.model
-    if request.stop:
-        data["stop"] = list(request.stop)
-    if request.stop_token_ids:
-        data["stop_token_ids"] = list(request.stop_token_ids)
+    data.update({name: list(getattr(request, name)) for name in _LISTS if getattr(request, name)})
+    if request.logit_bias:
+        data["logit_bias"] = dict(request.logit_bias)
     if request.HasField("echo"):
         data["echo"] = request.echo
     if request.HasField("chat"):

@@ -10,6 +10,7 @@ Nothing here knows a model, a tokenizer or the configuration; `router.validate` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from common.errors import InvalidRequest
 from common.logs import get_logger
+from common.types import BANNING_BIAS, FORCING_BIAS
 
 log = get_logger(__name__)
 
@@ -28,6 +30,10 @@ MAX_STOP_BYTES = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_TEMPLATE_ARGUMENTS = 16
+MAX_BIASED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_BYTES = 128
 
 Prompt = str | tuple[int, ...]
 
@@ -64,6 +70,34 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     if any(len(item.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES for item in items):
         raise _wrong(f"a stop string is at most {MAX_STOP_BYTES} bytes long")
     return tuple(items)
+
+
+def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are strings; gRPC's are numbers."""
+    if not isinstance(value, Mapping):
+        raise _wrong("must be an object of token ids and values")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise _wrong(f"at most {MAX_BIASED_TOKENS} tokens")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not re.fullmatch("[0-9]{1,10}", str(key), re.ASCII) or int(key) in biases:
+            raise _wrong(f"{str(key)[:40]!r} is not a token id, or is there twice")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not BANNING_BIAS <= bias <= FORCING_BIAS:
+            raise _wrong(f"the value of {key} must be a number from {BANNING_BIAS:g} to {FORCING_BIAS:g}")
+        biases[int(key)] = float(bias)
+    return tuple(sorted(biases.items()))
+
+
+def _bad_words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _wrong("must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise _wrong(f"at most {MAX_BAD_WORDS} bad words")
+    if any(not item for item in value):
+        raise _wrong("a bad word cannot be empty")
+    if any(len(item.encode("utf-8", "surrogatepass")) > MAX_BAD_WORD_BYTES for item in value):
+        raise _wrong(f"a bad word is at most {MAX_BAD_WORD_BYTES} bytes long")
+    return tuple(value)
 
 
 def _content(value: object) -> object:
@@ -123,6 +157,12 @@ class GenerationBody(_Body):
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
     min_tokens: int = Field(0, ge=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)  # smaller ones would take logits to infinity
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
+    allowed_token_ids: list[int] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_TOKENS)
+    bad_words: Annotated[tuple[str, ...], BeforeValidator(_bad_words)] = ()
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
     stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
@@ -209,17 +249,11 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "tool_choice": _is("none", "auto"),
     "functions": _empty,
     "function_call": _is("none", "auto"),
-    "logit_bias": _empty,
-    "presence_penalty": _is(0),
-    "frequency_penalty": _is(0),
-    "repetition_penalty": _is(1),
     "length_penalty": _is(1),
     "use_beam_search": _is(False),
     "structured_outputs": _empty,
     "suffix": _empty,
     "prompt_embeds": _empty,
-    "allowed_token_ids": _empty,
-    "bad_words": _empty,
     "logits_processors": _empty,
     "truncate_prompt_tokens": _never,
     "prompt_logprobs": _never,

@@ -94,6 +94,15 @@ class ValidCall:
 
 
 @dataclass(frozen=True, slots=True)
+class _Words:
+    """What a call says in words or ids about which tokens may come, as token ids. The same for all its prompts."""
+
+    stop_token_ids: tuple[int, ...]
+    allowed_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedText:
     token_ids: tuple[int, ...]
     model: ServedModel
@@ -130,7 +139,8 @@ class Validator:
         if limit is not None:
             _check_fits(model, prompt, limit, param=limit_field)
         plan = self._plan(body, logprobs)
-        sampling = self._sampling(body, model, max_tokens=room if limit is None else limit, logprobs=logprobs)
+        words = await _words(body, model.tokenizer)
+        sampling = self._sampling(body, model, words, max_tokens=room if limit is None else limit, logprobs=logprobs)
         return ValidCall(model, self._requests(model, [prompt], body, [sampling], caller), plan)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> ValidCall:
@@ -142,13 +152,14 @@ class Validator:
         if discard and not body.echo:
             raise InvalidRequest("max_tokens may be 0 only together with echo", param="max_tokens")
         prompts = await _encoded(model.tokenizer, body.prompt, body.add_special_tokens)
+        words = await _words(body, model.tokenizer)
         samplings = []
         for prompt in prompts:
             room = _room(model, prompt, param="prompt")
             if body.max_tokens is not None:
                 _check_fits(model, prompt, body.max_tokens, param="max_tokens")
             wanted = COMPLETION_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-            sampling = self._sampling(body, model, max_tokens=min(wanted, room), logprobs=body.logprobs)
+            sampling = self._sampling(body, model, words, max_tokens=min(wanted, room), logprobs=body.logprobs)
             samplings.append(replace(sampling, prompt_logprobs=body.logprobs) if body.echo else sampling)
         plan = self._plan(body, body.logprobs)
         if body.echo:
@@ -181,23 +192,34 @@ class Validator:
         if body.n > self._config.max_choices:
             raise InvalidRequest(f"n is at most {self._config.max_choices}", param="n")
 
-    def _sampling(self, body: GenerationBody, model: ServedModel, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        tokenizer = model.tokenizer
+    def _sampling(
+        self, body: GenerationBody, model: ServedModel, words: _Words, *, max_tokens: int, logprobs: int | None
+    ) -> SamplingParams:
+        vocab_size = model.tokenizer.vocab_size
         if body.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is more than the {max_tokens} tokens to be generated", param="min_tokens")
-        _check_vocabulary(body.stop_token_ids, tokenizer, param="stop_token_ids")
-        ends = () if body.ignore_eos else tuple(tokenizer.eos_token_ids)
-        return SamplingParams(
+        sampling = SamplingParams(
             max_tokens=max_tokens,
             seed=self._draw_seed() % _UINT64 if body.seed is None else body.seed % _UINT64,
             temperature=body.temperature,
-            top_k=min(max(0, body.top_k), tokenizer.vocab_size),
+            top_k=min(max(0, body.top_k), vocab_size),
             top_p=body.top_p,
             min_p=body.min_p,
             min_tokens=body.min_tokens,
-            stop_token_ids=tuple(dict.fromkeys((*ends, *body.stop_token_ids))),
+            stop_token_ids=words.stop_token_ids,
             logprobs=logprobs,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=body.logit_bias,
+            allowed_token_ids=words.allowed_token_ids,
+            bad_words=words.bad_words,
         )
+        if not sampling.leaves_a_token(vocab_size):
+            given = ("allowed_token_ids", "logit_bias", "bad_words", "stop_token_ids")
+            param = next((name for name in given if getattr(body, name)), "min_tokens")
+            raise InvalidRequest("all tokens that may come are banned, some perhaps until min_tokens are there", param=param)
+        return sampling
 
     def _plan(self, body: GenerationBody, logprobs: int | None) -> OutputPlan:
         return OutputPlan(
@@ -268,6 +290,29 @@ def _check_fits(model: ServedModel, prompt: Sequence[int], max_tokens: int, *, p
 def _check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, *, param: str) -> None:
     if ids and not (min(ids) >= 0 and max(ids) < tokenizer.vocab_size):
         raise InvalidRequest(f"token ids must be from 0 to {tokenizer.vocab_size - 1}", param=param)
+
+
+async def _words(body: GenerationBody, tokenizer: Tokenizer) -> _Words:
+    allowed = body.allowed_token_ids or ()
+    _check_vocabulary(body.stop_token_ids, tokenizer, param="stop_token_ids")
+    _check_vocabulary([token_id for token_id, _ in body.logit_bias], tokenizer, param="logit_bias")
+    _check_vocabulary(allowed, tokenizer, param="allowed_token_ids")
+    ends = () if body.ignore_eos else tokenizer.eos_token_ids
+
+    def spell() -> tuple[tuple[int, ...], ...]:
+        # A word has other tokens at the beginning of a text than after a space.
+        bare = [word.lstrip(" ") or word for word in body.bad_words]
+        spelt = [tuple(tokenizer.encode(text, add_special_tokens=False)) for word in bare for text in (word, f" {word}")]
+        return tuple(dict.fromkeys(spelt))
+
+    bad_words = await _off_loop(2 * sum(map(len, body.bad_words)), spell)
+    if not all(bad_words):
+        raise InvalidRequest("a bad word has no tokens", param="bad_words")
+    return _Words(
+        stop_token_ids=tuple(dict.fromkeys((*ends, *body.stop_token_ids))),
+        allowed_token_ids=tuple(dict.fromkeys(allowed)),
+        bad_words=bad_words,
+    )
 
 
 async def _encoded(tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[int, ...]]:

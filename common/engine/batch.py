@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.engine.token_rules import RowRules, TokenRules
 from common.types import Request, SampledToken, SamplingParams, TokenLogprob
 
 
@@ -31,11 +32,11 @@ class SampleSpec:
     top_p: float
     min_p: float
     logprobs: int | None
-    banned_token_ids: tuple[int, ...] = ()  # stop tokens while min_tokens is not reached
+    rules: RowRules | None = None  # penalties, bias, bans
 
     @classmethod
-    def for_next_token(cls, sampling: SamplingParams, *, choice: int, position: int, num_generated: int) -> SampleSpec:
-        """The draw of a choice's next token, after `num_generated` tokens; it will stand at `position` of the sequence."""
+    def for_next_token(cls, sampling: SamplingParams, *, choice: int, position: int, rules: RowRules | None) -> SampleSpec:
+        """The draw of a choice's next token, which will stand at `position` of the sequence."""
         return cls(
             position=position,
             seed=sampling.seed,
@@ -45,18 +46,17 @@ class SampleSpec:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             logprobs=sampling.logprobs,
-            banned_token_ids=sampling.stop_token_ids if num_generated < sampling.min_tokens else (),
+            rules=rules,
         )
 
 
 def first_samples(request: Request) -> tuple[SampleSpec, ...]:
-    """One draw per choice from the prompt's last logits."""
+    """One draw per choice from the prompt's last logits. On whichever worker computes the prompt, so it needs all the rules."""
+    rules = TokenRules.of(request)
+    first = None if rules is None else rules.for_next(request.prompt_token_ids)
     return tuple(
         SampleSpec.for_next_token(
-            request.sampling,
-            choice=request.first_choice + index,
-            position=request.num_prompt_tokens,
-            num_generated=request.num_resumed_tokens,
+            request.sampling, choice=request.first_choice + index, position=request.num_prompt_tokens, rules=first
         )
         for index in range(request.num_choices)
     )

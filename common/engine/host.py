@@ -106,8 +106,18 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         most = self.engine.max_model_tokens
         if request.num_prompt_tokens - request.num_resumed_tokens + request.sampling.max_tokens > most:
             raise InvalidRequest(f"prompt and max_tokens together exceed {most} tokens", param="max_tokens")
-        if max(request.prompt_token_ids) >= self.engine.architecture.vocab_size:
-            raise InvalidRequest("a token id is outside the vocabulary", param="prompt_token_ids")
+        vocab_size, sampling = self.engine.architecture.vocab_size, request.sampling
+        biased = tuple(token_id for token_id, _ in sampling.logit_bias)
+        named = {
+            "prompt_token_ids": request.prompt_token_ids,
+            "logit_bias": biased,
+            "allowed_token_ids": sampling.allowed_token_ids,
+        }
+        for param, token_ids in named.items():
+            if max(token_ids, default=0) >= vocab_size:
+                raise InvalidRequest("a token id is outside the vocabulary", param=param)
+        if not sampling.leaves_a_token(vocab_size):
+            raise InvalidRequest("all tokens that may come are banned", param="sampling")
 
     def count_served(self) -> None:
         self._served += 1

@@ -1,6 +1,6 @@
 """From logits to tokens.
 
-    logits -> [log-probabilities are reported from these] -> banned ids -> temperature -> top-k -> top-p -> min-p -> draw
+    logits -> [log-probabilities are reported from these] -> `logit_rules` -> temperature -> top-k -> top-p -> min-p -> draw
 
 A draw is a function of its own row of logits and its own `SampleSpec`, whoever else is in the batch: randomness is one number of
 a counter-based generator, keyed by (seed, choice) and counted by position, and a row's probabilities are computed by themselves
@@ -11,13 +11,16 @@ Logits that are not finite at their maximum come from broken memory or weights; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from common.engine.batch import SampleSpec
+from common.engine.logit_rules import apply_rules
 from common.errors import EngineFailure
 from common.types import SampledToken, TokenLogprob
 
@@ -27,21 +30,25 @@ _WORD = (1 << 64) - 1
 
 def sample(logits: torch.Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]) -> list[SampledToken]:
     """Draws one token per spec; `specs[i]` reads `logits[rows[i]]` (fp32 [rows, vocab], left as it is)."""
-    greedy = [i for i, spec in enumerate(specs) if spec.temperature == 0.0]
-    drawn = [0] * len(specs)
-    if greedy:
-        for i, token_id in zip(greedy, _argmax(logits, [specs[i] for i in greedy], [rows[i] for i in greedy]), strict=True):
-            drawn[i] = token_id
-    if len(greedy) < len(specs):
-        on_host = logits.cpu().numpy()
-        for i, spec in enumerate(specs):
-            if spec.temperature != 0.0:
-                drawn[i] = _draw(on_host[rows[i]], spec)
+    ruled = {i: spec.rules for i, spec in enumerate(specs) if spec.rules is not None}
+    if not ruled:
+        drawn = _pick(logits, specs, rows)
+    else:
+        drawn = [0] * len(specs)
+        plain = [i for i in range(len(specs)) if i not in ruled]
+        changed = logits.index_select(0, torch.tensor([rows[i] for i in ruled], device=logits.device))
+        _check_finite(changed.amax(dim=-1).tolist())  # before rules hide what is broken
+        apply_rules(changed, list(ruled.values()))
+        for members, source, at in ((plain, logits, [rows[i] for i in plain]), (list(ruled), changed, range(len(ruled)))):
+            for i, token_id in zip(members, _pick(source, [specs[i] for i in members], at), strict=True):
+                drawn[i] = token_id
     reported = [i for i, spec in enumerate(specs) if spec.logprobs is not None]
     reports: dict[int, TokenLogprob] = {}
     if reported:
         index = torch.tensor([rows[i] for i in reported], device=logits.device)
-        found = report_logprobs(logits[index], [drawn[i] for i in reported], [specs[i].logprobs or 0 for i in reported])
+        found = report_logprobs(
+            logits.index_select(0, index), [drawn[i] for i in reported], [specs[i].logprobs or 0 for i in reported]
+        )
         reports = dict(zip(reported, found, strict=True))
     return [SampledToken(token_id, reports.get(i)) for i, token_id in enumerate(drawn)]
 
@@ -62,66 +69,89 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def filtered_weights(row: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
-    """Unnormalised probabilities after every filter; the best token has weight 1 and is never filtered out."""
-    scaled = row.astype(np.float64)
-    scaled[list(spec.banned_token_ids)] = -np.inf
-    best = scaled.max()
-    if not np.isfinite(best):
-        raise EngineFailure("the model's logits are not finite")
-    scaled -= best
-    scaled /= spec.temperature
-    weights = np.exp(scaled)
-    if 0 < spec.top_k < len(weights):
-        _keep_top_k(weights, scaled, spec.top_k)
+def candidates(row: npt.NDArray[np.float32], spec: SampleSpec) -> tuple[npt.NDArray[np.int64] | None, _Floats]:
+    """The token ids that no filter takes out, ascending (None: all there are), and their weights, which are their probabilities
+    but for a factor. The best token has weight 1 and is always among them."""
+    best = float(row.max())
+    _check_finite([best])
+    token_ids: npt.NDArray[np.int64] | None = None
+    if 0 < spec.top_k < len(row):
+        token_ids = np.flatnonzero(_among_best(row, float(torch.from_numpy(row).topk(spec.top_k).values[-1]), spec.top_k))
+        row = row[token_ids]
+    weights = row.astype(np.float64)
+    weights -= best
+    weights /= spec.temperature
+    np.exp(weights, out=weights)
     if spec.top_p < 1.0:
         _keep_top_p(weights, spec.top_p)
     if spec.min_p > 0.0:
         weights[weights < spec.min_p] = 0.0
-    return weights
+    if spec.top_p < 1.0 or spec.min_p > 0.0:
+        left = np.flatnonzero(weights > 0.0)
+        token_ids, weights = left if token_ids is None else token_ids[left], weights[left]
+    return token_ids, weights
+
+
+def _pick(logits: torch.Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]) -> list[int]:
+    """A token per spec, from logits that are as they should be."""
+    greedy = [i for i, spec in enumerate(specs) if spec.temperature == 0.0]
+    drawn = [0] * len(specs)
+    if greedy:
+        for i, token_id in zip(greedy, _argmax(logits, [rows[i] for i in greedy]), strict=True):
+            drawn[i] = token_id
+    if len(greedy) < len(specs):
+        on_host = logits.cpu().numpy()
+        for i, spec in enumerate(specs):
+            if spec.temperature != 0.0:
+                drawn[i] = _draw(on_host[rows[i]], spec)
+    return drawn
 
 
 def _draw(row: npt.NDArray[np.float32], spec: SampleSpec) -> int:
-    weights = filtered_weights(row, spec)
-    candidates = np.flatnonzero(weights)
-    cumulative = np.cumsum(weights[candidates])
+    token_ids, weights = candidates(row, spec)
+    cumulative = np.cumsum(weights)
     point = uniform(spec.seed, spec.choice, spec.position) * cumulative[-1]
-    # `point` may round up to the total; the last candidate is what is meant then.
-    return int(candidates[min(int(np.searchsorted(cumulative, point, side="right")), len(candidates) - 1)])
-
-
-def _keep_top_k(weights: _Floats, scaled: _Floats, top_k: int) -> None:
-    threshold = np.partition(scaled, len(scaled) - top_k)[len(scaled) - top_k]
-    keep = scaled > threshold
-    keep[np.flatnonzero(scaled == threshold)[: top_k - int(keep.sum())]] = True
-    weights[~keep] = 0.0
+    place = int(np.searchsorted(cumulative, point, side="right"))  # never one of weight 0: the sum does not pass `point` there
+    if place == len(weights):  # `point` was rounded up to the total: the last one is what is meant
+        place = int(np.flatnonzero(weights)[-1])
+    return place if token_ids is None else int(token_ids[place])
 
 
 def _keep_top_p(weights: _Floats, top_p: float) -> None:
     """Keeps the fewest best tokens that together have at least `top_p` of the mass."""
-    target = top_p * weights.sum()
+    total = weights.sum()
+    target = top_p * total
     # Tokens below this weight cannot hold more than 1 - top_p together, so the rest holds the nucleus: sort only that.
-    candidates = np.flatnonzero(weights >= (weights.sum() - target) / len(weights))
-    order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    kept = int(np.searchsorted(np.cumsum(weights[order]), target, side="left")) + 1
-    survivors = order[:kept]
-    surviving_weights = weights[survivors]
-    weights.fill(0.0)
-    weights[survivors] = surviving_weights
+    ranked = -np.sort(-weights[weights >= (total - target) / len(weights)])
+    kept = min(int(np.searchsorted(np.cumsum(ranked), target, side="left")) + 1, len(ranked))
+    weights[~_among_best(weights, ranked[kept - 1], kept)] = 0.0
 
 
-def _argmax(logits: torch.Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]) -> list[int]:
-    identity = len(rows) == len(logits) and list(rows) == list(range(len(rows)))
-    chosen = logits if identity else logits[torch.tensor(rows, device=logits.device)]
-    if any(spec.banned_token_ids for spec in specs):
-        chosen = chosen.clone()
-        for row, spec in zip(chosen, specs, strict=True):
-            row[list(spec.banned_token_ids)] = -torch.inf
-    values, token_ids = chosen.max(dim=-1)
-    on_host = torch.stack((values.double(), token_ids.double())).cpu()  # one copy; token ids are exact in fp64
-    if not bool(torch.isfinite(on_host[0]).all()):
+def _among_best(values: npt.NDArray[np.floating[Any]], last: float, count: int) -> npt.NDArray[np.bool_]:
+    """Which are the `count` largest, the last of which has the value `last`; of equal ones, those that come first."""
+    keep: npt.NDArray[np.bool_] = values > last
+    equal = np.flatnonzero(values == last)
+    keep[equal[: count - int(np.count_nonzero(keep))]] = True
+    return keep
+
+
+def _argmax(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+    if logits.device.type == "cpu":  # numpy is ten times as fast here; where the two meet NaN, both say where it is
+        on_host = logits.numpy()
+        token_ids = [int(token_id) for token_id in on_host.argmax(axis=-1)]
+        best = [float(row[token_id]) for row, token_id in zip(on_host, token_ids, strict=True)]
+    else:
+        values, found = logits.max(dim=-1)
+        # One copy; token ids are exact in fp64.
+        best, places = torch.stack((values.double(), found.double())).tolist()
+        token_ids = [int(place) for place in places]
+    _check_finite([best[row] for row in rows])
+    return [token_ids[row] for row in rows]
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
         raise EngineFailure("the model's logits are not finite")
-    return [int(token_id) for token_id in on_host[1].tolist()]
 
 
 def _best(logprobs: torch.Tensor, num_top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:

@@ -68,6 +68,12 @@ def test_openai_python_does_what_its_users_do(client: openai.OpenAI) -> None:
     assert [choice.text for choice in several.choices] == [choice.text for choice in again.choices]
     assert all(choice.logprobs and len(choice.logprobs.token_logprobs or []) == 6 for choice in several.choices)
 
+    rules = {"presence_penalty": 0.5, "frequency_penalty": 2.0, "logit_bias": {"300": 100, "301": 100}}  # " fr" and " fro"
+    forced = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, **rules).choices[0].text
+    assert forced.replace(" fro", "").replace(" fr", "") == ""
+    assert forced.count(" fr") == 12
+    assert 0 < forced.count(" fro") < 12, "penalties on what was said make it say the other"
+
     echoed = client.completions.create(model="tiny", prompt=PROMPT[:20], echo=True, logprobs=1, max_tokens=1, temperature=0)
     logprobs = echoed.choices[0].logprobs
     assert logprobs is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -13,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from common.errors import ContextLengthExceeded, ModelNotFound, PdserveError, WorkerLost
+from common.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, PdserveError, WorkerLost
 from common.rpc import connect, error_from_rpc
 from common.wire import inference_pb2 as pb
 from common.wire.inference_pb2_grpc import InferenceStub
@@ -80,6 +81,29 @@ async def test_every_field_arrives(cluster: FakeCluster, stub: InferenceStub) ->
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (9, 0.25, 0.5, 7)
     assert (sampling.min_p, sampling.seed, request.num_choices, sampling.min_tokens) == (0.125, 2**64 - 1, 2, 1)
     assert (sampling.stop_token_ids, sampling.logprobs) == ((9,), 3)
+
+
+async def test_rules_for_tokens_are_those_of_http(cluster: FakeCluster, stub: InferenceStub, http: httpx.AsyncClient) -> None:
+    numbers = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "repetition_penalty": 1.125}
+    lists = {"allowed_token_ids": [9, 8, 9, 40], "bad_words": ["hot word", " the"]}
+    await generate(stub, prompt="hi", seed=1, **numbers, **lists, logit_bias={8: -100.0, 40: 1.5})
+    body = {"model": MODEL, "prompt": "hi", "seed": 1, **numbers, **lists, "logit_bias": {"8": -100, "40": 1.5}}
+    await http.post("/v1/completions", json=body)
+    ours, theirs = (request.sampling for request in cluster.worker.requests)
+    assert sorted(ours.logit_bias) == sorted(theirs.logit_bias) == [(8, -100.0), (40, 1.5)]
+    assert replace(ours, logit_bias=()) == replace(theirs, logit_bias=())
+    assert {name: getattr(ours, name) for name in numbers} == numbers
+    assert ours.allowed_token_ids == (9, 8, 40)
+    encode = cluster.tokenizer.encode
+    assert set(ours.bad_words) == {tuple(encode(text)) for text in ("hot word", " hot word", "the", " the")}
+
+    refused = {
+        "presence_penalty": 2.5, "repetition_penalty": 0.0, "logit_bias": {8: 101.0},
+        "allowed_token_ids": [999_999], "bad_words": [""],
+    }  # fmt: skip
+    for name, value in refused.items():
+        failure = await failure_of(stub, prompt="hi", **{name: value})
+        assert (type(failure), failure.param) == (InvalidRequest, name)
 
 
 async def test_choices_and_logprobs(cluster: FakeCluster, stub: InferenceStub) -> None:

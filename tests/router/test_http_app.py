@@ -322,6 +322,51 @@ async def test_health_ready_version_metrics(cluster: FakeCluster, http: httpx.As
     assert f'vllm:generation_tokens_total{{model_name="{MODEL}"}} {tokens}.0' in lines
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("field", "value", "more"),
+    [
+        ("presence_penalty", 2.5, {}),
+        ("frequency_penalty", -2.5, {}),
+        ("repetition_penalty", 0, {}),
+        ("logit_bias", {"999999": 1}, {}),
+        ("logit_bias", {"7": 200}, {}),
+        ("allowed_token_ids", [], {}),
+        ("allowed_token_ids", [999_999], {}),
+        ("allowed_token_ids", [-1], {}),
+        ("bad_words", ["fine", ""], {}),
+        # Nothing would be left to draw.
+        ("allowed_token_ids", [7], {"logit_bias": {"7": -100}}),
+        ("allowed_token_ids", [EOS], {"min_tokens": 1}),
+        ("logit_bias", "all", {}),
+    ],
+)
+async def test_rules_that_cannot_be_kept_are_refused_by_name(
+    cluster: FakeCluster, http: httpx.AsyncClient, path: str, field: str, value: object, more: dict[str, object]
+) -> None:
+    if value == "all":
+        value = {str(token_id): -100 for token_id in range(cluster.tokenizer.vocab_size)}
+    body = {"model": MODEL, "max_tokens": 4, field: value, **more, **({"messages": USER} if "chat" in path else {"prompt": "hi"})}
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert not cluster.worker.requests
+
+
+async def test_rules_reach_the_worker(cluster: FakeCluster, openai: AsyncOpenAI) -> None:
+    extra = {"repetition_penalty": 1.2, "allowed_token_ids": [7, 8], "bad_words": ["the word"]}
+    for ask in (openai.chat.completions.create, openai.completions.create):
+        prompt = {"messages": USER} if ask == openai.chat.completions.create else {"prompt": ["a", "b"]}
+        await ask(model=MODEL, **prompt, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={"7": 3}, extra_body=extra)
+    encode = cluster.tokenizer.encode
+    assert len(cluster.worker.requests) == 3
+    for request in cluster.worker.requests:
+        sampling = request.sampling
+        assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -0.5, 1.2)
+        assert (sampling.logit_bias, sampling.allowed_token_ids) == (((7, 3.0),), (7, 8))
+        assert sampling.bad_words == (tuple(encode("the word")), tuple(encode(" the word")))
+
+
 async def test_context_overflow_names_the_limit(cluster: FakeCluster, openai: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as too_long:
         await openai.completions.create(model=MODEL, prompt=[5] * CONTEXT)

@@ -30,16 +30,44 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("include_stop_str_in_output", ["yes"]),
     ("skip_special_tokens", ["no"]),
     ("return_token_ids", [1]),
+    ("presence_penalty", [2.01, -2.01, "1", True, float("nan")]),
+    ("frequency_penalty", [2.01, -2.01, "1", True, float("inf")]),
+    ("repetition_penalty", [0, 0.009, -1, 10.01, "1", True, float("nan")]),
+    (
+        "logit_bias",
+        [
+            [],
+            "x",
+            5,
+            [[5, 1]],
+            {"a": 1},
+            {"-1": 1},
+            {"1.0": 1},
+            {"": 1},
+            {" 5": 1},
+            {"٣": 1},
+            {"5": 1, "05": 2},
+            {"9" * 11: 1},
+            {"5": "1"},
+            {"5": True},
+            {"5": None},
+            {"5": 100.5},
+            {"5": -101},
+            {"5": float("nan")},
+            {"5": float("inf")},
+            {"5": [1]},
+            {str(i): 1 for i in range(1025)},
+        ],
+    ),
+    ("allowed_token_ids", [[], "1", 5, [1] * 1025]),
+    ("allowed_token_ids[1]", [[1, "1"], [1, True], [1, 1.0]]),
+    ("bad_words", ["no", [5], [""], ["x"] * 129, ["é" * 65], {"a": 1}]),
     # not offered here
     ("response_format", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", []]),
     ("tools", [[{"type": "function", "function": {"name": "f"}}]]),
     ("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}]),
     ("functions", [[{"name": "f"}]]),
     ("function_call", [{"name": "f"}]),
-    ("logit_bias", [{"5": 1}]),
-    ("presence_penalty", [0.5, -1]),
-    ("frequency_penalty", [0.5, True]),
-    ("repetition_penalty", [1.1, 0]),
     ("structured_outputs", [{"json": {}}]),
     ("guided_json", [{"type": "object"}]),
     ("guided_regex", ["a+"]),
@@ -47,8 +75,6 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("best_of", [2, 0, "1", True]),
     ("suffix", ["end"]),
     ("prompt_embeds", ["AAAA"]),
-    ("allowed_token_ids", [[1]]),
-    ("bad_words", [["no"]]),
     ("truncate_prompt_tokens", [10, -1]),
     ("prompt_logprobs", [0, 1]),
     ("priority", [1, -1]),
@@ -178,6 +204,20 @@ def test_the_limits_themselves_are_allowed() -> None:
     body = {**COMPLETION, "stop": ["x" * 128] * 8, "seed": -(2**63), "temperature": 2, "top_p": 1, "top_k": -1, "logprobs": 20}
     assert parse(CompletionBody, body).stop == ("x" * 128,) * 8
     assert parse(ChatBody, {**CHAT, "stop": "one"}).stop == ("one",)
+
+
+def test_bias_keys_are_strings_in_json_and_numbers_in_grpc() -> None:
+    for bias in ({"5": -100, "7": 0.5}, {5: -100, 7: 0.5}):
+        assert parse(ChatBody, {**CHAT, "logit_bias": bias}).logit_bias == ((5, -100.0), (7, 0.5))
+
+
+def test_the_limits_of_rules_are_allowed() -> None:
+    rules: dict[str, Any] = {
+        "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01,
+        "logit_bias": {str(i): 100 for i in range(1024)}, "allowed_token_ids": [1] * 1024, "bad_words": ["x" * 128] * 128,
+    }  # fmt: skip
+    assert parse(CompletionBody, {**COMPLETION, **rules}).presence_penalty == -2
+    assert parse(ChatBody, {**CHAT, **rules, "repetition_penalty": 10}).repetition_penalty == 10
 
 
 def test_tokenize_bodies() -> None:

@@ -1,4 +1,4 @@
-"""The sampler: filters against a naive numpy version, draws against the exact distribution, rows against themselves alone."""
+"""The sampler: filters against a naive version and transformers, draws against exact distributions, rows against themselves."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.engine.batch import SampleSpec
-from common.engine.sampler import filtered_weights, report_logprobs, sample, uniform
+from common.engine.sampler import candidates, report_logprobs, sample, uniform
+from common.engine.token_rules import RowRules
 from common.errors import EngineFailure
 
 SPEC = SampleSpec(position=0, seed=1, choice=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
@@ -22,12 +24,25 @@ def draw_one(row: torch.Tensor, spec: SampleSpec) -> int:
     return sample(row[None], [spec], [0])[0].token_id
 
 
+def banning(*token_ids: int) -> RowRules:
+    return RowRules(banned_token_ids=np.array(token_ids, dtype=np.int64))
+
+
+def distribution(row: np.ndarray, spec: SampleSpec) -> np.ndarray:
+    """What the code under test draws from, without rules."""
+    token_ids, weights = candidates(row, spec)
+    found = np.zeros(len(row))
+    found[slice(None) if token_ids is None else token_ids] = weights / weights.sum()
+    return found
+
+
 def naive_distribution(row: np.ndarray, spec: SampleSpec) -> np.ndarray:
     """Token by token, with sorted lists: what remains after each filter, normalised."""
     probabilities = {}
-    best = max(float(x) for i, x in enumerate(row) if i not in spec.banned_token_ids)
+    banned = () if spec.rules is None else spec.rules.banned_token_ids.tolist()
+    best = max(float(x) for i, x in enumerate(row) if i not in banned)
     for token_id, logit in enumerate(row):
-        if token_id not in spec.banned_token_ids:
+        if token_id not in banned:
             probabilities[token_id] = float(np.exp((float(logit) - best) / spec.temperature))
     ranked = sorted(probabilities, key=lambda token_id: (-row[token_id], token_id))
     if spec.top_k:
@@ -64,16 +79,31 @@ logit_rows = st.lists(st.integers(-12, 12), min_size=3, max_size=30).map(lambda 
 def test_filters_leave_what_the_naive_version_leaves(
     row: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, num_banned: int
 ) -> None:
-    spec = replace(
-        SPEC,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        banned_token_ids=tuple(int(i) for i in np.argsort(-row)[:num_banned]),
-    )
-    weights = filtered_weights(row, spec)
-    np.testing.assert_allclose(weights / weights.sum(), naive_distribution(row, spec), rtol=1e-9, atol=0)
+    spec = replace(SPEC, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    row[np.argsort(-row)[:num_banned]] = -np.inf
+    np.testing.assert_allclose(distribution(row, spec), naive_distribution(row, spec), rtol=1e-9, atol=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.2, 0.7, 1.0, 3.0]),
+    top_k=st.integers(0, 120),
+    top_p=st.sampled_from([0.0501, 0.3337, 0.7713, 0.9507, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0503, 0.4017, 1.0]),
+)
+def test_filters_leave_what_transformers_leaves(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    row = np.random.default_rng(seed).standard_normal(100).astype(np.float32) * 3
+    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(transformers.TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(transformers.TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(transformers.MinPLogitsWarper(min_p))
+    scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(row).double()[None])
+    spec = replace(SPEC, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    np.testing.assert_allclose(distribution(row, spec), scores.softmax(-1)[0].numpy(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +113,7 @@ def test_filters_leave_what_the_naive_version_leaves(
         replace(SPEC, temperature=0.5),
         replace(SPEC, temperature=2.0, top_k=5),
         replace(SPEC, top_p=0.8),
-        replace(SPEC, min_p=0.2, banned_token_ids=(3,)),
+        replace(SPEC, min_p=0.2, rules=banning(3)),
         replace(SPEC, choice=7, top_k=6, top_p=0.9),
     ],
 )
@@ -147,7 +177,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
             top_k=[0, 40][i % 2],
             top_p=[1.0, 0.9][i % 2],
             logprobs=[None, 0, 4][i % 3],
-            banned_token_ids=(i, i + 1),
+            rules=[None, banning(i, i + 1)][i // 2 % 2],
         )
         for i in range(12)
     ]
@@ -174,16 +204,16 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_obeys_bans() -> None:
     row = torch.zeros(1000)
     row[[990, 31, 700]] = 5.0
     assert draw_one(row, GREEDY) == 31
-    assert draw_one(row, replace(GREEDY, banned_token_ids=(31,))) == 700
-    assert draw_one(row, replace(GREEDY, banned_token_ids=(31, 700, 990))) == 0
-    assert sample(row.repeat(3, 1), [GREEDY, replace(GREEDY, banned_token_ids=(31,)), GREEDY], [0, 1, 2])[2].token_id == 31
+    assert draw_one(row, replace(GREEDY, rules=banning(31))) == 700
+    assert draw_one(row, replace(GREEDY, rules=banning(31, 700, 990))) == 0
+    assert sample(row.repeat(3, 1), [GREEDY, replace(GREEDY, rules=banning(31)), GREEDY], [0, 1, 2])[2].token_id == 31
 
 
 def test_sampling_leaves_the_logits_as_they_are() -> None:
     logits = torch.randn(3, 20)
     before = logits.clone()
-    banned = (1, 2, 3)
-    sample(logits, [replace(GREEDY, banned_token_ids=banned), replace(SPEC, banned_token_ids=banned), GREEDY], [0, 1, 2])
+    banned = banning(1, 2, 3)
+    sample(logits, [replace(GREEDY, rules=banned), replace(SPEC, rules=banned), GREEDY], [0, 1, 2])
     assert torch.equal(logits, before)
 
 
@@ -194,7 +224,10 @@ def test_extreme_temperatures_and_logits_are_survived() -> None:
     assert draw_one(torch.tensor([-torch.inf, 0.0, -torch.inf]), SPEC) == 1
 
 
-@pytest.mark.parametrize("spec", [GREEDY, SPEC])
+HIDING = RowRules(allowed_token_ids=np.array([2]), banned_token_ids=np.array([1]))
+
+
+@pytest.mark.parametrize("spec", [GREEDY, SPEC, replace(GREEDY, rules=HIDING), replace(SPEC, rules=HIDING)])
 @pytest.mark.parametrize("row", [[0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3])
 def test_no_token_is_drawn_from_broken_logits(spec: SampleSpec, row: list[float]) -> None:
     with pytest.raises(EngineFailure, match="finite"):
@@ -204,7 +237,7 @@ def test_no_token_is_drawn_from_broken_logits(spec: SampleSpec, row: list[float]
 def test_logprobs_come_from_the_raw_logits() -> None:
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 2
     spec = replace(GREEDY, logprobs=3)
-    specs = [spec, replace(spec, temperature=0.3, top_k=2), replace(spec, banned_token_ids=(int(logits[2].argmax()),)), GREEDY]
+    specs = [spec, replace(spec, temperature=0.3, top_k=2), replace(spec, rules=banning(int(logits[2].argmax()))), GREEDY]
     tokens = sample(logits, specs, [0, 1, 2, 3])
     exact = logits.double() - logits.double().logsumexp(-1, keepdim=True)
     for i, token in enumerate(tokens[:3]):
