@@ -45,6 +45,11 @@ class EngineConfig(_Part):
         None, ge=1, description="Longest prompt + output; default is what model and pool allow, whichever is less."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default shares the cores between workers.")
+    kernels: Literal["auto", "torch", "native"] = Field(
+        "auto",
+        description="What computes steps. native: C++ compiled on this machine, for CPUs and not in exact mode."
+        " auto: native where it can be had; torch until it is compiled, and elsewhere.",
+    )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
 
 
@@ -84,8 +89,11 @@ class ModelConfig(_Part):
 class TransferConfig(_Part):
     """How KV travels from prefill to decode workers."""
 
-    transports: tuple[Literal["shm", "tcp"], ...] = Field(
-        ("shm", "tcp"), min_length=1, description="Offered by decode workers, in order of preference."
+    transports: tuple[Literal["shm", "tcp", "nixl"], ...] = Field(
+        ("shm", "tcp"), min_length=1, description="Offered by decode workers, in order of preference. nixl needs pdserve[nixl]."
+    )
+    lease_s: float = Field(
+        4.0, gt=0, description="A worker that is silent for so long during a transfer is given up by the other."
     )
     ticket_ttl_s: float = Field(60.0, gt=0, description="A remote prefill that takes longer has failed.")
     handshake_timeout_s: float = Field(5.0, gt=0, description="Budget for the first contact of two workers.")

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from common.blocks import num_blocks, root_hash
-from common.config import EngineConfig
+from common.config import EngineConfig, pdserve_home
 from common.engine.block_manager import BlockManager
 from common.engine.exact import ExactNumerics
 from common.engine.exactness_check import check_exactness
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.loader import ModelArchitecture, load_architecture, load_weights
 from common.engine.models import create_model
+from common.engine.native.choice import choose_model
 from common.engine.numerics import FastNumerics, Numerics
 from common.engine.runner import ModelRunner
 from common.errors import ConfigError
@@ -86,8 +87,17 @@ def build_engine(
         prefix_cache=config.prefix_cache,
         first_block=FIRST_BLOCK,
     )
-    model = create_model(architecture, weights, numerics, max_model_tokens)
-    runner = ModelRunner(model, pool, numerics, architecture.num_heads)
+    model, successor = choose_model(
+        config,
+        architecture,
+        weights,
+        pool,
+        max_model_tokens,
+        threads=threads,
+        cache=pdserve_home() / "kernels",
+        create_torch_model=lambda: create_model(architecture, weights, numerics, max_model_tokens),
+    )
+    runner = ModelRunner(model, pool, numerics, architecture.num_heads, successor)
     if numerics.exact:
         check_exactness(runner, pool, blocks, architecture.vocab_size, max_model_tokens)
     return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens)

@@ -10,6 +10,8 @@ One thread uses a runner. It trusts the scheduler about blocks, and it knows nei
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from common.engine.attention import create_attention
@@ -25,9 +27,20 @@ from common.types import SampledToken, TokenLogprob
 _LOGPROB_ROWS = 64
 
 
+class Successor(Protocol):
+    """Knows of a model that is to take over between two steps, over the same pool."""
+
+    def poll(self) -> Model | None:
+        """That model, once it is ready; never blocks."""
+        ...
+
+
 class ModelRunner:
-    def __init__(self, model: Model, pool: KVPool, numerics: Numerics, num_heads: int) -> None:
+    def __init__(
+        self, model: Model, pool: KVPool, numerics: Numerics, num_heads: int, successor: Successor | None = None
+    ) -> None:
         self._model = model
+        self._successor = successor
         self._pool = pool
         self._attention = create_attention(numerics.attention, pool, num_heads)
         self._buffers = StepBuffers(pool)
@@ -61,11 +74,12 @@ class ModelRunner:
         return self._model.logits(hidden)
 
     def _forward(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> tuple[StepInput, torch.Tensor]:
+        if self._successor is not None and (model := self._successor.poll()) is not None:
+            self._model, self._successor = model, None
         step = self._buffers.fill(batch)
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
-        plan = self._attention.plan(step.block_tables, step.spans)
-        return step, self._model.forward(step, self._pool, plan, layer_done)
+        return step, self._model.forward(step, self._pool, self._attention, layer_done)
 
     def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
         specs: list[SampleSpec] = []

@@ -30,7 +30,7 @@ class StepInput:
 
     token_ids: torch.Tensor  # [rows]
     positions: torch.Tensor  # [rows]
-    write_index: torch.Tensor  # where keys and values of the rows go, see KVPool
+    slots: torch.Tensor  # [rows], where keys and values of the rows go: block * block_tokens + offset
     block_tables: torch.Tensor  # [sequences, blocks]
     spans: tuple[Span, ...]
     entered: tuple[tuple[int, int], ...]  # (block, tokens it will hold), for blocks that are entered and not filled
@@ -78,7 +78,7 @@ class StepBuffers:
         return StepInput(
             token_ids=rows_on_device[0],
             positions=rows_on_device[1],
-            write_index=self._pool.write_index(rows_on_device[2]),
+            slots=rows_on_device[2],
             block_tables=device[3 * num_rows :].view(num_sequences, width),
             spans=tuple(spans),
             entered=tuple(entered),

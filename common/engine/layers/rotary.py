@@ -26,12 +26,12 @@ class RotaryEmbedding:
         if scaling is not None:
             frequencies = torch.tensor([frequency / scaling.slowdown(frequency) for frequency in frequencies.tolist()])
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-        self._cosines = angles.cos().to(device)
-        self._sines = angles.sin().to(device)
+        self.cosines = angles.cos().to(device)  # [positions, head_dim / 2]
+        self.sines = angles.sin().to(device)
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for rows at these positions; once per step, for all layers."""
-        return self._cosines.index_select(0, positions)[:, None], self._sines.index_select(0, positions)[:, None]
+        return self.cosines.index_select(0, positions)[:, None], self.sines.index_select(0, positions)[:, None]
 
     @staticmethod
     def turn(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

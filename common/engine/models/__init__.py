@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from common.engine.attention import AttentionPlan
+from common.engine.attention import AttentionBackend
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.numerics import Numerics
@@ -23,7 +23,7 @@ LayerDone = Callable[[int], None]
 
 class Model(Protocol):
     def forward(
-        self, step: StepInput, pool: KVPool, attention: AttentionPlan, layer_done: LayerDone | None = None
+        self, step: StepInput, pool: KVPool, attention: AttentionBackend, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
         """Computes the rows of a step, writes their keys and values, returns their hidden states [rows, hidden]."""
         ...

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from common.engine.attention import AttentionPlan
+from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
 from common.engine.layers.linear import Linear
@@ -49,18 +49,18 @@ class LlamaLayer:
         self._mlp = GatedMLP(numerics, take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"), take("mlp.down_proj.weight"))
 
     def __call__(
-        self, rows: torch.Tensor, angles: Angles, step: StepInput, pool: KVPool, attention: AttentionPlan
+        self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
-        rows = rows + self._attend(self._attention_norm(rows), angles, step, pool, attention)
+        rows = rows + self._attend(self._attention_norm(rows), angles, write_index, pool, attention)
         return rows.add_(self._mlp(self._mlp_norm(rows)))
 
     def _attend(
-        self, rows: torch.Tensor, angles: Angles, step: StepInput, pool: KVPool, attention: AttentionPlan
+        self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
         heads = self._qkv(rows).view(len(rows), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
         turning = self._num_heads + self._num_kv_heads
         turned = RotaryEmbedding.turn(heads[:, :turning], angles)
-        pool.write(self._index, step.write_index, turned[:, self._num_heads :], heads[:, turning:])
+        pool.write(self._index, write_index, turned[:, self._num_heads :], heads[:, turning:])
         attended = attention.attend(self._index, turned[:, : self._num_heads])
         return self._output(attended.reshape(len(rows), -1))
 
@@ -89,13 +89,15 @@ class LlamaModel:
         self,
         step: StepInput,
         pool: KVPool,
-        attention: AttentionPlan,
+        attention: AttentionBackend,
         layer_done: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         rows = F.embedding(step.token_ids, self._embedding)
         angles = self._rotary.angles(step.positions)
+        write_index = pool.write_index(step.slots)
+        plan = attention.plan(step.block_tables, step.spans)
         for number, layer in enumerate(self._layers, start=1):
-            rows = layer(rows, angles, step, pool, attention)
+            rows = layer(rows, angles, write_index, pool, plan)
             if layer_done is not None:
                 layer_done(number)
         return rows

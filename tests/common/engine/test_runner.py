@@ -29,9 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=[False, True], ids=["fast", "exact"])
+@pytest.fixture(params=["torch", "exact", "native"])
 def engine(tiny: Path, request: pytest.FixtureRequest) -> Engine:
-    return build(tiny, exact=request.param)
+    return build(tiny, exact=True) if request.param == "exact" else build(tiny, kernels=request.param)
 
 
 def all_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""Which model serves, and when: torch's until the native library is compiled, then the native one.
+
+    kernels: torch                                       torch
+    auto, and exact mode, a GPU, float16                 torch
+    library is in the cache                              native from the start
+    else                                                 torch, and a Successor that compiles beside it
+
+auto falls back to torch with one warning if there is no library to be had; native refuses to start instead. A fresh library has
+to agree with torch's arithmetic on a small model before it serves (`check`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.config import EngineConfig
+from common.engine.kv_pool import KVPool
+from common.engine.loader import ModelArchitecture
+from common.engine.models import Model
+from common.engine.native.build import build_library, find_library
+from common.engine.native.check import check_library
+from common.engine.native.library import Library
+from common.engine.native.model import MAX_HEAD_DIM, NativeModel
+from common.engine.native.panels import ModelPanels
+from common.errors import ConfigError, EngineFailure
+from common.logs import get_logger
+
+_log = get_logger(__name__)
+
+
+def choose_model(
+    config: EngineConfig,
+    architecture: ModelArchitecture,
+    weights: dict[str, torch.Tensor],
+    pool: KVPool,
+    max_model_tokens: int,
+    *,
+    threads: int,
+    cache: Path,
+    create_torch_model: Callable[[], Model],
+) -> tuple[Model, Successor | None]:
+    """The model to start with, and perhaps one that will take over. Raises ConfigError."""
+    if not _wants_native(config, architecture, pool):
+        return create_torch_model(), None
+    library = _library_at_hand(config, cache)
+    panels = ModelPanels.of(architecture, weights)
+
+    def create(library: Library) -> Model:
+        return NativeModel(library, architecture, panels, pool, max_model_tokens, threads)
+
+    if library is not None:
+        _log.info("native kernels compute")
+        return create(library), None
+    return create_torch_model(), Successor(cache, create)
+
+
+class Successor:
+    """A library that is being compiled, and the model that takes over with it. `poll` belongs to the engine's thread."""
+
+    def __init__(self, cache: Path, create: Callable[[Library], Model]) -> None:
+        self._cache = cache
+        self._create: Callable[[Library], Model] | None = create
+        self._library: Library | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._build, name="kernel-build", daemon=True).start()
+
+    def poll(self) -> Model | None:
+        """The model, once; None as long as it is not ready, and for ever if it will never be."""
+        if self._create is None or not self._ended.is_set():
+            return None
+        create, self._create = self._create, None  # whatever becomes of it, the packed weights are not kept here
+        return None if self._library is None else create(self._library)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether building ended, well or badly, within the time."""
+        return self._ended.wait(timeout_s)
+
+    def _build(self) -> None:
+        try:
+            self._library = _build(self._cache)
+            _log.info("native kernels are ready and take over from torch")
+        except EngineFailure as error:
+            _log.warning("native kernels cannot be had; torch goes on serving", reason=str(error))
+        finally:
+            self._ended.set()
+
+
+def _build(cache: Path) -> Library:
+    """Compiles, checks and loads; seconds. Raises EngineFailure."""
+    return Library(build_library(cache, check_library))
+
+
+def _library_at_hand(config: EngineConfig, cache: Path) -> Library | None:
+    """The library if no compiler has to run for it; with `kernels: native` it is compiled now. Raises ConfigError."""
+    if config.kernels == "native":
+        try:
+            return _build(cache)
+        except EngineFailure as error:
+            raise ConfigError(f"no native kernels: {error}", param="engine.kernels") from error
+    path = find_library(cache)
+    if path is None:
+        return None
+    try:
+        return Library(path)
+    except EngineFailure as error:
+        _log.warning("a library in the cache is unfit and is built again", path=str(path), reason=str(error))
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _wants_native(config: EngineConfig, architecture: ModelArchitecture, pool: KVPool) -> bool:
+    """Raises ConfigError if native kernels are demanded where there are none."""
+    if config.kernels == "torch":
+        return False
+    obstacle = _obstacle(config, architecture, pool)
+    if obstacle is not None and config.kernels == "native":
+        raise ConfigError(f"no native kernels {obstacle}", param="engine.kernels")
+    return obstacle is None
+
+
+def _obstacle(config: EngineConfig, architecture: ModelArchitecture, pool: KVPool) -> str | None:
+    if pool.device.type != "cpu":
+        return f"on {pool.device.type}"
+    if config.exact:
+        return "in exact mode"
+    if pool.layout.dtype not in ("bfloat16", "float32"):
+        return f"for {pool.layout.dtype}"
+    if architecture.family != "llama":
+        return f"for the family {architecture.family}"
+    if architecture.head_dim > MAX_HEAD_DIM:
+        return f"for heads of more than {MAX_HEAD_DIM} dimensions"
+    return None

@@ -1,0 +1,111 @@
+"""The C interface of the compiled decoder: structures as `source/decoder.cpp` declares them, and calls that raise.
+
+Pointers are plain addresses: whoever fills a structure keeps alive what it points to. Calls block without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from common.errors import EngineFailure
+
+_INTERFACE = 1
+_OUT_OF_MEMORY = 1
+
+
+class LayerWeights(ctypes.Structure):
+    _fields_ = (
+        ("attention_norm", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("qkv_bias", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("output_bias", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+    )
+
+
+class Description(ctypes.Structure):
+    _fields_ = (
+        ("bytes_per_value", ctypes.c_int64),
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("ffn_size", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("num_positions", ctypes.c_int64),
+        ("block_tokens", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("norm_epsilon", ctypes.c_double),
+        ("embedding", ctypes.c_void_p),
+        ("layers", ctypes.POINTER(LayerWeights)),
+        ("final_norm", ctypes.c_void_p),
+        ("head", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int64),
+        ("table_width", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("first_rows", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("first_layer", ctypes.c_int64),
+        ("end_layer", ctypes.c_int64),
+    )
+
+
+class Library:
+    def __init__(self, path: Path) -> None:
+        """Raises EngineFailure if this is not the library that belongs to this file."""
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._library.pdserve_interface.restype = ctypes.c_int64
+            interface = self._library.pdserve_interface()
+        except (OSError, AttributeError) as error:
+            raise EngineFailure(f"{path} cannot be loaded: {error}") from error
+        if interface != _INTERFACE:
+            raise EngineFailure(f"{path} has interface {interface}, not {_INTERFACE}")
+        self._create = self._library.pdserve_decoder_create
+        self._create.argtypes, self._create.restype = [ctypes.POINTER(Description)], ctypes.c_void_p
+        self._destroy = self._library.pdserve_decoder_destroy
+        self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
+        self._forward = self._library.pdserve_decoder_forward
+        self._forward.argtypes, self._forward.restype = [ctypes.c_void_p, ctypes.POINTER(Step)], ctypes.c_int
+        self._logits = self._library.pdserve_decoder_logits
+        self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self._logits.restype = ctypes.c_int
+
+    def create(self, description: Description) -> int:
+        handle = self._create(ctypes.byref(description))
+        if not handle:
+            raise EngineFailure("no memory for the native decoder")
+        return int(handle)
+
+    def destroy(self, handle: int) -> None:
+        self._destroy(handle)
+
+    def forward(self, handle: int, step: Step) -> None:
+        _check(self._forward(handle, ctypes.byref(step)))
+
+    def logits(self, handle: int, hidden: int, num_rows: int, to: int) -> None:
+        _check(self._logits(handle, hidden, num_rows, to))
+
+
+def _check(outcome: int) -> None:
+    if outcome == _OUT_OF_MEMORY:
+        raise EngineFailure("no memory for this step in the native decoder")
+    if outcome:
+        raise EngineFailure("a step names tokens, positions or blocks that the model or the pool does not have")

@@ -1,0 +1,118 @@
+"""Weights as the native kernels read them: every matrix cut into panels, all panels in one piece of memory in order of use.
+
+    panel     [word of the input][32 outputs]; a word is one fp32 or two neighbouring bf16 inputs
+    gate_up   a panel holds 16 gates, then the 16 ups that belong to them
+    vectors   norms and biases in fp32, padded with zeros to 32
+
+What is missing at the edges is zero. A step reads the memory once from start to end; large pages keep that fast.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.engine.loader import ModelArchitecture
+
+PANEL = 32
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPanels:
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPanels:
+    embedding: torch.Tensor  # [vocab, hidden], as it came
+    layers: tuple[LayerPanels, ...]
+    final_norm: torch.Tensor
+    head: torch.Tensor
+
+    @classmethod
+    def of(cls, architecture: ModelArchitecture, weights: dict[str, torch.Tensor]) -> ModelPanels:
+        """Copies; the weights may go afterwards, but for the embedding."""
+        memory = _Memory(sum(_packed_bytes(weight) for weight in weights.values()) + _packed_bytes(_head(weights)))
+        layers = tuple(_layer(memory, weights, f"model.layers.{index}.") for index in range(architecture.num_layers))
+        return cls(
+            embedding=weights["model.embed_tokens.weight"],
+            layers=layers,
+            final_norm=padded_vector(weights["model.norm.weight"]),
+            head=memory.keep(to_panels(_head(weights))),
+        )
+
+
+def to_panels(matrix: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] -> int32 [panels, words, 32]."""
+    per_word = 4 // matrix.element_size()
+    padded = F.pad(matrix, (0, -matrix.shape[1] % per_word, 0, -matrix.shape[0] % PANEL))
+    words = padded.contiguous().view(torch.int32)
+    return words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
+
+
+def gate_up_panels(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    half = PANEL // 2
+    both = [F.pad(matrix, (0, 0, 0, -matrix.shape[0] % half)).view(-1, half, matrix.shape[1]) for matrix in (gate, up)]
+    return to_panels(torch.stack(both, dim=1).view(-1, gate.shape[1]))
+
+
+def padded_vector(vector: torch.Tensor) -> torch.Tensor:
+    return F.pad(vector.float(), (0, -len(vector) % PANEL)).contiguous()
+
+
+def _layer(memory: _Memory, weights: dict[str, torch.Tensor], prefix: str) -> LayerPanels:
+    def take(name: str) -> torch.Tensor:
+        return weights[prefix + name]
+
+    projections = [f"self_attn.{name}_proj" for name in "qkv"]
+    biased = f"{prefix}self_attn.o_proj.bias" in weights
+    down = take("mlp.down_proj.weight")
+    return LayerPanels(
+        attention_norm=padded_vector(take("input_layernorm.weight")),
+        qkv=memory.keep(to_panels(torch.cat([take(f"{name}.weight") for name in projections]))),
+        qkv_bias=padded_vector(torch.cat([take(f"{name}.bias") for name in projections])) if biased else None,
+        output=memory.keep(to_panels(take("self_attn.o_proj.weight"))),
+        output_bias=padded_vector(take("self_attn.o_proj.bias")) if biased else None,
+        mlp_norm=padded_vector(take("post_attention_layernorm.weight")),
+        gate_up=memory.keep(gate_up_panels(take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"))),
+        down=memory.keep(to_panels(F.pad(down, (0, -down.shape[1] % (PANEL // 2))))),
+    )
+
+
+def _head(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+def _packed_bytes(weight: torch.Tensor) -> int:
+    """At least what the panels of a tensor take: both sides rounded up, and the start aligned."""
+    if weight.dim() == 1:
+        return 0
+    outputs, inputs = (-(-size // PANEL) * PANEL for size in weight.shape)
+    return outputs * inputs * weight.element_size() + _ALIGNMENT_BYTES
+
+
+class _Memory:
+    """Anonymous memory on large pages, given out from front to back. Freed when the last tensor over it is."""
+
+    def __init__(self, num_bytes: int) -> None:
+        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)
+        self._words = torch.frombuffer(region, dtype=torch.int32, count=num_bytes // 4)
+        self._used = 0
+
+    def keep(self, panels: torch.Tensor) -> torch.Tensor:
+        kept = self._words[self._used : self._used + panels.numel()].view(panels.shape)
+        self._used += panels.numel() + -panels.numel() % (_ALIGNMENT_BYTES // 4)
+        return kept.copy_(panels)

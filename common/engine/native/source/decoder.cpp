@@ -1,0 +1,318 @@
+// A whole step of a Llama-family decoder, behind a plain C interface: rows in, hidden rows out, keys and values into the pool.
+//
+//     per layer   norm | qkv | turn, write KV | attend | output, + residual | norm | gate, up, silu | down, + residual
+//
+// Each `|` is a barrier of the team. Matrix products are shared out by output panels, everything else by rows; who computes what
+// changes no bit. Residuals are fp32; what enters a product is rounded to the model's type, as are keys and values.
+#include <new>
+
+#include "team.h"
+
+#include "attention.h"
+
+namespace pdserve {
+
+// Mirrors common/engine/native/library.py; all matrices are in panels, all vectors fp32 and padded with zeros to 32.
+struct LayerWeights {
+    const float* attention_norm;
+    const uint32_t* qkv;
+    const float* qkv_bias;  // may be null
+    const uint32_t* output;
+    const float* output_bias;  // may be null
+    const float* mlp_norm;
+    const uint32_t* gate_up;  // a panel is 16 gates and their 16 ups
+    const uint32_t* down;
+};
+
+struct Description {
+    int64_t bytes_per_value;  // 2: bf16, 4: fp32
+    int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size;
+    int64_t num_positions, block_tokens, num_blocks, num_threads;
+    double norm_epsilon;
+    const void* embedding;  // [vocab][hidden], in the model's type
+    const LayerWeights* layers;
+    const float* final_norm;
+    const uint32_t* head;
+    const float* cosines;  // [position][head_dim / 2]
+    const float* sines;
+    void* pool;
+};
+
+struct Step {
+    int64_t num_rows, num_sequences, table_width;
+    const int64_t* token_ids;
+    const int64_t* positions;
+    const int64_t* first_rows;  // [sequence], and num_rows at the end
+    const int64_t* tables;      // [sequence][table_width]
+    float* hidden;              // [row][hidden size, rounded up to 32]; in and out
+    int64_t first_layer, end_layer;
+};
+
+enum Outcome : int { DONE = 0, OUT_OF_MEMORY = 1, BAD_INPUT = 2 };
+
+class AnyDecoder {
+public:
+    virtual ~AnyDecoder() = default;
+    virtual Outcome forward(const Step& step) = 0;
+    virtual Outcome logits(const float* hidden, int64_t num_rows, float* to) = 0;
+};
+
+template <class Element>
+class Decoder final : public AnyDecoder {
+    using Stored = typename Element::Stored;
+    static constexpr int64_t PER_WORD = Element::PER_WORD;
+
+public:
+    explicit Decoder(const Description& model)
+        : model_(model),
+          layers_(model.layers, model.layers + model.num_layers),
+          group_(model.num_heads / model.num_kv_heads),
+          hidden_stride_(round_up(model.hidden_size, PANEL)),
+          hidden_words_((model.hidden_size + PER_WORD - 1) / PER_WORD),
+          qkv_size_((model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
+          qkv_stride_(round_up(qkv_size_, PANEL)),
+          attended_size_(model.num_heads * model.head_dim),
+          inner_size_(round_up(model.ffn_size, PANEL / 2)),
+          normed_stride_(spaced(model.hidden_size)),
+          attended_stride_(spaced(attended_size_)),
+          inner_stride_(spaced(inner_size_)),
+          pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim, model.num_kv_heads, model.num_layers},
+          team_(int(model.num_threads)),
+          scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)) {}
+
+    Outcome forward(const Step& step) override {
+        for (int64_t row = 0; row < step.num_rows; ++row)
+            if (step.token_ids[row] < 0 || step.token_ids[row] >= model_.vocab_size || step.positions[row] < 0 ||
+                step.positions[row] >= model_.num_positions)
+                return BAD_INPUT;
+        for (int64_t i = 0; i < step.num_sequences * step.table_width; ++i)
+            if (step.tables[i] < 0 || step.tables[i] >= model_.num_blocks) return BAD_INPUT;
+        reserve(step.num_rows);
+        plan_attention(step);
+        team_.run([&](int member) {
+            if (step.first_layer == 0) {
+                embed(step, member);
+                team_.barrier();
+            }
+            for (int64_t layer = step.first_layer; layer < step.end_layer; ++layer) compute(step, layer, member);
+        });
+        return DONE;
+    }
+
+    Outcome logits(const float* hidden, int64_t num_rows, float* to) override {
+        reserve(num_rows);
+        team_.run([&](int member) {
+            norm(hidden, num_rows, model_.final_norm, member);
+            team_.barrier();
+            product(member, num_rows, normed_.data(), normed_stride_ / PER_WORD, model_.head, hidden_words_, model_.vocab_size,
+                    [&](int64_t row, int64_t first, const float* sums) {
+                        const int64_t rest = model_.vocab_size - first, count = rest < PANEL ? rest : PANEL;
+                        memcpy(to + row * model_.vocab_size + first, sums, size_t(count) * sizeof(float));
+                    });
+        });
+        return DONE;
+    }
+
+private:
+    struct Unit {
+        int64_t sequence, first_row, num_rows, kv_head;
+    };
+
+    // The distance of rows of a product's input: whole vectors, and never such that all rows fall into one set of the cache.
+    static int64_t spaced(int64_t width) { return round_up(width, PANEL) + PANEL; }
+
+    // Buffers only grow; what lies in them is valid within a step.
+    void reserve(int64_t num_rows) {
+        if (num_rows <= reserved_rows_) return;
+        normed_.resize(size_t(num_rows * normed_stride_ / PER_WORD));
+        qkv_.resize(size_t(num_rows * qkv_stride_));
+        queries_.resize(size_t(num_rows * attended_size_ / PER_WORD));
+        attended_.resize(size_t(num_rows * attended_stride_ / PER_WORD));
+        inner_.resize(size_t(num_rows * inner_stride_ / PER_WORD));
+        reserved_rows_ = num_rows;
+    }
+
+    // A unit is one KV head and as many rows of one sequence as go together.
+    void plan_attention(const Step& step) {
+        units_.clear();
+        const int64_t at_once = group_ > QUERIES_AT_ONCE ? 1 : QUERIES_AT_ONCE / group_;
+        for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence)
+            for (int64_t row = step.first_rows[sequence]; row < step.first_rows[sequence + 1]; row += at_once) {
+                const int64_t rest = step.first_rows[sequence + 1] - row;
+                for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head)
+                    units_.push_back({sequence, row, rest < at_once ? rest : at_once, kv_head});
+            }
+    }
+
+    template <class Part>
+    void share_rows(int member, int64_t count, const Part& part) const {
+        const int64_t end = count * (member + 1) / team_.size();
+        for (int64_t i = count * member / team_.size(); i < end; ++i) part(i);
+    }
+
+    template <class Finish>
+    void product(int member, int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* matrix,
+                 int64_t num_words, int64_t num_outputs, const Finish& finish) const {
+        share_rows(member, (num_outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
+            multiply_panel<Element>(num_rows, input, stride_words, matrix + panel * num_words * PANEL, num_words,
+                                    [&](int64_t first, int64_t rows, const PanelSums& sums) {
+                                        for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
+                                    });
+        });
+    }
+
+    void embed(const Step& step, int member) {
+        const Stored* embedding = static_cast<const Stored*>(model_.embedding);
+        share_rows(member, step.num_rows, [&](int64_t row) {
+            const Stored* from = embedding + step.token_ids[row] * model_.hidden_size;
+            float* to = step.hidden + row * hidden_stride_;
+            for (int64_t i = 0; i < model_.hidden_size; ++i) to[i] = Element::widen(from[i]);
+            for (int64_t i = model_.hidden_size; i < hidden_stride_; ++i) to[i] = 0.0f;
+        });
+    }
+
+    void norm(const float* rows, int64_t num_rows, const float* weight, int member) {
+        share_rows(member, num_rows, [&](int64_t row) {
+            const float* from = rows + row * hidden_stride_;
+            Floats squares = {};
+            for (int64_t i = 0; i < hidden_stride_; i += LANES) squares = fused(load(from + i), load(from + i), squares);
+            const float mean = sum(squares) / float(model_.hidden_size);
+            const Floats scale = all(1.0f / __builtin_sqrtf(mean + float(model_.norm_epsilon)));
+            Stored* to = reinterpret_cast<Stored*>(normed_.data()) + row * normed_stride_;
+            for (int64_t i = 0; i < hidden_stride_; i += PANEL) {
+                float part[PANEL];
+                for (int j = 0; j < PANEL; j += LANES) store(part + j, load(from + i + j) * scale * load(weight + i + j));
+                Element::narrow(part, to + i, PANEL);
+            }
+        });
+    }
+
+    void compute(const Step& step, int64_t layer, int member) {
+        const LayerWeights& weights = layers_[size_t(layer)];
+        const int64_t rows = step.num_rows;
+        norm(step.hidden, rows, weights.attention_norm, member);
+        team_.barrier();
+        product(member, rows, normed_.data(), normed_stride_ / PER_WORD, weights.qkv, hidden_words_, qkv_size_,
+                [&](int64_t row, int64_t first, const float* sums) {
+                    float* to = &qkv_[size_t(row * qkv_stride_ + first)];
+                    for (int i = 0; i < PANEL; i += LANES)
+                        store(to + i, weights.qkv_bias ? load(sums + i) + load(weights.qkv_bias + first + i) : load(sums + i));
+                });
+        team_.barrier();
+        for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+            const int64_t first = step.first_rows[sequence];
+            const int64_t* table = step.tables + sequence * step.table_width;
+            share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) { turn_and_write(step, layer, first + i, table); });
+        }
+        team_.barrier();
+        for (size_t i = size_t(member); i < units_.size(); i += size_t(team_.size())) {
+            const Unit& unit = units_[i];
+            const int64_t kv_head = unit.kv_head, head_words = model_.head_dim / PER_WORD;
+            attend<Element>(pool_, layer, kv_head, step.tables + unit.sequence * step.table_width, step.positions[unit.first_row],
+                            unit.num_rows, group_, &queries_[size_t((kv_head * rows + unit.first_row) * group_ * head_words)],
+                            scratch_[size_t(member)],
+                            reinterpret_cast<Stored*>(attended_.data()) + unit.first_row * attended_stride_ +
+                                kv_head * group_ * model_.head_dim,
+                            attended_stride_);
+        }
+        team_.barrier();
+        const auto add_to_residual = [&](const float* bias) {
+            return [&step, this, bias](int64_t row, int64_t first, const float* sums) {
+                float* to = step.hidden + row * hidden_stride_ + first;
+                for (int i = 0; i < PANEL; i += LANES)
+                    store(to + i, load(to + i) + (bias ? load(sums + i) + load(bias + first + i) : load(sums + i)));
+            };
+        };
+        product(member, rows, attended_.data(), attended_stride_ / PER_WORD, weights.output, attended_size_ / PER_WORD,
+                model_.hidden_size, add_to_residual(weights.output_bias));
+        team_.barrier();
+        norm(step.hidden, rows, weights.mlp_norm, member);
+        team_.barrier();
+        product(member, rows, normed_.data(), normed_stride_ / PER_WORD, weights.gate_up, hidden_words_, 2 * inner_size_,
+                [&](int64_t row, int64_t first, const float* sums) {
+                    float gated[PANEL / 2];
+                    for (int i = 0; i < PANEL / 2; i += LANES) {
+                        const Floats gate = load(sums + i);
+                        store(gated + i, gate / (exponential(-gate) + 1.0f) * load(sums + PANEL / 2 + i));
+                    }
+                    Element::narrow(gated, reinterpret_cast<Stored*>(inner_.data()) + row * inner_stride_ + first / 2, PANEL / 2);
+                });
+        team_.barrier();
+        product(member, rows, inner_.data(), inner_stride_ / PER_WORD, weights.down, inner_size_ / PER_WORD, model_.hidden_size,
+                add_to_residual(nullptr));
+        team_.barrier();
+    }
+
+    // Queries go to [kv head][row][head of its group], so that the queries of a unit lie together; keys and values to the pool.
+    void turn_and_write(const Step& step, int64_t layer, int64_t row, const int64_t* table) {
+        const int64_t head_dim = model_.head_dim, half = head_dim / 2, position = step.positions[row];
+        const float* heads = &qkv_[size_t(row * qkv_stride_)];
+        const float *cosines = model_.cosines + position * half, *sines = model_.sines + position * half;
+        const auto turn_head = [&](const float* head, Stored* to) {
+            float turned[512];
+            for (int64_t i = 0; i < half; ++i) {
+                turned[i] = head[i] * cosines[i] - head[half + i] * sines[i];
+                turned[half + i] = head[half + i] * cosines[i] + head[i] * sines[i];
+            }
+            Element::narrow(turned, to, head_dim);
+        };
+        Stored* queries = reinterpret_cast<Stored*>(queries_.data());
+        for (int64_t head = 0; head < model_.num_heads; ++head)
+            turn_head(heads + head * head_dim,
+                      queries + ((head / group_ * step.num_rows + row) * group_ + head % group_) * head_dim);
+        const int64_t block = table[position / model_.block_tokens], offset = position % model_.block_tokens * head_dim;
+        for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head) {
+            Stored* keys = pool_.keys_of(block, layer, kv_head) + offset;
+            turn_head(heads + (model_.num_heads + kv_head) * head_dim, keys);
+            Element::narrow(heads + (model_.num_heads + model_.num_kv_heads + kv_head) * head_dim, keys + pool_.values_offset(),
+                            head_dim);
+        }
+    }
+
+    const Description model_;
+    const std::vector<LayerWeights> layers_;
+    const int64_t group_, hidden_stride_, hidden_words_, qkv_size_, qkv_stride_, attended_size_, inner_size_;
+    const int64_t normed_stride_, attended_stride_, inner_stride_;  // in values
+    const Pool<Element> pool_;
+    Team team_;
+    std::vector<AttentionScratch<Element>> scratch_;
+    std::vector<Unit> units_;
+    int64_t reserved_rows_ = 0;
+    std::vector<uint32_t> normed_, queries_, attended_, inner_;
+    std::vector<float> qkv_;
+};
+
+}  // namespace pdserve
+
+using namespace pdserve;
+
+// Raised with every change of the interface below or of the layouts that it trusts.
+extern "C" int64_t pdserve_interface() { return 1; }
+
+// Null if there is no memory for it. Weights, tables and pool stay the caller's and must outlive the decoder.
+extern "C" void* pdserve_decoder_create(const Description* model) {
+    try {
+        if (model->bytes_per_value == 2) return static_cast<AnyDecoder*>(new Decoder<BFloat16>(*model));
+        return static_cast<AnyDecoder*>(new Decoder<Float32>(*model));
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+extern "C" void pdserve_decoder_destroy(void* decoder) { delete static_cast<AnyDecoder*>(decoder); }
+
+extern "C" int pdserve_decoder_forward(void* decoder, const Step* step) {
+    try {
+        return static_cast<AnyDecoder*>(decoder)->forward(*step);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+}
+
+extern "C" int pdserve_decoder_logits(void* decoder, const float* hidden, int64_t num_rows, float* to) {
+    try {
+        return static_cast<AnyDecoder*>(decoder)->logits(hidden, num_rows, to);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+}

@@ -1,0 +1,79 @@
+// rows x matrix, for matrices cut into panels of 32 outputs.
+//
+//     panel p   [word k of the input][32 outputs]: 128 bytes per k, read once from start to end
+//     tile      up to TILE_ROWS rows against one panel, all sums in registers
+//
+// An output is one chain of multiply-adds over k = 0, 1, 2, ..., whatever the tile's height: a row's result does not depend on the
+// rows beside it, bit by bit. All rows of a step pass over a panel before the next panel, so weights cross the memory bus once.
+#pragma once
+
+#include "element.h"
+
+namespace pdserve {
+
+constexpr int PANEL = 32;
+constexpr int VECTORS = PANEL / LANES;
+constexpr int TILE_ROWS = LANES == 16 ? 14 : LANES == 8 ? 2 : 1;  // as many sums as there are registers for
+
+// How far ahead of use weights are asked for, and into which cache: low tiles wait for memory and want it close, high ones have
+// time but need the first-level cache for their input. Measured; a wrong choice costs up to a third of a step.
+constexpr int FEW_ROWS = 4;
+constexpr int64_t AHEAD_OF_FEW_BYTES = 4096, AHEAD_OF_MANY_BYTES = 8192;
+
+struct alignas(64) PanelSums {
+    float of[TILE_ROWS][PANEL];
+};
+
+template <class Element, int ROWS>
+void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words, const char* ahead,
+                   PanelSums& sums) {
+    Floats total[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < num_words; ++k) {
+        __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
+        __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
+        ahead += PANEL * 4;
+        Words weights[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) weights[v] = load(panel + k * PANEL + v * LANES);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const uint32_t word = input[row * stride_words + k];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) total[row][v] = Element::dot(total[row][v], weights[v], word);
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, total[row][v]);
+}
+
+// Picks the tile of a height known only at run time.
+template <class Element, int ROWS = TILE_ROWS>
+inline void multiply_rows(int64_t rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words,
+                          const char* ahead, PanelSums& sums) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return multiply_rows<Element, ROWS - 1>(rows, input, stride_words, panel, num_words, ahead, sums);
+    }
+    multiply_tile<Element, ROWS>(input, stride_words, panel, num_words, ahead, sums);
+}
+
+// Calls finish(first row, rows, sums) for tiles of nearly equal height that cover `num_rows`.
+template <class Element, class Finish>
+inline void multiply_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel,
+                           int64_t num_words, const Finish& finish) {
+    const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const char* here = reinterpret_cast<const char*>(panel);
+    PanelSums sums;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
+        // With several tiles the panel is in the cache after the first; the last one fetches what comes next.
+        const int64_t ahead_bytes = tiles == 1           ? rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES
+                                    : tile + 1 == tiles ? num_words * PANEL * int64_t(sizeof(uint32_t))
+                                                        : 0;
+        multiply_rows<Element>(rows, input + first * stride_words, stride_words, panel, num_words, here + ahead_bytes, sums);
+        finish(first, rows, sums);
+    }
+}
+
+}  // namespace pdserve

@@ -1,0 +1,98 @@
+// Vectors of 32-bit lanes, as wide as the machine that compiles has them, and the few functions on them that are needed.
+//
+// All code is written once, for `Floats` and `Words` of LANES lanes; the compiler's vector extension turns plain operators into
+// the machine's instructions. Contraction is off (see the flags in build.py): a multiply-add is one exactly where fused() says so,
+// so the order and the rounding of a sum are what is written, in every tile shape.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pdserve {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+inline Floats load(const float* from) {
+    Floats value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Words load(const uint32_t* from) {
+    Words value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
+
+inline Floats all(float value) { return value - Floats{}; }
+
+// a * b + c, rounded once where the machine can.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// In one order per machine, whatever the values.
+inline float sum(Floats values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)values);
+#endif
+    float total = values[0];
+    for (int lane = 1; lane < LANES; ++lane) total += values[lane];
+    return total;
+}
+
+inline float largest(Floats values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)values);
+#endif
+    float found = values[0];
+    for (int lane = 1; lane < LANES; ++lane) found = values[lane] > found ? values[lane] : found;
+    return found;
+}
+
+// e^x to about two units in the last place; 0 below -87, never infinite, NaN stays NaN.
+inline Floats exponential(Floats x) {
+    const Floats lowest = all(-87.0f), highest = all(88.0f), magic = all(12582912.0f);
+    const Floats bounded = x < lowest ? lowest : (x > highest ? highest : x);
+    const Floats turns = fused(bounded, all(1.44269504089f), magic) - magic;
+    Floats rest = fused(turns, all(-0.693359375f), bounded);
+    rest = fused(turns, all(2.12194440e-4f), rest);
+    Floats series = all(1.9875691500e-4f);
+    series = fused(series, rest, all(1.3981999507e-3f));
+    series = fused(series, rest, all(8.3334519073e-3f));
+    series = fused(series, rest, all(4.1665795894e-2f));
+    series = fused(series, rest, all(1.6666665459e-1f));
+    series = fused(series, rest, all(5.0000001201e-1f));
+    series = fused(series, rest * rest, rest + 1.0f);
+    const Integers exponent = (__builtin_convertvector(turns, Integers) + 127) << 23;
+    const Floats result = series * (Floats)exponent;
+    return x < lowest ? Floats{} : result;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace pdserve

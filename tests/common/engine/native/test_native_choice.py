@@ -1,0 +1,142 @@
+"""Who computes, torch or the native kernels, and what becomes of an engine whose compiler is missing, broken or wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from common.config import EngineConfig, pdserve_home
+from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.engine import Engine, build_engine
+from common.engine.models.llama import LlamaModel
+from common.engine.native.build import build_library
+from common.engine.native.check import check_library
+from common.engine.native.choice import Successor
+from common.engine.native.model import NativeModel
+from common.errors import ConfigError
+from support.tiny_models import make_tiny_model
+
+TOKENS = [int(token) for token in torch.randint(3, 384, (40,), generator=torch.Generator().manual_seed(0))]
+BUILD_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with nothing in it."""
+    monkeypatch.setenv("PDSERVE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def install_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """Makes a shell script the only compiler there is. It sees the real one as $REAL; each compilation leaves a line."""
+    real = shutil.which("g++")
+    tools = folder / "tools"
+    tools.mkdir(parents=True)
+    for name in ("sh", "sed", "cp", "rm", "as", "ld", "mkdir"):
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    compiler = tools / "g++"
+    lines = ("#!/bin/sh", f"REAL={real}", 'test "$1" = --version && exec $REAL --version', f"echo call >> {folder}/calls", script)
+    compiler.write_text("\n".join(lines) + "\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    return folder / "calls"
+
+
+def build(path: Path, **config: object) -> Engine:
+    settings = EngineConfig(**{"device": "cpu", "dtype": "float32", "kv_pool_tokens": 2048, **config})
+    return build_engine(path, settings, threads=1, model_digest="m", tokenizer_digest="t")
+
+
+def settle(engine: Engine) -> None:
+    successor = engine.runner._successor
+    assert isinstance(successor, Successor)
+    assert successor.wait(BUILD_S)
+
+
+def logits(engine: Engine, first: int, end: int, table: list[int]) -> torch.Tensor:
+    return engine.runner.compute_all_logits(ScheduledBatch((SequenceSlice(TOKENS[first:end], first, table),)))
+
+
+def test_torch_serves_until_the_kernels_are_compiled_and_both_share_the_kv(tiny: Path, home: Path) -> None:
+    expected = logits(build(tiny, kernels="torch"), 0, 40, [1, 2, 3])
+    with capture_logs() as logs:
+        engine = build(tiny)
+        assert isinstance(engine.runner._model, LlamaModel)
+        first = logits(engine, 0, 25, [1, 2, 3])
+        settle(engine)
+        second = logits(engine, 25, 40, [1, 2, 3])
+    assert isinstance(engine.runner._model, NativeModel)
+    assert engine.runner._successor is None
+    torch.testing.assert_close(torch.cat((first, second)), expected, rtol=1e-3, atol=1e-3)
+    assert [entry["log_level"] for entry in logs] == ["info"]
+    assert isinstance(build(tiny).runner._model, NativeModel)  # from the cache, at once
+
+
+def test_one_compilation_serves_all_that_follow(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = install_compiler(tmp_path, monkeypatch, 'exec $REAL "$@"')
+    for _ in range(3):
+        assert isinstance(build(tiny, kernels="native").runner._model, NativeModel)
+    assert calls.read_text().count("call") == 1
+
+
+BROKEN = {
+    "fails": "echo 'decoder.cpp:1: error: no' >&2; exit 1",
+    "leaves rubbish": 'while test "$1" != -o; do shift; done; echo rubbish > "$2"',
+    "leaves nothing": "exit 0",
+    "miscompiles": (
+        'for part; do case "$part" in *.cpp) from=$(echo "$part" | sed "s,/[^/]*$,,");; esac; done\n'
+        'while test "$1" != -o; do shift; done\n'
+        'cp -r "$from" "$2.source"; sed -i s/0.693359375f/0.70f/ "$2.source/vectors.h"\n'
+        '$REAL -std=c++20 -O1 -march=native -shared -fPIC -pthread "$2.source/decoder.cpp" -o "$2"; status=$?\n'
+        'rm -r "$2.source"; exit $status'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["missing", *BROKEN])
+def test_without_a_sound_compiler_torch_goes_on_with_one_warning(
+    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    if kind == "missing":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        install_compiler(tmp_path, monkeypatch, BROKEN[kind])
+    with capture_logs() as logs:
+        engine = build(tiny)
+        settle(engine)
+        for _ in range(3):
+            logits(engine, 0, 40, [1, 2, 3])
+    assert isinstance(engine.runner._model, LlamaModel)
+    assert [entry["log_level"] for entry in logs] == ["warning"], logs
+    assert not list(home.rglob("decoder-*"))
+    with pytest.raises(ConfigError, match="kernels"):
+        build(tiny, kernels="native")
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(tiny: Path, home: Path) -> None:
+    library = build_library(pdserve_home() / "kernels", check_library)
+    library.unlink()
+    library.write_bytes(b"half a library")
+    engine = build(tiny)
+    settle(engine)
+    logits(engine, 0, 40, [1, 2, 3])
+    assert isinstance(engine.runner._model, NativeModel)
+
+
+def test_what_the_kernels_cannot_do_torch_does(tiny: Path) -> None:
+    for obstacle in ({"exact": True}, {"dtype": "float16"}):
+        assert isinstance(build(tiny, **obstacle).runner._model, LlamaModel)
+        with pytest.raises(ConfigError, match="native"):
+            build(tiny, kernels="native", **obstacle)
+    assert isinstance(build(tiny, kernels="torch").runner._model, LlamaModel)

@@ -1,0 +1,320 @@
+"""The compiled step against torch with the fp64 attention reference on made-up models, and bit by bit against itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.blocks import num_blocks
+from common.config import pdserve_home
+from common.engine.attention import create_attention
+from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.kv_pool import FIRST_BLOCK, NULL_BLOCK, KVPool
+from common.engine.loader import Llama3RopeScaling, ModelArchitecture
+from common.engine.models import Model, create_model
+from common.engine.native.build import build_library
+from common.engine.native.check import check_library
+from common.engine.native.library import Library
+from common.engine.native.model import NativeModel
+from common.engine.native.panels import ModelPanels
+from common.engine.numerics import FastNumerics
+from common.engine.step_input import StepBuffers
+from common.errors import EngineFailure
+from common.types import KVLayout
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return Library(build_library(pdserve_home() / "kernels", check_library))
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: ModelArchitecture
+    block_tokens: int
+    sequences: tuple[tuple[int, int], ...]  # (start, rows)
+    seed: int = 0
+
+
+def architecture(
+    *, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, ffn: int = 96, vocab: int = 130,
+    tied: bool = False, biased: bool = False, scaling: Llama3RopeScaling | None = None,
+) -> ModelArchitecture:  # fmt: skip
+    return ModelArchitecture(
+        "llama", layers, hidden, heads, kv_heads, head_dim, ffn, vocab, 10_000.0, scaling, 1e-5, CONTEXT, tied, biased
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kv_heads = draw(st.integers(1, 4))
+    block_tokens = draw(st.integers(1, 32))
+    # Lengths near the borders of blocks, KV tiles and panels, and any others.
+    near = st.sampled_from([block_tokens, 2 * block_tokens, 32, 64, 128]).flatmap(
+        lambda border: st.integers(border - 1, border + 1)
+    )
+    start = st.one_of(st.just(0), near, st.integers(0, 150))
+    rows = st.one_of(st.just(1), st.integers(1, 40))
+    return Case(
+        architecture(
+            layers=draw(st.integers(1, 2)),
+            hidden=draw(st.sampled_from([8, 24, 31, 64, 72, 160])),
+            heads=kv_heads * draw(st.sampled_from([1, 2, 3, 7, 30])),
+            kv_heads=kv_heads,
+            head_dim=draw(st.sampled_from([2, 8, 10, 16, 24, 40, 64, 80, 96, 128])),
+            ffn=draw(st.sampled_from([8, 21, 64, 100])),
+            vocab=draw(st.sampled_from([33, 64, 100])),
+            tied=draw(st.booleans()),
+            biased=draw(st.booleans()),
+            scaling=draw(st.sampled_from([None, Llama3RopeScaling(8.0, 1.0, 4.0, 64)])),
+        ),
+        block_tokens,
+        tuple(draw(st.lists(st.tuples(start, rows), min_size=1, max_size=6))),
+        draw(st.integers(0, 1000)),
+    )
+
+
+class World:
+    """Weights, and pools whose sequences have random KV before their first row; every call begins with the same pool."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+        self.case, self.dtype = case, dtype
+        shape, generator = case.architecture, torch.Generator().manual_seed(case.seed)
+        self.weights = {
+            name: (torch.randn(size, generator=generator) * (1.5 * size[-1] ** -0.5 if len(size) == 2 else 1.0)).to(dtype)
+            for name, size in shape.tensor_shapes().items()
+        }
+        counts = [num_blocks(start + rows, case.block_tokens) for start, rows in case.sequences]
+        order = (torch.randperm(sum(counts), generator=generator) + FIRST_BLOCK).tolist()
+        self.tables = [[order.pop() for _ in range(count)] for count in counts]
+        self.tokens = [torch.randint(0, shape.vocab_size, (rows,), generator=generator).tolist() for _, rows in case.sequences]
+        name = str(dtype).removeprefix("torch.")
+        self.layout = KVLayout("", "", shape.num_layers, shape.num_kv_heads, shape.head_dim, case.block_tokens, name, False)
+        self.num_blocks = FIRST_BLOCK + sum(counts)
+        self.memory = torch.randn(self.pool().tensor.shape, generator=generator).to(dtype)
+        self.memory[NULL_BLOCK] = 0
+
+    def pool(self) -> KVPool:
+        return KVPool(self.layout, self.num_blocks, torch.device("cpu"))
+
+    def torch_model(self, dtype: torch.dtype | None = None) -> Model:
+        weights = {name: weight.to(dtype or self.dtype) for name, weight in self.weights.items()}
+        return create_model(self.case.architecture, weights, FastNumerics(), CONTEXT)
+
+    def native_model(self, library: Library, pool: KVPool, threads: int = 1) -> NativeModel:
+        panels = ModelPanels.of(self.case.architecture, dict(self.weights))
+        return NativeModel(library, self.case.architecture, panels, pool, CONTEXT, threads)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        model: Model,
+        pool: KVPool,
+        steps: list[list[tuple[int, int, int]]] | None = None,
+        backend: str = "reference",
+    ) -> torch.Tensor:
+        """Logits of every row. `steps` may cut the work: lists of (sequence, first, end) in rows of that sequence."""
+        pool.tensor.copy_(self.memory)
+        whole = [(index, 0, rows) for index, (_, rows) in enumerate(self.case.sequences)]
+        attention = create_attention(backend, pool, self.case.architecture.num_heads)
+        buffers = StepBuffers(pool)
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        for shares in steps or [whole]:
+            step = buffers.fill(
+                ScheduledBatch(
+                    tuple(
+                        SequenceSlice(self.tokens[index][first:end], self.case.sequences[index][0] + first, self.tables[index])
+                        for index, first, end in shares
+                    )
+                )
+            )
+            logits = iter(model.logits(model.forward(step, pool, attention)))
+            for index, first, end in shares:
+                found.update({(index, row): next(logits) for row in range(first, end)})
+        return torch.stack([found[key] for key in sorted(found)])
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert torch.isfinite(got).all()
+    assert float((got - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_native_is_torch_in_float32(library: Library, case: Case) -> None:
+    world = World(case)
+    torch_pool, native_pool = world.pool(), world.pool()
+    expected = world.run(world.torch_model(), torch_pool)
+    got = world.run(world.native_model(library, native_pool), native_pool)
+    assert_near(got, expected, 1e-4)
+    assert_near(native_pool.tensor, torch_pool.tensor, 1e-4)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Library, case: Case) -> None:
+    """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly."""
+    world = World(case, torch.bfloat16)
+    wide = World(case)
+    wide.weights = {name: weight.float() for name, weight in world.weights.items()}
+    wide.memory = world.memory.float()
+    wide_pool, torch_pool, native_pool = wide.pool(), world.pool(), world.pool()
+    truth = wide.run(wide.torch_model(), wide_pool)
+    torch_error = (world.run(world.torch_model(), torch_pool) - truth).square().mean().sqrt()
+    native_error = (world.run(world.native_model(library, native_pool), native_pool) - truth).square().mean().sqrt()
+    assert native_error <= 1.3 * torch_error + 1e-2
+    torch_error = (torch_pool.tensor - wide_pool.tensor).square().mean().sqrt()
+    native_error = (native_pool.tensor - wide_pool.tensor).square().mean().sqrt()
+    assert native_error <= 1.3 * torch_error + 1e-3
+
+
+BUSY = Case(
+    architecture(hidden=72, heads=9, kv_heads=3, head_dim=24, biased=True),
+    block_tokens=7,
+    sequences=((0, 1), (63, 1), (64, 1), (5, 70), (0, 33), (130, 2), (31, 1), (200, 40)),
+)
+
+
+def one_by_one(case: Case) -> list[list[tuple[int, int, int]]]:
+    return [[(index, row, row + 1)] for index, (_, rows) in enumerate(case.sequences) for row in range(rows)]
+
+
+def in_rounds(case: Case) -> list[list[tuple[int, int, int]]]:
+    """All sequences beside each other, thirteen rows of each at a time."""
+    longest = max(rows for _, rows in case.sequences)
+    return [
+        [(i, first, min(first + 13, rows)) for i, (_, rows) in enumerate(case.sequences) if first < rows]
+        for first in range(0, longest, 13)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dtype) -> None:
+    world = World(BUSY, dtype)
+    pool = world.pool()
+    model = world.native_model(library, pool)
+    expected, memory = world.run(model, pool), pool.tensor.clone()
+    for steps in (one_by_one(BUSY), in_rounds(BUSY)):
+        assert torch.equal(world.run(model, pool, steps), expected)
+        # What lies behind a sequence's end in its last block is cleared when a step enters the block, whichever step that is.
+        assert torch.equal(pool.tensor, memory)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_no_bit(library: Library, threads: int) -> None:
+    world = World(BUSY, torch.bfloat16)
+    pool = world.pool()
+    expected = world.run(world.native_model(library, pool), pool)
+    memory = pool.tensor.clone()
+    model = world.native_model(library, pool, threads)
+    for _ in range(5):
+        assert torch.equal(world.run(model, pool), expected)
+        assert torch.equal(pool.tensor, memory)
+
+
+def test_the_bitwise_comparison_can_fail(library: Library) -> None:
+    """Torch's own arithmetic gives a row other bits when it stands alone."""
+    world = World(BUSY)
+    pool = world.pool()
+    model = world.torch_model()
+    together = world.run(model, pool, backend="fast")
+    assert not torch.equal(world.run(model, pool, one_by_one(BUSY), backend="fast"), together)
+
+
+def test_threads_sleep_between_steps(library: Library) -> None:
+    """Counted in time on a core, which other processes do not change: three spinning threads would take three times the wait."""
+    world = World(BUSY)
+    pool = world.pool()
+    model = world.native_model(library, pool, threads=4)
+    world.run(model, pool)
+    before = time.process_time()
+    threading.Event().wait(0.5)
+    assert time.process_time() - before < 0.2
+
+
+def test_layers_are_reported_in_order_and_the_result_is_the_same(library: Library) -> None:
+    world = World(BUSY)
+    pool = world.pool()
+    model = world.native_model(library, pool)
+    expected = world.run(model, pool)
+    pool.tensor.copy_(world.memory)
+    step = StepBuffers(pool).fill(
+        ScheduledBatch(
+            tuple(
+                SequenceSlice(tokens, start, table)
+                for tokens, (start, _), table in zip(world.tokens, BUSY.sequences, world.tables, strict=True)
+            )
+        )
+    )
+    written: list[tuple[int, bool, bool]] = []
+
+    def layer_done(count: int) -> None:
+        changed = (pool.tensor != world.memory).flatten(2).any(2).any(0)
+        written.append((count, bool(changed[count - 1]), bool(changed[count:].any())))
+
+    hidden = model.forward(step, pool, create_attention("reference", pool, 9), layer_done)
+    assert written == [(1, True, False), (2, True, False)]
+    assert torch.equal(model.logits(hidden), expected)
+
+
+@pytest.mark.parametrize("wrong", ["token", "negative token", "position", "block"])
+def test_what_does_not_exist_is_refused(library: Library, wrong: str) -> None:
+    world = World(Case(architecture(), 16, ((0, 3),)))
+    pool = world.pool()
+    model = world.native_model(library, pool)
+    token = {"token": 130, "negative token": -1}.get(wrong, 5)
+    start = CONTEXT - 2 if wrong == "position" else 0
+    table = [world.num_blocks if wrong == "block" else world.tables[0][0]] * 16 if wrong != "token" else world.tables[0]
+    step = StepBuffers(pool).fill(ScheduledBatch((SequenceSlice([3, token, 4], start, [*table, 0]),)))
+    with pytest.raises(EngineFailure, match="does not have"):
+        model.forward(step, pool, create_attention("reference", pool, 4))
+
+
+def test_another_pool_is_refused(library: Library) -> None:
+    world = World(Case(architecture(), 16, ((0, 3),)))
+    pool = world.pool()
+    model = world.native_model(library, pool)
+    with pytest.raises(EngineFailure, match="pool"):
+        world.run(model, world.pool())
+
+
+def test_broken_memory_shows(library: Library) -> None:
+    """A NaN in a key or a value that a row sees reaches its logits; one behind its end does not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        world = World(Case(architecture(), 16, ((40, 1),)), dtype)
+        pool = world.pool()
+        model = world.native_model(library, pool)
+        for half in (0, 1):
+            world.memory[world.tables[0][1], 1, 1, half, 3, 5] = torch.nan
+            assert not torch.isfinite(world.run(model, pool)).all()
+            world.memory[world.tables[0][1], 1, 1, half, 3, 5] = 1.0
+            world.memory[world.tables[0][2], :, :, half, 9:] = torch.nan
+            assert torch.isfinite(world.run(model, pool)).all()
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("instructions", ["x86-64", "x86-64-v3"])
+def test_narrower_machines_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+    from common.engine.native import build
+
+    flags = tuple(f"-march={instructions}" if flag == "-march=native" else flag for flag in build._FLAGS)
+    monkeypatch.setattr(build, "_FLAGS", flags)
+    narrow = Library(build_library(tmp_path, check_library))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        world = World(BUSY, dtype)
+        torch_pool, pool = world.pool(), world.pool()
+        expected = world.run(world.torch_model(), torch_pool)
+        model = world.native_model(narrow, pool)
+        got = world.run(model, pool)
+        assert_near(got, expected, tolerance)
+        assert torch.equal(world.run(model, pool, one_by_one(BUSY)), got)
