@@ -14,7 +14,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev model serve test test-unit check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-unit chaos simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +29,23 @@ model: install ## Fetch the default model into the model cache (MODEL=)
 serve: install ## Start a cluster on this machine, models fetched; Ctrl-C stops it (CONFIG=, HTTP_PORT=, GRPC_PORT=)
 	exec $(BIN)/pdserve up $(CONFIG) --set router.http_port=$(HTTP_PORT) --set router.grpc_port=$(GRPC_PORT)
 
-test: install-dev model ## Run every test that this machine can run, the quick ones first
-	$(BIN)/pytest -m "not model and not cluster"
+tools: # The model checker, where it can be installed; its tests are skipped where it is not
+	@command -v spin >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc >/dev/null; } || true
+
+test: install-dev tools model ## Run every test that this machine can run, the quick ones first
+	$(BIN)/pytest -m "not long and not model and not cluster"
+	$(BIN)/pytest -m "long and not model and not cluster"
 	$(BIN)/pytest -m "model or cluster"
 
-test-unit: install-dev ## Run the tests that need neither model nor cluster
-	$(BIN)/pytest -m "not model and not cluster"
+test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
+	$(BIN)/pytest -m "not long and not model and not cluster"
+
+chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (12 min)
+	$(BIN)/python tests/chaos/run.py $(ARGS)
+
+simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
+	$(BIN)/python tests/simulation/run.py $(ARGS)
 
 check: install-dev ## Format, lint, types, floor plan, generated code: fails in about a minute
 	$(BIN)/ruff format --check
@@ -67,5 +78,5 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[engine,ray,redis,dev]'
+	$(PIP_INSTALL) -e '.[engine,ray,redis,nixl,dev]'
 	@touch $(VENV)/installed $@

@@ -1,11 +1,18 @@
-"""What KV transfer costs beside what the machine can do: shm against memcpy, tcp against a bare socket, in the same run.
+"""What KV transfer costs beside what the machine can do: shm against one memcpy, tcp against a bare socket, in the same run.
 
-    python -m benchmarks.transfer [--block-kib 360] [--blocks 46] [--repeat 30] [--json out.json]
+    python -m benchmarks.transfer [--block-kib 360] [--blocks 46] [--layers 30] [--rounds 15] [--json out.json]
 
-The prefill side is a process of its own, as in service. A transfer is timed on the decode side from handing out the ticket until
-every block is verified, so it holds a round trip of control, the permission to write, both digests and the CLOSE. Medians; the
-first runs, which touch the pages, do not count. `digest_share` is the time for digesting the blocks once, alone, over the time of
-the transfer: an upper bound on what integrity adds, since the two sides digest while the other one copies.
+The prefill side is a process of its own, as in service. Both read the same monotonic clock. Of each transfer two times are taken:
+
+    push to verified     from the first push, the writer having been let in before (as in service, where it asks when Run starts),
+                         until the last piece's digest was found right on the decode side
+    ticket to usable     from handing out the ticket until `complete` has returned: with control, permission, CLOSE and seal
+
+Compared things alternate in rounds of A B B A; a ratio is taken in each round, and the median of them is reported. `memcpy` is
+one call over all bytes, between two regions whose pages were touched; `bare socket` is one `sendall` over all bytes and as many
+`recv_into` as it takes, between the same two processes, both blocking. Digests are always on; what they cost is the ratio to a
+transfer in which both processes replace the digest of a piece by a constant, which only this benchmark can do. `by layer` pushes
+one layer of all blocks after the other.
 """
 
 from __future__ import annotations
@@ -19,168 +26,307 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
+import kvtransfer.incoming
+import kvtransfer.transports.shm
+import kvtransfer.transports.tcp
 from common.clock import SystemClock
 from common.types import KVLayout, Ticket, WorkerRef
-from kvtransfer.digest import block_digest
+from kvtransfer.digest import piece_digest
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
-from kvtransfer.transports.base import TransportOffer
+from kvtransfer.transports.base import ReceiverLink, TransportOffer, Written
 
 WARM_UPS = 3
+PATIENCE_S = 60.0
 SECRET = derive_secret("benchmark")
+DIGESTING = (kvtransfer.incoming, kvtransfer.transports.shm, kvtransfer.transports.tcp)
 
 
-def layout_of(block_bytes: int) -> KVLayout:
-    return KVLayout("m", "t", 1, 1, block_bytes // (2 * 16 * 2), 16, "bfloat16", True)
+@dataclass(frozen=True)
+class Shape:
+    block_bytes: int
+    num_blocks: int
+    num_layers: int
+
+    @property
+    def layout(self) -> KVLayout:
+        return KVLayout("m", "t", self.num_layers, 1, self.block_bytes // self.num_layers // (2 * 16 * 2), 16, "bfloat16", True)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.block_bytes * self.num_blocks
+
+    def region(self) -> BlockRegion:
+        return BlockRegion.create_shared(self.block_bytes, self.num_blocks)
 
 
-def median_s(action: Callable[[], object], repeat: int) -> float:
-    times = []
-    for _ in range(WARM_UPS + repeat):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[WARM_UPS:])
+def constant_digest(piece: memoryview, nonce: bytes, logical_block: int, first_layer: int, num_layers: int) -> bytes:
+    return bytes(16)
+
+
+def use_digests(on: bool) -> None:
+    for module in DIGESTING:
+        module.piece_digest = piece_digest if on else constant_digest  # type: ignore[attr-defined]
 
 
 # -- the prefill side --------------------------------------------------------------------------------------------------
 
 
-def prefill_process(control: Connection, block_bytes: int, num_blocks: int) -> None:
-    asyncio.run(_prefill(control, block_bytes, num_blocks))
+@dataclass(frozen=True)
+class Push:
+    ticket: Ticket
+    by_layer: bool
+    digests: bool
 
 
-async def _prefill(control: Connection, block_bytes: int, num_blocks: int) -> None:
-    region = BlockRegion.create_shared(block_bytes, num_blocks)
+@dataclass(frozen=True)
+class Pushed:
+    started_s: float
+    digests: dict[int, bytes]
+
+
+@dataclass(frozen=True)
+class BeBareSocket:
+    port: int
+
+
+def prefill_process(control: Connection, shape: Shape) -> None:
+    asyncio.run(_prefill(control, shape))
+
+
+async def _prefill(control: Connection, shape: Shape) -> None:
+    region = shape.region()
     region.buffer[:] = os.urandom(region.buffer.nbytes)
-    sender = KVSender(region, layout_of(block_bytes), "p", 1, SECRET, SystemClock())
+    sender = KVSender(region, shape.layout, "p", 1, SECRET, SystemClock())
+    bare: socket.socket | None = None
     while (order := await asyncio.to_thread(control.recv)) is not None:
-        if isinstance(order, Ticket):
-            outgoing = sender.open(order)
-            await outgoing.push([(block, block) for block in range(num_blocks)])
-            control.send((await outgoing.finish()).digests)
-        elif isinstance(order, TransportOffer):
-            control.send(await sender.connect("d/" + order.kind, 1, [order], num_blocks))
-        else:  # a port: be a bare socket
-            with socket.create_connection(("127.0.0.1", order)) as sock:
-                while sock.recv(1):
-                    for block in range(num_blocks):
-                        sock.sendall(region.block(block))
+        match order:
+            case Push():
+                use_digests(order.digests)
+                control.send(await _push(sender, order, shape))
+            case TransportOffer():
+                control.send(await sender.connect("d/" + order.kind, 1, [order], shape.num_blocks))
+            case BeBareSocket():
+                bare = socket.create_connection(("127.0.0.1", order.port))
+            case float() if bare is not None:  # when to go
+                await asyncio.sleep(order - time.perf_counter())
+                started_s = time.perf_counter()
+                bare.sendall(region.buffer)
+                control.send(Pushed(started_s, {}))
     await sender.close()
+    if bare is not None:
+        bare.close()
+
+
+async def _push(sender: KVSender, order: Push, shape: Shape) -> Pushed:
+    outgoing = sender.open(order.ticket)
+    async with asyncio.timeout(PATIENCE_S):
+        while not outgoing._credit_bytes:  # noqa: ASYNC110 - not let in yet, and no event says so
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.003)
+    everything = [(block, block) for block in range(shape.num_blocks)]
+    started_s = time.perf_counter()
+    if order.by_layer:
+        for layer in range(shape.num_layers):
+            await outgoing.push(everything, (layer, layer + 1))
+    else:
+        await outgoing.push(everything)
+    return Pushed(started_s, dict((await outgoing.finish()).digests))
 
 
 # -- the decode side ---------------------------------------------------------------------------------------------------
 
 
-async def time_transport(kind: str, control: Connection, block_bytes: int, num_blocks: int, repeat: int) -> float:
-    region = BlockRegion.create_shared(block_bytes, num_blocks)
-    receiver = KVReceiver(region, layout_of(block_bytes), "d/" + kind, 1, SECRET, SystemClock())
-    control.send((await receiver.start([kind], "127.0.0.1"))[0])
-    await asyncio.to_thread(control.recv)
-    times = []
-    for attempt in range(WARM_UPS + repeat):
-        started = time.perf_counter()
-        incoming = receiver.open(
+class TimedReceiver(KVReceiver):
+    verified_s = 0.0
+
+    def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
+        super().pieces_written(link, nonce, written)
+        self.verified_s = time.perf_counter()
+
+
+class Decode:
+    def __init__(self, kind: str, control: Connection, shape: Shape) -> None:
+        self.kind = kind
+        self._control = control
+        self._shape = shape
+        self._region = shape.region()
+        self._receiver = TimedReceiver(self._region, shape.layout, "d/" + kind, 1, SECRET, SystemClock())
+        self._attempt = 0
+
+    async def start(self) -> None:
+        self._control.send((await self._receiver.start([self.kind], "127.0.0.1"))[0])
+        await asyncio.to_thread(self._control.recv)
+
+    async def transfer(self, *, by_layer: bool = False, digests: bool = True) -> tuple[float, float]:
+        """Seconds from push to verified, and from ticket to usable."""
+        use_digests(digests)
+        self._attempt += 1
+        began_s = time.perf_counter()
+        incoming = self._receiver.open(
             request_id="r",
-            attempt=attempt,
+            attempt=self._attempt,
             prefill=WorkerRef("p", 1, ""),
             first_block=0,
-            blocks=range(num_blocks),
-            num_tokens=16 * num_blocks,
-            ttl_s=60.0,
+            blocks=range(self._shape.num_blocks),
+            num_tokens=16 * self._shape.num_blocks,
+            ttl_s=PATIENCE_S,
         )
-        control.send(incoming.ticket)
-        digests = await asyncio.to_thread(control.recv)
-        await incoming.complete(Seal(incoming.ticket.nonce, 16 * num_blocks, digests))
-        times.append(time.perf_counter() - started)
-    await receiver.close()
-    region.close()
-    return statistics.median(times[WARM_UPS:])
+        self._control.send(Push(incoming.ticket, by_layer, digests))
+        pushed: Pushed = await asyncio.to_thread(self._control.recv)
+        await incoming.complete(Seal(incoming.ticket.nonce, incoming.ticket.num_tokens, pushed.digests))
+        use_digests(True)
+        return self._receiver.verified_s - pushed.started_s, time.perf_counter() - began_s
+
+    async def close(self) -> None:
+        await self._receiver.close()
+        self._region.close()
 
 
-def time_bare_socket(control: Connection, block_bytes: int, num_blocks: int, repeat: int) -> float:
-    region = BlockRegion.create_shared(block_bytes, num_blocks)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        control.send(server.getsockname()[1])
-        sock, _ = server.accept()
+class Memory:
+    def __init__(self, shape: Shape) -> None:
+        self._source, self._destination = shape.region(), shape.region()
+        self._source.buffer[:] = os.urandom(self._source.buffer.nbytes)
 
-    def receive_all() -> None:
-        sock.sendall(b"g")
-        for block in range(num_blocks):
-            view = region.block(block)
-            while view:
-                view = view[sock.recv_into(view) :]
-
-    with sock:
-        return median_s(receive_all, repeat)
+    async def copy(self) -> float:
+        source, destination = (np.frombuffer(region.buffer, np.uint8) for region in (self._source, self._destination))
+        await asyncio.sleep(0.003)  # the other side of a comparison comes from a pause, too
+        started_s = time.perf_counter()
+        np.copyto(destination, source)
+        return time.perf_counter() - started_s
 
 
-def time_memory(block_bytes: int, num_blocks: int, repeat: int) -> tuple[float, float]:
-    source = BlockRegion.create_shared(block_bytes, num_blocks)
-    destination = BlockRegion.create_shared(block_bytes, num_blocks)
-    source.buffer[:] = os.urandom(source.buffer.nbytes)
+class BareSocket:
+    def __init__(self, control: Connection, shape: Shape) -> None:
+        self._control = control
+        self._region = shape.region()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            control.send(BeBareSocket(server.getsockname()[1]))
+            self._sock, _ = server.accept()
 
-    def copy_all() -> None:
-        for block in range(num_blocks):
-            np.copyto(np.frombuffer(destination.block(block), np.uint8), np.frombuffer(source.block(block), np.uint8))
+    async def receive(self) -> float:
+        self._control.send(time.perf_counter() + 0.005)
+        left = self._region.buffer
+        while left:
+            left = left[self._sock.recv_into(left) :]
+        received_s = time.perf_counter()
+        pushed: Pushed = await asyncio.to_thread(self._control.recv)
+        return received_s - pushed.started_s
 
-    def digest_all() -> None:
-        for block in range(num_blocks):
-            block_digest(destination.block(block), bytes(16), block)
+    def close(self) -> None:
+        self._sock.close()
 
-    return median_s(copy_all, repeat), median_s(digest_all, repeat)
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+Measure = Callable[[], Awaitable[float]]
+
+
+async def compare(ours: Measure, other: Measure, rounds: int) -> dict[str, float]:
+    """Medians of both in seconds, and of the rounds' ratios ours / other."""
+    for _ in range(WARM_UPS):
+        await ours()
+        await other()
+    all_ours, all_others, ratios = [], [], []
+    for _ in range(rounds):
+        first, second, third, fourth = await ours(), await other(), await other(), await ours()
+        all_ours += [first, fourth]
+        all_others += [second, third]
+        ratios.append((first + fourth) / (second + third))
+    return {
+        "ours_s": statistics.median(all_ours),
+        "other_s": statistics.median(all_others),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
+
+
+def verified(decode: Decode, **options: bool) -> Measure:
+    async def measure() -> float:
+        return (await decode.transfer(**options))[0]
+
+    return measure
+
+
+async def measure_all(control: Connection, shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
+    shm, tcp = Decode("shm", control, shape), Decode("tcp", control, shape)
+    await shm.start()
+    await tcp.start()
+    memory, bare = Memory(shape), BareSocket(control, shape)
+    results = {
+        "shm / memcpy": await compare(verified(shm), memory.copy, rounds),
+        "tcp / bare socket": await compare(verified(tcp), bare.receive, rounds),
+        "shm by layer / memcpy": await compare(verified(shm, by_layer=True), memory.copy, rounds),
+        "tcp by layer / bare socket": await compare(verified(tcp, by_layer=True), bare.receive, rounds),
+        "shm / shm without digests": await compare(verified(shm), verified(shm, digests=False), rounds),
+        "tcp / tcp without digests": await compare(verified(tcp), verified(tcp, digests=False), rounds),
+    }
+    for decode in (shm, tcp):
+        whole = [(await decode.transfer())[1] for _ in range(2 * rounds)]
+        results[f"{decode.kind} ticket to usable"] = {"ours_s": statistics.median(whole)}
+    bare.close()
+    await shm.close()
+    await tcp.close()
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-kib", type=int, default=360)
     parser.add_argument("--blocks", type=int, default=46)
-    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    block_bytes, num_blocks, repeat = options.block_kib * 1024, options.blocks, options.repeat
+    shape = Shape(options.block_kib * 1024, options.blocks, options.layers)
 
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
-    process = context.Process(target=prefill_process, args=(theirs, block_bytes, num_blocks))
+    process = context.Process(target=prefill_process, args=(theirs, shape))
     process.start()
-    copy_s, digest_s = time_memory(block_bytes, num_blocks, repeat)
-    shm_s = asyncio.run(time_transport("shm", control, block_bytes, num_blocks, repeat))
-    tcp_s = asyncio.run(time_transport("tcp", control, block_bytes, num_blocks, repeat))
-    bare_s = time_bare_socket(control, block_bytes, num_blocks, repeat)
+    load_before = os.getloadavg()[0]
+    results = asyncio.run(measure_all(control, shape, options.rounds))
     control.send(None)
     process.join()
 
-    total_bytes = block_bytes * num_blocks
-    rows = {"memcpy": copy_s, "digest": digest_s, "bare socket": bare_s, "shm": shm_s, "tcp": tcp_s}
-    result = {
-        "bytes": total_bytes,
-        "block_bytes": block_bytes,
+    print(
+        f"{shape.total_bytes / 2**20:.1f} MiB, {shape.num_blocks} blocks of {shape.num_layers} layers, {options.rounds} rounds; "
+        f"{os.cpu_count()} CPUs, load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
+    )
+    for name, row in results.items():
+        gigabytes_per_s = shape.total_bytes / row["ours_s"] / 1e9
+        line = f"  {name:28} {row['ours_s'] * 1e3:7.2f} ms {gigabytes_per_s:6.2f} GB/s"
+        if "ratio" in row:
+            line += (
+                f"   {row['ratio']:5.2f} x of {row['other_s'] * 1e3:.2f} ms ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+            )
+        print(line)
+    summary = {
+        "total_bytes": shape.total_bytes,
+        "block_bytes": shape.block_bytes,
+        "num_layers": shape.num_layers,
+        "rounds": options.rounds,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "seconds": rows,
-        "gigabytes_per_s": {name: total_bytes / seconds / 1e9 for name, seconds in rows.items()},
-        "shm_over_memcpy": shm_s / copy_s,
-        "tcp_over_bare_socket": tcp_s / bare_s,
-        "digest_share": {"shm": digest_s / shm_s, "tcp": digest_s / tcp_s},
+        "load_before": load_before,
+        "load_after": os.getloadavg()[0],
+        "results": results,
     }
-    print(f"{total_bytes / 2**20:.1f} MiB in blocks of {options.block_kib} KiB, median of {repeat}")
-    for name, seconds in rows.items():
-        print(f"  {name:12} {seconds * 1e3:8.2f} ms {total_bytes / seconds / 1e9:8.2f} GB/s")
-    print(f"  shm takes {shm_s / copy_s:.1f} x memcpy, tcp {tcp_s / bare_s:.2f} x a bare socket")
-    print(f"  digest alone: {digest_s / shm_s:.1%} of shm, {digest_s / tcp_s:.1%} of tcp")
-    print(json.dumps(result))
+    print(json.dumps(summary))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

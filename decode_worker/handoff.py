@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from common.clock import Clock
 from common.codec import (
@@ -42,6 +43,21 @@ from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import TRANSPORTS
 from kvtransfer.transports.base import TransportOffer
+
+
+class MakeReceiver(Protocol):
+    def __call__(
+        self,
+        region: BlockRegion,
+        layout: KVLayout,
+        worker_id: str,
+        incarnation: int,
+        secret: bytes,
+        clock: Clock,
+        *,
+        lease_s: float,
+    ) -> KVReceiver: ...
+
 
 _log = get_logger(__name__)
 
@@ -88,6 +104,7 @@ class DecodeHandoff:
         *,
         connect: ConnectPrefill,
         on_drained: Callable[[tuple[int, ...]], None],
+        make_receiver: MakeReceiver = KVReceiver,
     ) -> None:
         self._spec = spec
         self._config: TransferConfig = spec.transfer
@@ -97,7 +114,9 @@ class DecodeHandoff:
         self._connect = connect
         self._on_drained = on_drained
         secret = derive_secret(spec.cluster_token)
-        self._receiver = KVReceiver(region, layout, spec.worker_id, spec.incarnation, secret, clock)
+        self._receiver = make_receiver(
+            region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s
+        )
         self._probes = ProbeTarget(spec.worker_id, spec.incarnation, secret, clock)
         self._offers: list[TransportOffer] = []
         self._peers: dict[str, _Peer] = {}

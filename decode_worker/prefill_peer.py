@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
 import grpc.aio
 
+from common.errors import WorkerLost
 from common.rpc import connect, error_from_rpc
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
@@ -30,6 +32,7 @@ class PrefillPeer(Protocol):
 
 
 ConnectPrefill = Callable[[WorkerRef], PrefillPeer]
+Reply = TypeVar("Reply")
 
 
 class GrpcPrefillPeer:
@@ -40,32 +43,29 @@ class GrpcPrefillPeer:
         self._stub = worker_pb2_grpc.PrefillStub(self._channel)
 
     async def handshake(self, message: worker_pb2.HandshakeRequest, timeout_s: float) -> worker_pb2.HandshakeReply:
-        try:
-            reply: worker_pb2.HandshakeReply = await self._stub.Handshake(message, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+        return await _answer(self._stub.Handshake(message, timeout=timeout_s))
 
     async def run(self, message: worker_pb2.PrefillRequest, timeout_s: float) -> worker_pb2.PrefillReply:
-        try:
-            reply: worker_pb2.PrefillReply = await self._stub.Run(message, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+        return await _answer(self._stub.Run(message, timeout=timeout_s))
 
     async def release(self, message: worker_pb2.ReleaseRequest, timeout_s: float) -> worker_pb2.ReleaseReply:
-        try:
-            reply: worker_pb2.ReleaseReply = await self._stub.Release(message, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+        return await _answer(self._stub.Release(message, timeout=timeout_s))
 
     async def push_probe(self, message: worker_pb2.PushProbeRequest, timeout_s: float) -> worker_pb2.PushProbeReply:
-        try:
-            reply: worker_pb2.PushProbeReply = await self._stub.PushProbe(message, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+        return await _answer(self._stub.PushProbe(message, timeout=timeout_s))
 
     async def close(self) -> None:
         await self._channel.close(None)
+
+
+async def _answer(call: Awaitable[Reply]) -> Reply:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Nobody cancelled this task: the channel was closed under the call, because a later incarnation took over.
+        raise WorkerLost("the prefill worker was replaced") from None

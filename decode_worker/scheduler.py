@@ -321,7 +321,7 @@ class DecodeScheduler:
     def _preempt(self, choice: Choice) -> None:
         self.totals.preemptions += 1
         self._running.remove(choice)
-        self._blocks.release(choice.sequence.detach())
+        self._give_back(choice)
         choice.enter(ChoiceState.WAITING)
         generation = choice.generation
         if not generation.prompt_in_kv:
@@ -402,8 +402,14 @@ class DecodeScheduler:
         elif choice.state is ChoiceState.WAITING and choice in self._waiting:
             self._waiting.remove(choice)
         if choice.state is not ChoiceState.FINISHED:
-            self._blocks.release(choice.sequence.detach())
+            self._give_back(choice)
             choice.enter(ChoiceState.FINISHED)
+
+    def _give_back(self, choice: Choice) -> None:
+        """The choice's blocks, and with them the copies that were still to be made into them."""
+        blocks = choice.sequence.detach()
+        self._copies = [copy for copy in self._copies if copy[1] not in blocks]
+        self._blocks.release(blocks)
 
     def _end(self, generation: Generation, phase: Phase) -> None:
         for choice in generation.choices:

@@ -7,8 +7,11 @@
        (the data link, authenticated both ways)  <---------   connects to one offer
     open(...) -> Incoming; blocks now have two owners
     Prefill.Run(request, incoming.ticket) --- gRPC -------->  sender.open(ticket) -> Outgoing
-       grants the nonce, once            <---- OPEN --------    first thing on the link; nothing is written before GRANT
-       verifies each block as it comes   <---- blocks ------    push([(logical, source block)]) after every chunk
+       lets the nonce in, once           <---- OPEN --------    first thing on the link; nothing is written before GRANT
+       GRANT with the first credit       ----------------->
+       verifies each piece as it comes   <---- pieces ------    push([(logical, source block)], layers) as layers are computed
+       CREDIT: verified, go on           ----------------->     writes no more than it has credit for
+       PULSE: still wanted               <---------------->     PULSE: still at it; who is silent for a lease is given up
        the writer is gone                <---- CLOSE -------    finish() -> TransferAccount
     complete(seal) -> KV is verified     <---- gRPC --------  Run's reply, the seal
     -- or, when anything at all goes wrong --
@@ -20,6 +23,13 @@ blocks are verified and belong to the request alone) or `abandon` (returned: no 
 `release` may come before, during, after or without `open`. All but `open` may be repeated. A push that cannot be honoured raises
 at the next call on the same Outgoing. After a link was lost the sender connects again by itself, to the same incarnation only.
 
+A piece is some layers of one block: contiguous in memory, so that what is computed first leaves first. Every layer of every block
+of the ticket travels in exactly one piece; the seal has one digest for each block, over those of its pieces.
+
+Whoever waits, waits for something that ends. For credit: the receiver returns it for what it has verified, so a receiver that
+does not keep up stops its writers, one transfer at a time, and no other transfer or link. For life: each side gives up a transfer
+of which the other one has said nothing for `lease.LEASE_S`. For the whole: the ticket's time. Explicit release is only quicker.
+
 A block is not free while a writer may touch it. What ends a writer, by transport: its CLOSE, or the end of its link; where the
 bytes pass through our own hands (tcp), also our own decision, at once. Memory shared with a stopped process stays in quarantine
 until that process goes on or dies; no timeout can change that.
@@ -27,10 +37,11 @@ until that process goes on or dies; no timeout can change that.
 The design space: d pulls or p pushes; one-sided or two-sided; control inside or beside the data. Chosen: p pushes, so that
 transfer overlaps computation; permission is granted by the owner of the memory per nonce; logical block numbers travel, addresses
 and pool indices never do (the ticket holds the indices, under a MAC); control beside the data, on the workers' gRPC. Bytes are
-checked in full, always, on the side that will compute with them. Tensor layouts must be equal; resharding is not done here.
+checked in full, always, on the side that will compute with them. Tensor layouts must be equal: how KV of one layout becomes KV of
+another is planned and executed by `reshard`, `gather` and `wire_dtype`, which no link uses yet.
 
 This package knows memory as regions of equal blocks and a `KVLayout`; it knows no engine, no tensor library, no gRPC.
 """
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Of tickets, frames and seals together. Workers of different versions do not exchange KV."""

@@ -1,27 +1,48 @@
-"""What a block must look like on arrival: one 16-byte digest per block, always computed, over every byte.
+"""What KV must look like on arrival: 16 bytes for each piece, always computed, over every byte; and one sum for each block.
 
-    digest = xxh3_128( tag | nonce | logical block | xxh3_128(the block's bytes) )
+    piece = xxh3_128( tag | nonce | logical block, first layer, number of layers | xxh3_128(the piece's bytes) )
+    block = the piece, if it is one; else
+            xxh3_128( tag | first layer, number of layers, piece | ... )      its pieces, from the first layer to the last
 
-The nonce and the logical block number are inside, so that a block of another request, of an earlier attempt, or of another place
-in the same prompt does not pass for the right one. It protects against accident: flipped bits, torn or late writes, swapped
-blocks, races between a writer and the memory's next owner. It is not a MAC: xxh3 does not resist a forger. That bytes come from
-the right worker follows from the authenticated link and from the MAC on the ticket.
+The nonce and the piece's place are inside, so that bytes of another request, of an earlier attempt, or of another place in the
+same prompt do not pass for the right ones. The seal states the sums of blocks: both sides add up the pieces that they know.
+
+It protects against accident: flipped bits, torn or late writes, swapped blocks, races between a writer and the memory's next
+owner. It is not a MAC: xxh3 does not resist a forger. That bytes come from the right worker follows from the authenticated link
+and from the MAC on the ticket.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
-import xxhash
+from xxhash import xxh3_128, xxh3_128_digest
 
 DIGEST_BYTES = 16
 NONCE_BYTES = 16
-_BOUND = struct.Struct("<12s16sI")
-_TAG = b"pdserve-kv-1"
+_LARGE_BYTES = 1024 * 1024
+_pack_place = struct.Struct(f"<12s{NONCE_BYTES}sIHH").pack
+_pack_part = struct.Struct(f"<HH{DIGEST_BYTES}s").pack
+_PIECE_TAG, _BLOCK_TAG = b"pdserve-kv-2", b"pdserve-kv-block-2"
 
 
-def block_digest(block: memoryview, nonce: bytes, logical_block: int) -> bytes:
-    """The digest of `block` as logical block `logical_block` of the transfer `nonce`. Releases the GIL on large blocks."""
-    content: bytes = xxhash.xxh3_128_digest(block)
-    bound: bytes = xxhash.xxh3_128_digest(_BOUND.pack(_TAG, nonce, logical_block) + content)
-    return bound
+def piece_digest(piece: memoryview, nonce: bytes, logical_block: int, first_layer: int, num_layers: int) -> bytes:
+    """The digest of a piece of the transfer `nonce`. Lets go of the GIL while it reads a large one."""
+    if piece.nbytes < _LARGE_BYTES:
+        content = xxh3_128_digest(piece)
+    else:
+        reading = xxh3_128()
+        reading.update(piece)
+        content = reading.digest()
+    place = _pack_place(_PIECE_TAG, nonce, logical_block, first_layer, num_layers)
+    digest: bytes = xxh3_128_digest(place + content)
+    return digest
+
+
+def block_digest_of(pieces: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """The sum over a block's pieces (first layer, number of layers, digest), which must come sorted and cover the block."""
+    if len(pieces) == 1:
+        return pieces[0][2]
+    digest: bytes = xxh3_128_digest(b"".join([_BLOCK_TAG, *[_pack_part(*piece) for piece in pieces]]))
+    return digest

@@ -1,74 +1,112 @@
-"""What travels on a data link after authentication: a fixed header, and after a BLOCK header exactly one block.
+"""What travels on a data link after authentication: a fixed header; in BLOCKS and WRITTEN a table of pieces; then their bytes.
 
-    0      4         6      8       24              28               32       48
-    | PDKV | version | kind | nonce | logical block | payload length | digest |      little-endian
-                                       (or, in REFUSE, the reason)
+    0      4         6      8       24      28       32
+    | PDKV | version | kind | nonce | count | amount | count x descriptor | payload: the pieces, in the order of the table |
 
-    prefill worker -> decode worker     OPEN (may I?), BLOCK (payload follows) or WRITTEN (it is in your pool), CLOSE (no more)
-    decode worker -> prefill worker     GRANT or REFUSE, one for each OPEN
+    descriptor   | logical block 4 | first layer 2 | number of layers 2 | digest 16 |        little-endian, without padding
 
-Neither addresses nor pool block numbers travel, so a frame cannot point outside its ticket. Everything is checked before a byte
-of payload is read; whatever does not fit ends the link.
+    kind      from      count    amount
+    OPEN      prefill   0        0                            may I?
+    GRANT     decode    0        first credit, in bytes       one GRANT or REFUSE for each OPEN
+    REFUSE    decode    0        the reason
+    BLOCKS    prefill   pieces   bytes of payload             the sum of what the table says
+    WRITTEN   prefill   pieces   0                            they are in your pool
+    CREDIT    decode    0        bytes                        verified: so much more may be written
+    PULSE     both      0        0                            this end lives and is still at it
+    CLOSE     prefill   0        0                            nothing more
+
+Neither addresses nor pool block numbers travel, so a frame cannot point outside its ticket. The header is checked before the
+table is read, and the table before a byte of payload is; whatever does not fit ends the link.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.errors import TicketRefused, TransferBroken
+from common.errors import TransferBroken
+from common.types import KVLayout
 from kvtransfer.digest import DIGEST_BYTES, NONCE_BYTES
+from kvtransfer.transports.base import PieceName, Written
 
 MAGIC = b"PDKV"
-VERSION = 1
-_HEADER = struct.Struct(f"<4sHH{NONCE_BYTES}sII{DIGEST_BYTES}s")
+VERSION = 2
+MAX_PIECES = 1024  # in one frame
+MAX_PAYLOAD_BYTES = 16 * 1024 * 1024  # of one frame; a piece that is larger by itself travels alone
+_HEADER = struct.Struct(f"<4sHH{NONCE_BYTES}sII")
+_DESCRIPTOR = struct.Struct(f"<IHH{DIGEST_BYTES}s")
 HEADER_BYTES = _HEADER.size
-NO_DIGEST = bytes(DIGEST_BYTES)
+DESCRIPTOR_BYTES = _DESCRIPTOR.size
+MAX_TABLE_BYTES = MAX_PIECES * DESCRIPTOR_BYTES
 
 
 class FrameKind(enum.IntEnum):
     OPEN = 1
     GRANT = 2
     REFUSE = 3
-    BLOCK = 4
+    BLOCKS = 4
     WRITTEN = 5
     CLOSE = 6
+    CREDIT = 7
+    PULSE = 8
 
 
-class Refusal(enum.IntEnum):
-    """Why a writer was not let in."""
-
-    UNKNOWN = 1  # never minted here, or long over
-    NOT_YOURS = 2  # minted for another worker or another incarnation of this one
-    SPENT = 3  # admitted a writer before, or cancelled
-    EXPIRED = 4
-
-    def as_error(self) -> TicketRefused:
-        return TicketRefused(f"the decode worker refused the ticket: {self.name.lower().replace('_', ' ')}", param="nonce")
+_WITH_TABLE = frozenset({FrameKind.BLOCKS, FrameKind.WRITTEN})
+_WITH_AMOUNT = frozenset({FrameKind.BLOCKS, FrameKind.GRANT, FrameKind.REFUSE, FrameKind.CREDIT})
+_KINDS = {int(kind): kind for kind in FrameKind}
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
+    """A header."""
+
     kind: FrameKind
     nonce: bytes
-    logical_block: int = 0  # REFUSE: the reason
-    payload_bytes: int = 0
-    digest: bytes = NO_DIGEST
+    count: int = 0
+    amount: int = 0
 
     def encode(self) -> bytes:
-        return _HEADER.pack(MAGIC, VERSION, self.kind, self.nonce, self.logical_block, self.payload_bytes, self.digest)
+        return _HEADER.pack(MAGIC, VERSION, self.kind, self.nonce, self.count, self.amount)
+
+    @property
+    def table_bytes(self) -> int:
+        return self.count * DESCRIPTOR_BYTES
 
 
-def decode(header: bytes | bytearray | memoryview, *, block_bytes: int) -> Frame:
+def encode_table(names: Iterable[PieceName], digests: Iterable[bytes]) -> bytes:
+    return b"".join([_DESCRIPTOR.pack(*name, digest) for name, digest in zip(names, digests, strict=True)])
+
+
+def decode_header(header: bytes | bytearray | memoryview, *, block_bytes: int) -> Frame:
     """Raises TransferBroken for anything that a peer of this version with blocks of this size would not send."""
-    magic, version, kind, nonce, logical_block, payload_bytes, digest = _HEADER.unpack(header)
+    magic, version, kind, nonce, count, amount = _HEADER.unpack(header)
     if magic != MAGIC or version != VERSION:
         raise TransferBroken("a frame does not begin as frames of this version do")
-    try:
-        known = FrameKind(kind)
-    except ValueError as error:
-        raise TransferBroken(f"a frame of the unknown kind {kind}") from error
-    if payload_bytes != (block_bytes if known is FrameKind.BLOCK else 0):
-        raise TransferBroken(f"a {known.name} frame announces {payload_bytes} bytes of payload")
-    return Frame(known, nonce, logical_block, payload_bytes, digest)
+    known = _KINDS.get(kind)
+    if known is None:
+        raise TransferBroken(f"a frame of the unknown kind {kind}")
+    if not (0 < count <= MAX_PIECES if known in _WITH_TABLE else count == 0):
+        raise TransferBroken(f"a {known.name} frame announces {count} pieces")
+    if amount and known not in _WITH_AMOUNT:
+        raise TransferBroken(f"a {known.name} frame states an amount")
+    if known is FrameKind.BLOCKS and not 0 < amount <= max(MAX_PAYLOAD_BYTES, block_bytes):
+        raise TransferBroken(f"a {known.name} frame announces {amount} bytes of payload")
+    return Frame(known, nonce, count, amount)
+
+
+def decode_table(frame: Frame, table: bytes | bytearray | memoryview, layout: KVLayout) -> list[Written]:
+    """The pieces that `frame` announces. Raises TransferBroken if they cannot be of such blocks, or are not what it said."""
+    pieces = []
+    layers = 0
+    for logical_block, first_layer, num_layers, digest in _DESCRIPTOR.iter_unpack(table):
+        if num_layers == 0 or first_layer + num_layers > layout.num_layers:
+            raise TransferBroken(f"a piece of the layers from {first_layer}, {num_layers} of them, is not in a block")
+        pieces.append(Written(PieceName(logical_block, first_layer, num_layers), digest, None))
+        layers += num_layers
+    if len(pieces) != frame.count:
+        raise TransferBroken(f"a table of {len(pieces)} pieces where {frame.count} were announced")
+    if frame.kind is FrameKind.BLOCKS and layers * layout.block_bytes != frame.amount * layout.num_layers:
+        raise TransferBroken(f"{layers} layers do not have {frame.amount} bytes")
+    return pieces

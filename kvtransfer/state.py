@@ -13,7 +13,11 @@ let go is a block FREE. In ACTIVE the writer is gone and the request is the sole
 manager keeps the books, unless the request is cancelled before it took the blocks over.
 
 What counts as complete is a set, never a number: exactly the ticket's logical blocks, each verified here, each with the digest
-that the seal states. Nothing here knows sockets, memory or tasks; time comes from the injected clock.
+that the seal states. A block is verified when pieces that were each verified cover its layers, none of them twice.
+
+The prefill worker has a lease from the offer until its account is known: OPEN, then whatever is `heard` of the writer, CLOSE and
+the seal must each come before it ends, or the transfer is poisoned. Nothing here knows sockets, memory or tasks; time comes from
+the injected clock.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ from common.errors import (
     TransferTimeout,
 )
 from common.types import Ticket
+from kvtransfer.digest import block_digest_of
+from kvtransfer.lease import LEASE_S, Lease
+from kvtransfer.transports.base import PieceName
 
 
 class HandoffState(enum.Enum):
@@ -66,10 +73,10 @@ UNDECIDED = frozenset({HandoffState.RESERVED, HandoffState.OFFERED, *RECEIVING})
 
 
 class Arrival(enum.Enum):
-    """What an arrived block turned out to be."""
+    """What an arrived piece turned out to be."""
 
     VERIFIED = "verified"
-    DUPLICATE = "duplicate"  # the same block with the same digest again: no effect
+    DUPLICATE = "duplicate"  # the same piece with the same digest again: no effect
     LATE = "late"  # nobody waits for it any more: no effect
     REFUSED = "refused"  # it poisoned the transfer
 
@@ -84,15 +91,22 @@ class Seal:
 
 
 class IncomingTransfer:
-    def __init__(self, ticket: Ticket, clock: Clock) -> None:
+    def __init__(self, ticket: Ticket, clock: Clock, *, num_layers: int, lease_s: float = LEASE_S) -> None:
         self.ticket = ticket
         self.state = HandoffState.RESERVED
         self.expected = frozenset(range(ticket.first_block, ticket.first_block + len(ticket.blocks)))
-        self.verified: dict[int, bytes] = {}
+        self.verified: dict[int, bytes] = {}  # logical block -> digest, once all its layers are there
         self.seal: Seal | None = None
         self.error: HandoffError | None = None  # why it was poisoned
+        self.receiving = False  # what arrives counts, if a writer is open
         self.writer_open = False
-        self.deadline_s: float | None = None
+        self._deadline_s: float | None = None  # the ticket's
+        self._lease: Lease | None = None
+        self._pieces: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
+        self._layers_here: dict[int, int] = {}  # logical block -> a bit for each layer that is verified
+        self._num_layers = num_layers
+        self._all_layers = (1 << num_layers) - 1
+        self._lease_s = lease_s
         self._clock = clock
 
     # -- what the owner of the blocks does ----------------------------------------------------------------------------
@@ -100,7 +114,9 @@ class IncomingTransfer:
     def offer(self) -> None:
         """The ticket is about to leave; its time runs from here."""
         self._move(HandoffState.OFFERED)
-        self.deadline_s = self._clock.monotonic_s() + self.ticket.ttl_s
+        now_s = self._clock.monotonic_s()
+        self._deadline_s = now_s + self.ticket.ttl_s
+        self._lease = Lease(self._lease_s, now_s)
 
     def sealed(self, seal: Seal) -> None:
         """The writer's account arrived. A wrong one poisons and raises SealMismatch; repeating the same one has no effect."""
@@ -140,42 +156,63 @@ class IncomingTransfer:
         """A writer asks to be let in. Raises TicketRefused unless it is the first and in time."""
         if self.state is not HandoffState.OFFERED:
             raise TicketRefused(f"the ticket is {self.state.value}: a nonce admits one writer, once", param="nonce")
-        if self._clock.monotonic_s() >= self._deadline():
+        now_s = self._clock.monotonic_s()
+        if self._deadline_s is None or now_s >= self._deadline_s:
             raise TicketRefused("the ticket has expired", param="ttl_s")
         self._move(HandoffState.STREAMING)
         self.writer_open = True
+        self.heard(now_s)
 
-    def wants(self, logical_block: int) -> int | None:
-        """The pool block that `logical_block` may be written to now, if any."""
-        if self.state not in RECEIVING or not self.writer_open:
+    def wants(self, name: PieceName) -> int | None:
+        """The pool block in which the piece may be written now, if any."""
+        if not self.receiving or not self.writer_open:
             return None
-        if logical_block not in self.expected or logical_block in self.verified:
+        logical_block = name.logical_block
+        layers = self._layers(name)
+        if logical_block not in self.expected or not layers or self._layers_here.get(logical_block, 0) & layers:
             return None
         return self.ticket.blocks[logical_block - self.ticket.first_block]
 
-    def block_arrived(self, logical_block: int, digest: bytes, ok: bool) -> Arrival:
-        """A block was written whose sender states `digest`; `ok` says whether its bytes have that digest here."""
-        if self.state not in RECEIVING or not self.writer_open:
+    def piece_arrived(self, name: PieceName, digest: bytes, ok: bool) -> Arrival:
+        """A piece was written whose sender states `digest`; `ok` says whether its bytes have that digest here."""
+        if not self.receiving or not self.writer_open:
             return Arrival.LATE
+        logical_block, first_layer, num_layers = name
         if logical_block not in self.expected:
             return self._refuse(TicketRefused(f"logical block {logical_block} is not in the ticket", param="logical_block"))
+        layers = self._layers(name)
+        if not layers:
+            return self._refuse(TicketRefused(f"a piece of {num_layers} layers from {first_layer}", param="num_layers"))
         if not ok:
             return self._refuse(DigestMismatch(f"the bytes of logical block {logical_block} are not what was sent"))
-        known = self.verified.get(logical_block)
-        if known is not None:
-            if known == digest:
+        here = self._layers_here.get(logical_block, 0)
+        piece = (first_layer, num_layers, digest)
+        pieces = self._pieces.setdefault(logical_block, [])
+        if here & layers:
+            if piece in pieces:
                 return Arrival.DUPLICATE
-            return self._refuse(DigestMismatch(f"logical block {logical_block} was sent twice, with different content"))
-        if self.seal is not None and self.seal.digests[logical_block] != digest:
-            return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
-        self.verified[logical_block] = digest
+            return self._refuse(DigestMismatch(f"layers of logical block {logical_block} were sent twice, and differently"))
+        pieces.append(piece)
+        if here | layers == self._all_layers:
+            pieces.sort()
+            block_digest = block_digest_of(pieces)
+            if self.seal is not None and self.seal.digests[logical_block] != block_digest:
+                return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
+            self.verified[logical_block] = block_digest
+        self._layers_here[logical_block] = here | layers
         return Arrival.VERIFIED
+
+    def heard(self, now_s: float) -> None:
+        """A sign of life of the writer."""
+        if self._lease is not None:
+            self._lease.renew(now_s)
 
     def writer_closed(self) -> None:
         """No write under this ticket can happen any more: the writer said so, or its link is gone, or it was fenced."""
         if not self.writer_open:
             return
         self.writer_open = False
+        self.heard(self._clock.monotonic_s())
         if self.state in RECEIVING and not self.complete:
             missing = len(self.expected) - len(self.verified)
             text = f"the writer stopped with {missing} of {len(self.expected)} blocks missing"
@@ -193,9 +230,28 @@ class IncomingTransfer:
             self._drain_if_alone()
 
     def expire(self, now_s: float) -> None:
-        """Poisons if the ticket's time is over and the transfer is still undecided."""
-        if self.state in UNDECIDED and self.deadline_s is not None and now_s >= self.deadline_s:
-            self.poison(TransferTimeout(f"the KV of the prompt did not arrive within {self.ticket.ttl_s:g} s"))
+        """Poisons an undecided transfer whose ticket's time is over, or whose writer was silent for too long."""
+        if self._deadline_s is not None and now_s >= self._deadline_s:
+            self._time_out(f"the KV of the prompt did not arrive within {self.ticket.ttl_s:g} s")
+        elif self._awaits_peer and self._lease is not None and now_s >= self._lease.ends_s:
+            self._time_out(f"the prefill worker gave no sign of life for {self._lease_s:g} s")
+
+    def silent(self, now_s: float) -> bool:
+        """A writer is in, and was not heard for the time of a lease."""
+        return self.writer_open and self._lease is not None and now_s >= self._lease.ends_s
+
+    @property
+    def expires_s(self) -> float | None:
+        """When `expire` should be called next; None if there is nothing more to wait for."""
+        if self.state not in UNDECIDED or self._deadline_s is None:
+            return None
+        if self._awaits_peer and self._lease is not None:
+            return min(self._deadline_s, self._lease.ends_s)
+        return self._deadline_s
+
+    @property
+    def ticket_expired(self) -> bool:
+        return self._deadline_s is not None and self._clock.monotonic_s() >= self._deadline_s
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
@@ -209,15 +265,30 @@ class IncomingTransfer:
         """Failed or cancelled, and no writer can touch the blocks."""
         return self.state in (HandoffState.DRAINED, HandoffState.FREE)
 
+    @property
+    def _awaits_peer(self) -> bool:
+        """The next thing to happen is the peer's: its OPEN, its writes, its CLOSE, or the seal after it. A transfer without
+        blocks says nothing on the link, so it has the ticket's time."""
+        return self.writer_open or (bool(self.expected) and self.state in (HandoffState.OFFERED, HandoffState.STREAMING))
+
     def _move(self, state: HandoffState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"{self.state.name} -> {state.name}")
         self.state = state
+        self.receiving = state in RECEIVING
 
-    def _deadline(self) -> float:
-        if self.deadline_s is None:
-            raise IllegalTransition("a ticket that was not offered has no deadline")
-        return self.deadline_s
+    def _layers(self, name: PieceName) -> int:
+        """A bit for each layer of the piece; none if no block has such layers."""
+        _, first_layer, num_layers = name
+        if num_layers == self._num_layers and first_layer == 0:
+            return self._all_layers
+        if first_layer < 0 or num_layers <= 0 or first_layer + num_layers > self._num_layers:
+            return 0
+        return ((1 << num_layers) - 1) << first_layer
+
+    def _time_out(self, text: str) -> None:
+        if self.state in UNDECIDED:
+            self.poison(TransferTimeout(text))
 
     def _fail(self, error: HandoffError) -> HandoffError:
         self.poison(error)

@@ -11,6 +11,7 @@ full, or when the prompt is at its end. This file and its twin in `decode_worker
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from common.blocks import num_blocks, num_full_blocks
 from common.clock import Clock
@@ -28,16 +29,32 @@ from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.base import TransportOffer
 
 
+class MakeSender(Protocol):
+    def __call__(
+        self,
+        region: BlockRegion,
+        layout: KVLayout,
+        worker_id: str,
+        incarnation: int,
+        secret: bytes,
+        clock: Clock,
+        *,
+        lease_s: float,
+    ) -> KVSender: ...
+
+
 class PrefillHandoff:
     """One per worker; lives on its asyncio loop."""
 
-    def __init__(self, spec: WorkerSpec, layout: KVLayout, pool: memoryview, clock: Clock) -> None:
+    def __init__(
+        self, spec: WorkerSpec, layout: KVLayout, pool: memoryview, clock: Clock, *, make_sender: MakeSender = KVSender
+    ) -> None:
         """`pool` is the engine's KV memory, a whole number of blocks."""
         self._spec = spec
         self._layout = layout
         secret = derive_secret(spec.cluster_token)
         region = BlockRegion(pool, layout.block_bytes, pool.nbytes // layout.block_bytes)
-        self._sender = KVSender(region, layout, spec.worker_id, spec.incarnation, secret, clock)
+        self._sender = make_sender(region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)
 
     @property
@@ -116,10 +133,9 @@ class Push:
         final = num_blocks(num_tokens, self._block_tokens) if at_end else num_full_blocks(num_tokens, self._block_tokens)
         if final > self._next:
             pairs = [(logical, blocks[logical]) for logical in range(self._next, final)]
-            if end_layer < self._num_layers:
-                return
-            self._next = final
-            await self._outgoing.push(pairs)
+            if end_layer == self._num_layers:
+                self._next = final
+            await self._outgoing.push(pairs, (first_layer, end_layer))
 
     async def finish(self) -> TransferAccount:
         """Returns when all was written. Raises HandoffError."""

@@ -134,7 +134,7 @@ class Dispatcher:
                 failure = error
             if handed_over:
                 break
-            await self._before_retry(request, failure, placement, tried, retries, patience_until_s)  # 6
+            await self._before_retry(request, failure, placement, tried, retries, journey, patience_until_s)  # 6
             retries += 1
         if not isinstance(failure, WorkerLost) or journey.migrations_left == 0:
             raise failure
@@ -167,6 +167,7 @@ class Dispatcher:
         placement: Placement,
         tried: set[WorkerRef],
         retries: int,
+        journey: _Journey,
         patience_until_s: float,
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
@@ -179,7 +180,8 @@ class Dispatcher:
         except NoWorkerAvailable:
             if not isinstance(failure, WorkerLost) and not patient:
                 raise failure from None  # a worker that is full is not helped by asking it again at once
-            await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S))
+            left_s = journey.deadline_s - self._clock.monotonic_s()
+            await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S, max(0.0, left_s)))
             elsewhere = placement.decode
         self._metrics.retries_total.labels(request.model, failure.code).inc()
         log.warning("dispatch tried again", reason=failure.code, worker=placement.decode.worker_id, next=elsewhere.worker_id)
@@ -246,10 +248,14 @@ class _Attempt:
     async def first_tokens(self, retries: int) -> DispatchEvent:
         dispatched_s = self._clock.monotonic_s()
         worker = self._placement.decode
-        channel = await self._stack.enter_async_context(self._links.to(worker))
-        remaining_s = self._deadline_s - self._clock.monotonic_s()
-        if remaining_s <= 0:
+        if dispatched_s >= self._deadline_s:
             raise DeadlineExceeded("the request's time is over")
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline_s - dispatched_s)):
+                channel = await self._stack.enter_async_context(self._links.to(worker))
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time is over") from None
+        remaining_s = max(0.001, self._deadline_s - self._clock.monotonic_s())
         self._call = DecodeStub(channel).Generate(
             worker_pb2.GenerateRequest(
                 request=request_to_wire(replace(self._request, timeout_s=remaining_s)),

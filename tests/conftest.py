@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +15,16 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONG = ("chaos", "model_checking", "simulation", "workers", "zoo", "kvtransfer/test_nixl.py")
+"""What takes minutes together: real workers, faults in real processes, searches. Marked `long`, so that the rest stays quick."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device; torch is loaded only if there are any."""
+    folders = tuple(Path(__file__).parent / name for name in LONG)
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in folders):
+            item.add_marker(pytest.mark.long)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

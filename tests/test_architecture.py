@@ -63,7 +63,7 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         {"common.engine": When.ALWAYS, "deploy": When.LAZILY},
         "torch lives in common/engine: the others start fast and fit in a small image",
     ),
-    "nixl": ({"kvtransfer": When.LAZILY}, "one transport among others, and an extra"),
+    "nixl_cu13": ({"kvtransfer": When.LAZILY}, "one transport among others, and an extra"),
     "triton": ({"common.engine": When.LAZILY}, "only kernels need triton, and only where there is a GPU"),
     "safetensors": ({"common.engine": When.ALWAYS}, "weights are the engine's business"),
     "numpy": (

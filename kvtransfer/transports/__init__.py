@@ -3,8 +3,9 @@
 | kind   | for                     | how                                             | a writer that does not answer |
 |--------|-------------------------|-------------------------------------------------|-------------------------------|
 | inproc | tests, simulations      | copies within the process                       | its link must end             |
-| shm    | two processes, one host | the peer maps the pool; one memcpy per block    | its process must end or go on |
+| shm    | two processes, one host | the peer maps the pool; one memcpy              | its process must end or go on |
 | tcp    | anywhere                | bytes pass through the owner of the pool        | is fenced at once             |
+| nixl   | RDMA, NVLink; anywhere  | one-sided writes into a window, then one memcpy | is fenced at once             |
 """
 
 from __future__ import annotations
@@ -33,11 +34,17 @@ def _tcp() -> Transport:
     return TcpTransport()
 
 
-TRANSPORTS: Mapping[str, Callable[[], Transport]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp}
+def _nixl() -> Transport:
+    from kvtransfer.transports.nixl import NixlTransport
+
+    return NixlTransport()
 
 
-def create_transport(kind: str) -> Transport:
-    creator = TRANSPORTS.get(kind)
+TRANSPORTS: Mapping[str, Callable[[], Transport]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp, "nixl": _nixl}
+
+
+def create_transport(kind: str, transports: Mapping[str, Callable[[], Transport]] = TRANSPORTS) -> Transport:
+    creator = transports.get(kind)
     if creator is None:
-        raise HandshakeRefused(f"no transport {kind!r}; known are {', '.join(TRANSPORTS)}", param="transports")
+        raise HandshakeRefused(f"no transport {kind!r}; known are {', '.join(transports)}", param="transports")
     return creator()

@@ -2,29 +2,37 @@
 
     decode worker                                            prefill worker
     transport.listen(landing, ...) -> Listener               transport.connect(address, ...) -> SenderLink
-      per link, in the order of the link:                      open_writer(nonce)      until granted, nothing is written
-        landing.writer_opened  -> None or a Refusal            write(nonce, pieces)    bytes and digests, in order
-        landing.destination    -> where a block may go         close_writer(nonce)     nothing more under this nonce
-        landing.block_written                                  close()
-        landing.writer_closed
-      landing.link_lost, exactly once, last
+      per link, in the order of the link:                      open_writer(nonce, news)  until granted, nothing is written
+        landing.writer_opened  -> first credit, or a Refusal
+        landing.destination    -> where a piece may go         write(nonce, pieces)      bytes and digests, in order
+        landing.pieces_written
+        landing.writer_alive                                   pulse(nonce)              "I am still here"
+        landing.writer_closed                                  close_writer(nonce)       nothing more under this nonce
+      landing.link_lost, exactly once, last                    close()
+    link.credit(nonce, bytes)  --------------------------->    news.credited
+    link.pulse(nonce)          --------------------------->    news.renewed
+
+What travels are pieces: some layers of one logical block, next to each other in memory. The pieces of a block are disjoint and
+together cover it. How much may be on its way is the receiver's decision: a writer spends credit as it writes and gets it back for
+what was verified. A link does not count credit, it carries the news; who writes without credit is a bug of the caller's.
 
 The guarantee about late writers, which is all that quarantine rests on: after `link_lost` nothing more arrives from that link in
 the pool. Where `ReceiverLink.fences_locally` is true, nothing arrives either once `destination` has returned None: the bytes
 pass through this process, which asks before each read. Where it is false the peer writes by itself, and only its CLOSE
 (`writer_closed`) or the end of the link says that it has stopped.
 
-All methods run on the event loop of their side. Landing's methods are plain calls and do not block.
+All methods run on the event loop of their side. Landing's methods and WriterNews' are plain calls and do not block.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from common.errors import HandoffError
-from kvtransfer.frames import Refusal
+from common.errors import HandoffError, TicketRefused
+from common.types import KVLayout
 from kvtransfer.region import BlockRegion
 
 
@@ -51,16 +59,45 @@ class LinkCredentials:
     secret: bytes = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One block to write. `source` must not change until the write has returned."""
+class PieceName(NamedTuple):
+    """Which part of a prompt's KV: the layers [first_layer, first_layer + num_layers) of one logical block."""
 
     logical_block: int
-    destination_block: int
+    first_layer: int
+    num_layers: int
+
+
+class Piece(NamedTuple):
+    """What to write where. `source` has the bytes of the named layers and must not change until the write has returned."""
+
+    name: PieceName
+    destination_offset_bytes: int  # into the pool
     source: memoryview
 
 
+class Written(NamedTuple):
+    """A piece that arrived, with the digest that its writer states."""
+
+    name: PieceName
+    digest: bytes
+    dropped: memoryview | None  # None: it is in the pool; else its bytes, which had nowhere to go
+
+
+class Refusal(enum.IntEnum):
+    """Why a writer was not let in."""
+
+    UNKNOWN = 1  # never minted here, or long over
+    NOT_YOURS = 2  # minted for another worker or another incarnation of this one
+    SPENT = 3  # admitted a writer before, or cancelled
+    EXPIRED = 4
+
+    def as_error(self) -> TicketRefused:
+        return TicketRefused(f"the decode worker refused the ticket: {self.name.lower().replace('_', ' ')}", param="nonce")
+
+
 class ReceiverLink(Protocol):
+    """What the decode side may do with a link to one prefill worker."""
+
     @property
     def kind(self) -> str: ...
 
@@ -69,6 +106,18 @@ class ReceiverLink(Protocol):
 
     @property
     def fences_locally(self) -> bool: ...
+
+    def credit(self, nonce: bytes, size_bytes: int) -> None:
+        """Lets the writer write that much more. Does not wait: a link that cannot take it is hung up on."""
+        ...
+
+    def pulse(self, nonce: bytes) -> None:
+        """Tells the writer that its transfer is still wanted. Does not wait either."""
+        ...
+
+    def hang_up(self) -> None:
+        """The peer is not heard any more over this link: ends it, or, if the peer writes into the pool by itself, tells it to."""
+        ...
 
 
 class Landing(Protocol):
@@ -82,16 +131,21 @@ class Landing(Protocol):
         """Somebody connected and was not let in."""
         ...
 
-    def writer_opened(self, link: ReceiverLink, nonce: bytes) -> Refusal | None: ...
-
-    def destination(self, link: ReceiverLink, nonce: bytes, logical_block: int) -> memoryview | None:
-        """Where the block may be written now; None = nowhere, drop it. Asked again before each piece is read."""
+    def writer_opened(self, link: ReceiverLink, nonce: bytes) -> int | Refusal:
+        """May it write? The bytes that it may write at first, to be sent with the grant; or why not (told apart by type: a
+        Refusal is an int as well)."""
         ...
 
-    def block_written(
-        self, link: ReceiverLink, nonce: bytes, logical_block: int, digest: bytes, dropped: memoryview | None
-    ) -> None:
-        """A block is complete: in the pool, or in `dropped` if its bytes had nowhere to go."""
+    def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
+        """Where the piece may be written now; None = nowhere, drop it. Asked again before each read."""
+        ...
+
+    def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
+        """These pieces are complete: in the pool, or dropped if their bytes had nowhere to go."""
+        ...
+
+    def writer_alive(self, link: ReceiverLink, nonce: bytes) -> None:
+        """A pulse, or a part of a piece. Nonces that are not known are of no interest."""
         ...
 
     def writer_closed(self, link: ReceiverLink, nonce: bytes) -> None: ...
@@ -108,6 +162,18 @@ class Listener(Protocol):
         ...
 
 
+class WriterNews(Protocol):
+    """What comes back over a link for one writer."""
+
+    def credited(self, size_bytes: int) -> None:
+        """That many more bytes may be written: the grant's first credit, then what was verified."""
+        ...
+
+    def renewed(self) -> None:
+        """The decode side lives and still wants this transfer."""
+        ...
+
+
 class SenderLink(Protocol):
     @property
     def kind(self) -> str: ...
@@ -117,14 +183,19 @@ class SenderLink(Protocol):
         """Why the link is gone, or None while it stands. A link never comes back; connect a new one."""
         ...
 
-    async def open_writer(self, nonce: bytes) -> None:
-        """Asks to be let in. Raises TicketRefused if not, TransferBroken if the link goes."""
+    async def open_writer(self, nonce: bytes, news: WriterNews) -> None:
+        """Asks to be let in. When it returns, the first credit was given to `news`, which hears of this nonce until
+        `close_writer`. Raises TicketRefused if not let in, TransferBroken if the link goes."""
         ...
 
     async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
         """Writes in order and returns the digests; fewer than `pieces` if `stop` said so in between. When it has returned or
         raised, the sources are not read any more and nothing of these pieces is still being written by this side. Not to be
         cancelled: ask through `stop`, or `drop` the link."""
+        ...
+
+    def pulse(self, nonce: bytes) -> None:
+        """Tells the decode side that this writer lives. Best effort: never blocks, never raises."""
         ...
 
     async def close_writer(self, nonce: bytes) -> None:
@@ -147,10 +218,12 @@ class Transport(Protocol):
         """Can a pool in this memory be written to over this kind of link?"""
         ...
 
-    async def listen(self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, host: str) -> Listener: ...
+    async def listen(
+        self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, layout: KVLayout, host: str
+    ) -> Listener: ...
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, block_bytes: int
+        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
     ) -> SenderLink:
         """Raises HandshakeRefused if the peer is not `peer`, or does not let us in; TransferBroken if it cannot be reached."""
         ...

@@ -1,29 +1,45 @@
 """The decode worker's end of a link over a socket, shared by tcp and shm: accept, authenticate, read frames, report.
 
-    accept -> authenticate -> frames: OPEN ... BLOCK|WRITTEN ... CLOSE ... -> end of the link -> landing.link_lost
+    accept -> authenticate -> frames: OPEN ... BLOCKS|WRITTEN ... CLOSE ... -> end of the link -> landing.link_lost
 
-A link reads on the event loop, straight into the block that the landing names, and asks anew before each read: once the landing
-says "nowhere", what is still on the wire goes to scratch. At most `READS_PER_WAKEUP` reads happen before others get their turn.
-A peer that breaks the rules is hung up on. If it writes into the pool by itself (shm), it is only told so, and the link counts as
-lost when it has hung up in turn: before that it may still be writing.
+A link reads on the event loop: header, table of pieces, and then straight into the places that the landing names, several pieces
+with one system call. It asks anew before each read: once the landing says "nowhere", what is still on the wire goes to scratch.
+At most `READS_PER_WAKEUP` reads happen before others get their turn. A peer that breaks the rules is hung up on. If it writes
+into the pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn: before that it may
+still be writing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import socket
 from collections.abc import Awaitable, Callable
 
 from common.errors import HandoffError, TransferBroken
-from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, decode
+from common.types import KVLayout
+from kvtransfer.frames import HEADER_BYTES, MAX_TABLE_BYTES, Frame, FrameKind, decode_header, decode_table
+from kvtransfer.layout import layer_bytes
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import PoolShape, authenticate_as_decode
-from kvtransfer.transports.base import Landing, LinkCredentials, PeerName
+from kvtransfer.transports.base import Landing, LinkCredentials, PeerName, Refusal, Written
 
 READS_PER_WAKEUP = 4
+MAX_PLACES_PER_READ = 64
+MIN_READ_BYTES, MAX_READ_BYTES = 64 * 1024, 1024 * 1024  # places are asked for in proportion to what a read brought last
+WORTH_WAKING_BYTES = 512 * 1024
 MAX_UNAUTHENTICATED = 64
 ACCEPT_BACKOFF_S = 0.1
+
+
+class _Part(enum.Enum):
+    """What comes next on the wire."""
+
+    HEADER = "header"
+    TABLE = "table"
+    PAYLOAD = "payload"
+    REMAINS = "remains"  # of a peer that broke the rules: read for its end only
 
 
 class StreamReceiverLink:
@@ -32,27 +48,35 @@ class StreamReceiverLink:
         sock: socket.socket,
         peer: PeerName,
         landing: Landing,
+        layout: KVLayout,
         *,
         kind: str,
-        data_kind: FrameKind,  # BLOCK: payload comes over the socket; WRITTEN: the peer writes into the pool
-        block_bytes: int,
+        data_kind: FrameKind,  # BLOCKS: payload comes over the socket; WRITTEN: the peer writes into the pool
         on_end: Callable[[StreamReceiverLink], None],
     ) -> None:
         self.kind = kind
         self.peer = peer
-        self.fences_locally = data_kind is FrameKind.BLOCK
+        self.fences_locally = data_kind is FrameKind.BLOCKS
         self._sock = sock
         self._landing = landing
-        self._data_kind = data_kind
-        self._block_bytes = block_bytes
+        self._layout = layout
+        self._layer_bytes = layer_bytes(layout)
+        self._data_kinds = frozenset({data_kind})
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
+        self._part = _Part.HEADER
         self._header = memoryview(bytearray(HEADER_BYTES))
+        self._table = memoryview(bytearray(MAX_TABLE_BYTES))
+        self._filled = 0  # of the header or the table
+        self._frame = Frame(FrameKind.CLOSE, b"")  # whose table or payload is being read
+        self._pieces: list[Written] = []  # of that payload
+        self._next = 0  # the piece that is being read
+        self._into_piece = 0  # so many of its bytes were read
         self._scratch: memoryview | None = None
-        self._frame: Frame | None = None  # the BLOCK whose payload is being read
-        self._dropping = False  # that payload has nowhere to go
-        self._filled = 0
-        self._condemned = False
+        self._dropping = False  # a part of that piece is in scratch
+        self._payload_left_bytes = 0
+        self._read_bytes = MIN_READ_BYTES
+        self._enough_bytes = 1  # for the kernel to wake us
         self._ended = False
         self._loop.add_reader(sock, self._readable)
 
@@ -66,83 +90,167 @@ class StreamReceiverLink:
         self._landing.link_lost(self)
         self._on_end(self)
 
-    def _readable(self) -> None:
-        for _ in range(READS_PER_WAKEUP):
-            if self._ended or not self._read_once():
-                return
+    # -- ReceiverLink -------------------------------------------------------------------------------------------------
 
-    def _read_once(self) -> bool:
-        """One receive; False when the socket has no more for now, or for ever."""
-        target = self._target()
-        try:
-            received = self._sock.recv_into(target)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError:
-            self.end()
-            return False
-        if received == 0:
-            self.end()
-            return False
-        if self._condemned:
-            return True
-        self._filled += received
-        if received == len(target):
-            try:
-                self._filled_up()
-            except TransferBroken:
-                self._condemn()
-        return True
+    def hang_up(self) -> None:
+        if not self._ended:
+            self._condemn()
 
-    def _target(self) -> memoryview:
-        if self._frame is None or self._condemned:
-            return self._header if self._condemned else self._header[self._filled :]
-        if not self._dropping:
-            block = self._landing.destination(self, self._frame.nonce, self._frame.logical_block)
-            if block is not None:
-                return block[self._filled :]
-            self._dropping = True
-        if self._scratch is None:
-            self._scratch = memoryview(bytearray(self._block_bytes))
-        return self._scratch[self._filled :]
+    def credit(self, nonce: bytes, size_bytes: int) -> None:
+        self._say(Frame(FrameKind.CREDIT, nonce, amount=size_bytes))
 
-    def _filled_up(self) -> None:
-        self._filled = 0
-        frame, self._frame = self._frame, None
-        if frame is not None:
-            dropped = self._scratch if self._dropping else None
-            self._landing.block_written(self, frame.nonce, frame.logical_block, frame.digest, dropped)
+    def pulse(self, nonce: bytes) -> None:
+        self._say(Frame(FrameKind.PULSE, nonce))
+
+    def _say(self, frame: Frame) -> None:
+        if self._ended or self._part is _Part.REMAINS:
             return
-        frame = decode(self._header, block_bytes=self._block_bytes)
-        if frame.kind is FrameKind.OPEN:
-            refusal = self._landing.writer_opened(self, frame.nonce)
-            if refusal is None:
-                self._reply(Frame(FrameKind.GRANT, frame.nonce))
-            else:
-                self._reply(Frame(FrameKind.REFUSE, frame.nonce, logical_block=refusal))
-        elif frame.kind is FrameKind.CLOSE:
-            self._landing.writer_closed(self, frame.nonce)
-        elif frame.kind is not self._data_kind:
-            raise TransferBroken(f"a {frame.kind.name} frame does not belong on a {self.kind} link")
-        elif frame.kind is FrameKind.BLOCK:
-            self._frame, self._dropping = frame, False
-        else:
-            self._landing.block_written(self, frame.nonce, frame.logical_block, frame.digest, None)
-
-    def _reply(self, frame: Frame) -> None:
         data = frame.encode()
         try:
             sent = self._sock.send(data)
-        except OSError as error:
-            raise TransferBroken("the peer takes no replies") from error
-        if sent != len(data):
-            raise TransferBroken("the peer takes no replies")
+        except OSError:
+            sent = 0
+        if sent != len(data):  # it does not even read what is said to it
+            self._condemn()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        for _ in range(READS_PER_WAKEUP):
+            if self._ended or not self._read_once():
+                break
+        if not self._ended:
+            self._wait_for_enough()
+
+    def _read_once(self) -> bool:
+        """One receive; False when the socket has no more for now, or for ever."""
+        try:
+            if self._part is _Part.PAYLOAD:
+                received = self._sock.recvmsg_into(self._places())[0]
+            else:
+                received = self._sock.recv_into(self._target())
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            received = 0
+        if received == 0:
+            self.end()
+            return False
+        try:
+            self._received(received)
+        except TransferBroken:
+            self._condemn()
+        return True
+
+    def _wait_for_enough(self) -> None:
+        """In the middle of a payload it is not worth while to wake up for a single packet; but what is left must wake us."""
+        enough_bytes = 1
+        if self._part is _Part.PAYLOAD:
+            enough_bytes = min(self._payload_left_bytes, WORTH_WAKING_BYTES)
+        if enough_bytes != self._enough_bytes:
+            self._enough_bytes = enough_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough_bytes)
+
+    def _target(self) -> memoryview:
+        if self._part is _Part.HEADER:
+            return self._header[self._filled :]
+        if self._part is _Part.TABLE:
+            return self._table[self._filled : self._frame.table_bytes]
+        return self._header
+
+    def _received(self, size_bytes: int) -> None:
+        if self._part is _Part.PAYLOAD:
+            self._payload_received(size_bytes)
+            return
+        self._filled += size_bytes
+        if self._part is _Part.HEADER and self._filled == HEADER_BYTES:
+            self._filled = 0
+            self._header_received(decode_header(self._header, block_bytes=self._layout.block_bytes))
+        elif self._part is _Part.TABLE and self._filled == self._frame.table_bytes:
+            self._filled = 0
+            self._part = _Part.HEADER
+            self._table_received(decode_table(self._frame, self._table[: self._frame.table_bytes], self._layout))
+
+    def _header_received(self, frame: Frame) -> None:
+        match frame.kind:
+            case FrameKind.OPEN:
+                answer = self._landing.writer_opened(self, frame.nonce)
+                kind = FrameKind.REFUSE if isinstance(answer, Refusal) else FrameKind.GRANT
+                self._say(Frame(kind, frame.nonce, amount=answer))
+            case FrameKind.CLOSE:
+                self._landing.writer_closed(self, frame.nonce)
+            case FrameKind.PULSE:
+                self._landing.writer_alive(self, frame.nonce)
+            case kind if kind in self._data_kinds:
+                self._frame = frame
+                self._part = _Part.TABLE
+            case _:
+                raise TransferBroken(f"a {frame.kind.name} frame does not belong on a {self.kind} link")
+
+    def _table_received(self, pieces: list[Written]) -> None:
+        if self._frame.kind is FrameKind.BLOCKS:
+            self._part = _Part.PAYLOAD
+            self._pieces = pieces
+            self._next = self._into_piece = 0
+            self._payload_left_bytes = self._frame.amount
+            self._dropping = False
+        else:
+            self._landing.pieces_written(self, self._frame.nonce, pieces)
+
+    # -- payload ------------------------------------------------------------------------------------------------------
+
+    def _places(self) -> list[memoryview]:
+        """Where the next bytes go: to the places of pieces in turn, as far as a read may bring; to scratch alone."""
+        places: list[memoryview] = []
+        ahead_bytes = -self._into_piece
+        for name, _, _ in self._pieces[self._next : self._next + MAX_PLACES_PER_READ]:
+            place = None if self._dropping else self._landing.destination(self, self._frame.nonce, name)
+            if place is None:
+                if not places:
+                    self._dropping = True
+                    places.append(self._scratch_for(name.num_layers * self._layer_bytes))
+                break
+            places.append(place)
+            ahead_bytes += place.nbytes
+            if ahead_bytes >= self._read_bytes:
+                break
+        if self._into_piece:
+            places[0] = places[0][self._into_piece :]
+        return places
+
+    def _scratch_for(self, size_bytes: int) -> memoryview:
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(self._layout.block_bytes))
+        return self._scratch[:size_bytes]
+
+    def _payload_received(self, size_bytes: int) -> None:
+        self._read_bytes = min(max(2 * size_bytes, MIN_READ_BYTES), MAX_READ_BYTES)
+        nonce = self._frame.nonce
+        self._payload_left_bytes -= size_bytes
+        self._into_piece += size_bytes
+        written: list[Written] = []
+        while self._next < len(self._pieces):
+            piece = self._pieces[self._next]
+            piece_bytes = piece.name.num_layers * self._layer_bytes
+            if self._into_piece < piece_bytes:
+                break
+            self._into_piece -= piece_bytes
+            self._next += 1
+            written.append(piece._replace(dropped=self._scratch_for(piece_bytes)) if self._dropping else piece)
+            self._dropping = False
+        if self._next == len(self._pieces):
+            self._part = _Part.HEADER
+            self._pieces = []
+        if written:
+            self._landing.pieces_written(self, nonce, written)
+        else:
+            self._landing.writer_alive(self, nonce)
 
     def _condemn(self) -> None:
         if self.fences_locally:
             self.end()
             return
-        self._condemned = True
+        self._part = _Part.REMAINS
         with contextlib.suppress(OSError):  # already gone: the next read says so
             self._sock.shutdown(socket.SHUT_WR)
 
@@ -157,6 +265,7 @@ class StreamListener:
         landing: Landing,
         credentials: LinkCredentials,
         region: BlockRegion,
+        layout: KVLayout,
         *,
         kind: str,
         data_kind: FrameKind,
@@ -166,7 +275,8 @@ class StreamListener:
         self._sock = sock
         self._landing = landing
         self._credentials = credentials
-        self._region = region
+        self._shape = PoolShape(region.num_blocks, region.block_bytes)
+        self._layout = layout
         self._kind = kind
         self._data_kind = data_kind
         self._introduce = introduce
@@ -203,26 +313,27 @@ class StreamListener:
         self._unauthenticated.release()
 
     async def _greet(self, sock: socket.socket) -> None:
-        shape = PoolShape(self._region.num_blocks, self._region.block_bytes)
-        welcome = False
+        link = None
         try:
             sock.setblocking(False)
-            peer = await authenticate_as_decode(sock, self._credentials, shape, self._landing.admit)
-            await self._introduce(sock)
-            welcome = True
+            peer = await authenticate_as_decode(sock, self._credentials, self._shape, self._landing.admit)
+            link = await self._welcome(sock, peer)
         except HandoffError as error:
             self._landing.link_refused(error)
             return
         finally:
-            if not welcome:
+            if link is None:
                 sock.close()
-        link = StreamReceiverLink(
+        self._links.add(link)
+
+    async def _welcome(self, sock: socket.socket, peer: PeerName) -> StreamReceiverLink:
+        await self._introduce(sock)
+        return StreamReceiverLink(
             sock,
             peer,
             self._landing,
+            self._layout,
             kind=self._kind,
             data_kind=self._data_kind,
-            block_bytes=self._region.block_bytes,
             on_end=self._links.discard,
         )
-        self._links.add(link)

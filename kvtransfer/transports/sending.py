@@ -1,11 +1,13 @@
 """The prefill worker's end of a link over a socket, shared by tcp and shm: one lane of work in a thread, replies on the loop.
 
-    event loop    open_writer --+                            +-- close_writer        reads GRANT, REFUSE, end of link
+    event loop    open_writer --+                            +-- close_writer        reads GRANT, REFUSE, CREDIT, PULSE, the end
                                 v                            v
-    lane thread   ---- send OPEN ---- digest, write, digest, write ... ---- send CLOSE ----      in order, one at a time
+    lane thread   ---- send OPEN ---- write a batch, another ... ---- send CLOSE ----      in order, one at a time
 
 Digests, copies and sends happen in the lane, so that neither a large block nor a slow peer stops the event loop; other links have
-lanes of their own. How bytes get to the peer is the `BlockWriter`'s business.
+lanes of their own. Batches of several transfers take turns in the lane, and so do pulses: one that finds the lane busy waits for
+its turn, and a second one for the same transfer is not queued behind it. How bytes get to the peer is the `BatchWriter`'s
+business.
 
 The end of a link, in this order: the lane stops (a send that waits is woken, a copy under way runs to its end), the writer lets
 go of the peer's memory, then the socket is closed. So whoever sees the socket end knows that nothing is written any more.
@@ -22,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from common.errors import HandoffError, TransferBroken
-from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, Refusal, decode
-from kvtransfer.transports.base import Piece
+from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, decode_header
+from kvtransfer.transports.base import Piece, Refusal, WriterNews
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no bytes for so long is given up
 MAX_BUFFERS_PER_SEND = 512
@@ -33,7 +35,7 @@ Result = TypeVar("Result")
 Send = Callable[[Sequence[bytes | memoryview]], None]
 
 
-class BlockWriter(Protocol):
+class BatchWriter(Protocol):
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         """Runs in the lane. Writes pieces and announces them through `send` until done or told to stop; returns their digests."""
         ...
@@ -44,37 +46,45 @@ class BlockWriter(Protocol):
 
 
 class StreamSenderLink:
-    def __init__(self, sock: socket.socket, kind: str, writer: BlockWriter, *, block_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, kind: str, writer: BatchWriter) -> None:
         """`sock` is connected, authenticated and does not block; it and `writer` belong to the link from now on."""
         self.kind = kind
         self.lost: HandoffError | None = None
         self._sock = sock
         self._writer = writer
-        self._block_bytes = block_bytes
         self._loop = asyncio.get_running_loop()
         self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-send-{kind}")
         self._jobs: set[asyncio.Future[Any]] = set()
-        self._grants: dict[bytes, asyncio.Future[None]] = {}
+        self._asking: dict[bytes, tuple[asyncio.Future[None], WriterNews]] = {}  # said OPEN, not answered
+        self._news: dict[bytes, WriterNews] = {}  # of the writers that were let in
+        self._pulsing: set[bytes] = set()  # their pulse waits for its turn in the lane
         self._replies = bytearray()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ending: asyncio.Task[None] | None = None
         self._loop.add_reader(sock, self._readable)
 
-    async def open_writer(self, nonce: bytes) -> None:
+    async def open_writer(self, nonce: bytes, news: WriterNews) -> None:
         granted: asyncio.Future[None] = self._loop.create_future()
-        self._grants[nonce] = granted
+        self._asking[nonce] = granted, news
         try:
             await self._in_lane(lambda: self._send([Frame(FrameKind.OPEN, nonce).encode()]))
             await granted
         finally:
-            del self._grants[nonce]
+            self._asking.pop(nonce, None)
             if granted.done() and not granted.cancelled():
                 granted.exception()  # retrieved: the send may have failed first
 
     async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
         return await self._in_lane(lambda: self._writer.write(nonce, pieces, lambda: stop() or self.lost is not None, self._send))
 
+    def pulse(self, nonce: bytes) -> None:
+        if self.lost is None and nonce not in self._pulsing:
+            self._pulsing.add(nonce)
+            job = self._start_in_lane(lambda: self._send([Frame(FrameKind.PULSE, nonce).encode()]))
+            job.add_done_callback(lambda _: self._pulsing.discard(nonce))
+
     async def close_writer(self, nonce: bytes) -> None:
+        self._news.pop(nonce, None)
         if self.lost is None:
             try:
                 await self._in_lane(lambda: self._send([Frame(FrameKind.CLOSE, nonce).encode()]))
@@ -87,7 +97,8 @@ class StreamSenderLink:
         self.lost = error
         self._loop.remove_reader(self._sock)
         os.eventfd_write(self._wake, 1)
-        for granted in self._grants.values():
+        self._news.clear()
+        for granted, _ in self._asking.values():
             if not granted.done():
                 granted.set_exception(error)
         self._ending = self._loop.create_task(self._end(), name=f"kv-link-end-{self.kind}")
@@ -105,13 +116,18 @@ class StreamSenderLink:
         self._sock.close()
         os.close(self._wake)
 
+    # -- the lane -----------------------------------------------------------------------------------------------------
+
     async def _in_lane(self, job: Callable[[], Result]) -> Result:
         if self.lost is not None:
             raise self.lost
+        return await asyncio.shield(self._start_in_lane(job))
+
+    def _start_in_lane(self, job: Callable[[], Result]) -> asyncio.Future[Result]:
         future = self._loop.run_in_executor(self._lane, job)
         self._jobs.add(future)
         future.add_done_callback(self._job_done)
-        return await asyncio.shield(future)
+        return future
 
     def _job_done(self, future: asyncio.Future[Any]) -> None:
         self._jobs.discard(future)
@@ -122,12 +138,13 @@ class StreamSenderLink:
     def _send(self, buffers: Sequence[bytes | memoryview]) -> None:
         """In the lane: all of `buffers`. Raises TransferBroken when the link goes, is dropped, or stalls."""
         left = [memoryview(buffer) for buffer in buffers]
+        first = 0  # the first buffer that is not sent in full
         poller: select.poll | None = None
-        while left:
+        while first < len(left):
             if self.lost is not None:
                 raise TransferBroken(self.lost.message)
             try:
-                sent = self._sock.sendmsg(left[:MAX_BUFFERS_PER_SEND])
+                sent = self._sock.sendmsg(left[first : first + MAX_BUFFERS_PER_SEND])
             except (BlockingIOError, InterruptedError):
                 if poller is None:
                     poller = select.poll()
@@ -138,10 +155,13 @@ class StreamSenderLink:
                 continue
             except OSError as error:
                 raise TransferBroken("the link to the decode worker went away") from error
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
+            while first < len(left) and sent >= left[first].nbytes:
+                sent -= left[first].nbytes
+                first += 1
             if sent:
-                left[0] = left[0][sent:]
+                left[first] = left[first][sent:]
+
+    # -- replies ------------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
         try:
@@ -156,22 +176,34 @@ class StreamSenderLink:
         self._replies += data
         try:
             while len(self._replies) >= HEADER_BYTES:
-                self._replied(decode(self._replies[:HEADER_BYTES], block_bytes=self._block_bytes))
+                self._replied(decode_header(self._replies[:HEADER_BYTES], block_bytes=0))
                 del self._replies[:HEADER_BYTES]
         except TransferBroken as error:
             self.drop(error)
 
     def _replied(self, frame: Frame) -> None:
-        granted = self._grants.get(frame.nonce)
-        if frame.kind is FrameKind.GRANT:
-            if granted is not None and not granted.done():
-                granted.set_result(None)
-        elif frame.kind is FrameKind.REFUSE:
-            try:
-                refusal = Refusal(frame.logical_block)
-            except ValueError as error:
-                raise TransferBroken(f"a refusal for the unknown reason {frame.logical_block}") from error
-            if granted is not None and not granted.done():
-                granted.set_exception(refusal.as_error())
+        if frame.kind is FrameKind.GRANT or frame.kind is FrameKind.REFUSE:
+            self._answered(frame)
+        elif frame.kind is FrameKind.CREDIT or frame.kind is FrameKind.PULSE:
+            news = self._news.get(frame.nonce)
+            if news is not None:
+                news.renewed()
+                if frame.amount:
+                    news.credited(frame.amount)
         else:
             raise TransferBroken(f"a {frame.kind.name} frame does not come from a decode worker")
+
+    def _answered(self, frame: Frame) -> None:
+        granted, news = self._asking.get(frame.nonce, (None, None))
+        if frame.kind is FrameKind.REFUSE:
+            try:
+                refusal = Refusal(frame.amount)
+            except ValueError as error:
+                raise TransferBroken(f"a refusal for the unknown reason {frame.amount}") from error
+            if granted is not None and not granted.done():
+                granted.set_exception(refusal.as_error())
+        elif granted is not None and news is not None and not granted.done():
+            self._news[frame.nonce] = news
+            news.renewed()
+            news.credited(frame.amount)
+            granted.set_result(None)

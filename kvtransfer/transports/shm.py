@@ -3,29 +3,33 @@
     d                                                        p
     abstract Unix socket (no file)           <-------------  connect, authenticate
     the pool's descriptor (SCM_RIGHTS)       ------------->  mmap
-    pool block  <==== one memcpy per block ================  source block
-    digest of the pool's block == digest?    <-- WRITTEN --  digest of the source block
+    pool  <========= one memcpy for each run of neighbours =  source blocks
+    digests of what is in the pool == ?      <-- WRITTEN --  digests of the sources, many pieces in one frame
 
 The writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A process that dies loses its
 mapping before its sockets, and a link that is closed unmaps first; a fork of p inherits no mapping.
+
+A large batch is copied by two threads, the lane and a helper; what is there is announced, and checked by d, while the rest is
+still being copied.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import mmap
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from concurrent.futures import ThreadPoolExecutor
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
-from kvtransfer.digest import block_digest
-from kvtransfer.frames import Frame, FrameKind
-from kvtransfer.region import BlockRegion, use_huge_pages
+from common.types import KVLayout
+from kvtransfer.digest import piece_digest
+from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
+from kvtransfer.region import BlockRegion, touch_all, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
@@ -33,6 +37,10 @@ from kvtransfer.transports.sending import Send, StreamSenderLink
 
 KIND = "shm"
 BACKLOG = 64
+PART_BYTES = 256 * 1024  # copied and then digested while in a core's cache; a larger piece by itself
+FRAMES_A_BATCH = 4  # of two threads each announces twice: what is announced is checked while the rest is copied
+WORTH_HELPING_BYTES = 1024 * 1024  # below it one thread is done before another one is awake
+LARGE_PIECE_BYTES = 64 * 1024  # below it there is more to do for the interpreter, which has one thread at a time
 _DESCRIPTOR_FOLLOWS = b"F"
 
 
@@ -40,7 +48,9 @@ class ShmTransport:
     def can_serve(self, region: BlockRegion) -> bool:
         return region.fd is not None
 
-    async def listen(self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, host: str) -> Listener:
+    async def listen(
+        self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, layout: KVLayout, host: str
+    ) -> Listener:
         fd = region.fd
         if fd is None:
             raise StartupError("the KV pool has no descriptor: other processes cannot map it", param="transports")
@@ -61,11 +71,11 @@ class ShmTransport:
             sock.close()
             raise StartupError(f"no Unix socket for KV transfer: {error.strerror}", param="transports") from error
         return StreamListener(
-            sock, name, landing, credentials, region, kind=KIND, data_kind=FrameKind.WRITTEN, introduce=give_descriptor
+            sock, name, landing, credentials, region, layout, kind=KIND, data_kind=FrameKind.WRITTEN, introduce=give_descriptor
         )
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, block_bytes: int
+        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
     ) -> SenderLink:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -75,13 +85,13 @@ class ShmTransport:
                     await asyncio.get_running_loop().sock_connect(sock, "\0" + address)
             except (OSError, ValueError) as error:
                 raise TransferBroken("no decode worker on this host listens at the offered address") from error
-            await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, block_bytes))
+            await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, layout.block_bytes))
             fd = await _receive_descriptor(sock)
             try:
-                writer = MappedWriter(fd, pool_blocks, block_bytes)
+                writer = MappedWriter(fd, pool_blocks * layout.block_bytes)
             finally:
                 os.close(fd)
-            return StreamSenderLink(sock, KIND, writer, block_bytes=block_bytes)
+            return StreamSenderLink(sock, KIND, writer)
         except BaseException:
             sock.close()
             raise
@@ -90,34 +100,88 @@ class ShmTransport:
 class MappedWriter:
     """The decode worker's pool in our address space."""
 
-    def __init__(self, fd: int, pool_blocks: int, block_bytes: int) -> None:
-        if os.fstat(fd).st_size != pool_blocks * block_bytes:
+    def __init__(self, fd: int, pool_bytes: int) -> None:
+        if os.fstat(fd).st_size != pool_bytes:
             raise HandshakeRefused("the decode worker's pool has another size than it announced", param="pool_blocks")
         try:
-            self._mapping = mmap.mmap(fd, pool_blocks * block_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self._mapping = mmap.mmap(fd, pool_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             self._mapping.madvise(mmap.MADV_DONTFORK)
         except OSError as error:
             raise TransferBroken("the decode worker's pool cannot be mapped") from error
         use_huge_pages(self._mapping)
-        self._pool: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
-        self._block_bytes = block_bytes
+        touch_all(self._mapping)
+        self._pool_bytes = pool_bytes
+        self._pool_address = _address_of(memoryview(self._mapping))
+        self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy-shm")
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
-        digests: list[bytes] = []
-        for piece in pieces:
-            if stop():
-                break
-            digest = block_digest(piece.source, nonce, piece.logical_block)
-            start = piece.destination_block * self._block_bytes
-            # copyto lets go of the GIL; it raises if the sizes differ.
-            np.copyto(self._pool[start : start + self._block_bytes], np.frombuffer(piece.source, dtype=np.uint8))
-            send([Frame(FrameKind.WRITTEN, nonce, piece.logical_block, digest=digest).encode()])
-            digests.append(digest)
-        return digests
+        """Two threads take parts in order, and finish what they take: so after a stop the first few pieces are written."""
+        if not pieces:
+            return []
+        piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
+        part = min(max(PART_BYTES // piece_bytes, 1), MAX_PIECES)  # pieces that one thread takes at once
+        frame = min(max(len(pieces) // FRAMES_A_BATCH, part), MAX_PIECES + 1 - part)  # pieces worth announcing
+        digests = [b""] * len(pieces)
+        starts = iter(range(0, len(pieces), part))  # a step of it is one for the interpreter: no two threads get the same
+        announcing = threading.Lock()
+
+        def announce(indexes: Sequence[int]) -> None:
+            table = encode_table([pieces[index].name for index in indexes], [digests[index] for index in indexes])
+            with announcing:
+                send([Frame(FrameKind.WRITTEN, nonce, count=len(indexes)).encode() + table])
+
+        def work() -> None:
+            mine: list[int] = []  # written and not announced
+            while not stop() and (start := next(starts, None)) is not None:
+                taken = pieces[start : start + part]
+                self._copy(taken)
+                for index, (name, _, source) in enumerate(taken, start):  # they are in this core's cache now
+                    digests[index] = piece_digest(source, nonce, *name)
+                    mine.append(index)
+                if len(mine) >= frame:
+                    announce(mine)
+                    mine.clear()
+            if mine:
+                announce(mine)
+
+        worth_helping = piece_bytes >= LARGE_PIECE_BYTES and piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+        helping = self._helper.submit(work) if worth_helping else None
+        try:
+            work()
+        finally:
+            if helping is not None:
+                helping.result()  # only now are the sources not read any more
+        return [digest for digest in digests if digest]
+
+    def _copy(self, pieces: Sequence[Piece]) -> None:
+        """With one memcpy, which lets go of the GIL, for each run of neighbours."""
+        for offset_bytes, address, size_bytes in _runs(pieces):
+            if not 0 <= offset_bytes <= self._pool_bytes - size_bytes:
+                raise IndexError(f"{size_bytes} bytes at {offset_bytes} of a pool of {self._pool_bytes}")
+            ctypes.memmove(self._pool_address + offset_bytes, address, size_bytes)
 
     def close(self) -> None:
-        del self._pool
+        self._helper.shutdown()
         self._mapping.close()
+
+
+def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:
+    """Pieces that are neighbours in the source and in the pool, as one: offset in the pool, address of the source, bytes."""
+    runs: list[tuple[int, int, int]] = []
+    offset_after = address_after = -1
+    for _, offset_bytes, source in pieces:
+        address, size_bytes = _address_of(source), source.nbytes
+        if offset_bytes == offset_after and address == address_after:
+            first_offset, first_address, run_bytes = runs.pop()
+            runs.append((first_offset, first_address, run_bytes + size_bytes))
+        else:
+            runs.append((offset_bytes, address, size_bytes))
+        offset_after, address_after = offset_bytes + size_bytes, address + size_bytes
+    return runs
+
+
+def _address_of(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 async def _receive_descriptor(sock: socket.socket) -> int:

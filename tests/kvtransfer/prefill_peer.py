@@ -14,12 +14,12 @@ from typing import Any
 from common.clock import SystemClock
 from common.errors import PdserveError
 from common.types import KVLayout, Ticket
-from kvtransfer.digest import block_digest
-from kvtransfer.frames import Frame, FrameKind
+from kvtransfer.digest import piece_digest
+from kvtransfer.frames import Frame, FrameKind, encode_table
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender, Outgoing
 from kvtransfer.ticket import derive_secret
-from kvtransfer.transports.base import TransportOffer
+from kvtransfer.transports.base import PieceName, TransportOffer
 
 LAYOUT = KVLayout("model", "tokenizer", 16, 4, 32, 16, "float32", True)  # 256 KiB a block
 SOURCE_BLOCKS = 64
@@ -57,8 +57,10 @@ class Peer:
             case "half" if self.outgoing is not None:
                 link, nonce, logical = self.outgoing._link, self.outgoing.ticket.nonce, order["logical"]
                 block = self.region.block(logical)
-                frame = Frame(FrameKind.BLOCK, nonce, logical, len(block), block_digest(block, nonce, logical))
-                await link._in_lane(lambda: link._send([frame.encode(), block[: len(block) // 2]]))  # type: ignore[union-attr]
+                name = PieceName(logical, 0, LAYOUT.num_layers)
+                announced = Frame(FrameKind.BLOCKS, nonce, 1, len(block)).encode()
+                announced += encode_table([name], [piece_digest(block, nonce, *name)])
+                await link._in_lane(lambda: link._send([announced, block[: len(block) // 2]]))  # type: ignore[union-attr]
         return None
 
 

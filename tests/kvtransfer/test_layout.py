@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import HandshakeRefused
 from common.types import KVLayout
-from kvtransfer.layout import check_compatible
+from kvtransfer.layout import check_compatible, layer_bytes
 
 LAYOUT = KVLayout("model", "tokenizer", 30, 3, 64, 16, "bfloat16", True)
 
@@ -22,3 +22,8 @@ def test_a_difference_is_refused_by_name(field: str) -> None:
     with pytest.raises(HandshakeRefused) as refused:
         check_compatible(LAYOUT, replace(LAYOUT, **{field: other}))
     assert refused.value.param == field
+
+
+def test_a_layer_holds_keys_and_values_of_all_heads() -> None:
+    assert layer_bytes(LAYOUT) == 3 * 2 * 16 * 64 * 2
+    assert layer_bytes(LAYOUT) * 30 == LAYOUT.block_bytes

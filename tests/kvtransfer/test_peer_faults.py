@@ -240,5 +240,5 @@ async def test_over_tcp_a_stopped_writer_is_fenced_and_its_late_bytes_are_droppe
         await peer.tell(do="push", blocks=[(2, 2), (3, 3)])  # it was not told, and goes on
         await peer.tell(do="finish")
         await decode.whole_transfer(peer, (7,), 50)  # behind the late blocks on the same link
-        assert decode.receiver.counters.late_blocks == 2
+        assert decode.receiver.counters.late_pieces == 2
     assert [bytes(decode.pool.block(3 + index)) for index in range(4)] == [source_block(40 + index) for index in range(4)]

@@ -19,14 +19,33 @@ from common.errors import (
     TransferTimeout,
 )
 from common.types import Ticket
-from kvtransfer.state import TRANSITIONS, Arrival, HandoffState, IncomingTransfer, Seal
+from kvtransfer.digest import block_digest_of
+from kvtransfer.state import TRANSITIONS, UNDECIDED, Arrival, HandoffState, IncomingTransfer, Seal
+from kvtransfer.transports.base import PieceName
 
 NONCE = b"n" * 16
 FIRST = 3
+LAYERS = 2
+LEASE_S = 4.0
+WHOLE = ((0, LAYERS),)  # how a block may be cut into pieces: first layer, number of layers
+BY_LAYER = tuple((layer, 1) for layer in range(LAYERS))
 
 
-def digest_of(logical_block: int, version: int = 0) -> bytes:
-    return bytes([logical_block, version]) * 8
+def digest_of(name: PieceName, version: int = 0) -> bytes:
+    return bytes([*name, version]) * 4
+
+
+def block_digest(logical_block: int, cut: tuple[tuple[int, int], ...] = WHOLE, version: int = 0) -> bytes:
+    """What the seal states of a block that was cut so, and sent in this version."""
+    return block_digest_of([(*part, digest_of(PieceName(logical_block, *part), version)) for part in cut])
+
+
+def whole(logical_block: int) -> PieceName:
+    return PieceName(logical_block, 0, LAYERS)
+
+
+def new_transfer(num_blocks: int, clock: ManualClock | None = None) -> IncomingTransfer:
+    return IncomingTransfer(ticket(num_blocks), clock or ManualClock(), num_layers=LAYERS, lease_s=LEASE_S)
 
 
 def ticket(num_blocks: int) -> Ticket:
@@ -46,20 +65,26 @@ def ticket(num_blocks: int) -> Ticket:
     )
 
 
-def good_seal(num_blocks: int) -> Seal:
-    return Seal(NONCE, 16 * (FIRST + num_blocks), {FIRST + index: digest_of(FIRST + index) for index in range(num_blocks)})
+def good_seal(num_blocks: int, cut: tuple[tuple[int, int], ...] = WHOLE) -> Seal:
+    digests = {FIRST + index: block_digest(FIRST + index, cut) for index in range(num_blocks)}
+    return Seal(NONCE, 16 * (FIRST + num_blocks), digests)
 
 
 def streaming(num_blocks: int, clock: ManualClock | None = None) -> IncomingTransfer:
-    transfer = IncomingTransfer(ticket(num_blocks), clock or ManualClock())
+    transfer = new_transfer(num_blocks, clock)
     transfer.offer()
     transfer.writer_opened()
     return transfer
 
 
-def arrive_all(transfer: IncomingTransfer, num_blocks: int) -> None:
-    for logical in range(FIRST, FIRST + num_blocks):
-        assert transfer.block_arrived(logical, digest_of(logical), ok=True) is Arrival.VERIFIED
+def arrive(transfer: IncomingTransfer, name: PieceName, version: int = 0) -> Arrival:
+    return transfer.piece_arrived(name, digest_of(name, version), ok=True)
+
+
+def arrive_all(transfer: IncomingTransfer, num_blocks: int, cut: tuple[tuple[int, int], ...] = WHOLE) -> None:
+    for part in cut:
+        for logical in range(FIRST, FIRST + num_blocks):
+            assert arrive(transfer, PieceName(logical, *part)) is Arrival.VERIFIED
 
 
 # -- the paths that are drawn in the docstring -------------------------------------------------------------------------
@@ -67,16 +92,18 @@ def arrive_all(transfer: IncomingTransfer, num_blocks: int) -> None:
 
 @pytest.mark.parametrize("seal_first", [True, False])
 @pytest.mark.parametrize("close_before_seal", [True, False])
-def test_a_healthy_transfer_becomes_active(seal_first: bool, close_before_seal: bool) -> None:
+@pytest.mark.parametrize("cut", [WHOLE, BY_LAYER, BY_LAYER[::-1]])
+def test_a_healthy_transfer_becomes_active(seal_first: bool, close_before_seal: bool, cut: tuple[tuple[int, int], ...]) -> None:
     transfer = streaming(2)
+    seal = good_seal(2, tuple(sorted(cut)))
     if seal_first:
-        transfer.sealed(good_seal(2))
-        arrive_all(transfer, 2)
+        transfer.sealed(seal)
+        arrive_all(transfer, 2, cut)
         assert transfer.state is HandoffState.SEALED  # its writer is still there
         transfer.writer_closed()
     else:
-        arrive_all(transfer, 2)
-        steps = [transfer.writer_closed, lambda: transfer.sealed(good_seal(2))]
+        arrive_all(transfer, 2, cut)
+        steps = [transfer.writer_closed, lambda: transfer.sealed(seal)]
         for step in steps if close_before_seal else reversed(steps):
             assert transfer.state not in (HandoffState.VERIFIED, HandoffState.ACTIVE)
             step()
@@ -87,7 +114,7 @@ def test_a_healthy_transfer_becomes_active(seal_first: bool, close_before_seal: 
 
 
 def test_no_blocks_need_no_writer() -> None:
-    transfer = IncomingTransfer(ticket(0), ManualClock())
+    transfer = new_transfer(0)
     transfer.offer()
     transfer.sealed(good_seal(0))
     assert transfer.state is HandoffState.VERIFIED
@@ -98,7 +125,7 @@ def test_repeating_the_seal_and_the_blocks_has_no_effect() -> None:
     transfer.sealed(good_seal(1))
     transfer.sealed(good_seal(1))
     arrive_all(transfer, 1)
-    assert transfer.block_arrived(FIRST, digest_of(FIRST), ok=True) is Arrival.DUPLICATE
+    assert arrive(transfer, whole(FIRST)) is Arrival.DUPLICATE
     transfer.writer_closed()
     assert transfer.state is HandoffState.VERIFIED
 
@@ -110,9 +137,10 @@ def test_repeating_the_seal_and_the_blocks_has_no_effect() -> None:
         replace(good_seal(2), num_tokens=1),
         replace(good_seal(2), num_tokens=16 * (FIRST + 2) - 1),
         replace(good_seal(2), digests={}),
-        replace(good_seal(2), digests={FIRST: digest_of(FIRST)}),
+        replace(good_seal(2), digests={FIRST: block_digest(FIRST)}),
         replace(good_seal(2), digests=good_seal(3).digests),
-        replace(good_seal(2), digests={FIRST: digest_of(FIRST), FIRST + 1: digest_of(FIRST)}),
+        replace(good_seal(2), digests={FIRST: block_digest(FIRST), FIRST + 1: block_digest(FIRST)}),
+        replace(good_seal(2), digests={FIRST: block_digest(FIRST), FIRST + 1: block_digest(FIRST + 1, BY_LAYER)}),
     ],
 )
 @pytest.mark.parametrize("blocks_first", [True, False])
@@ -128,8 +156,8 @@ def test_a_seal_that_does_not_add_up_poisons(seal: Seal, blocks_first: bool) -> 
         except SealMismatch:
             pass
         else:
-            assert transfer.block_arrived(FIRST, digest_of(FIRST), ok=True) is Arrival.VERIFIED
-            assert transfer.block_arrived(FIRST + 1, digest_of(FIRST + 1), ok=True) is Arrival.REFUSED
+            assert arrive(transfer, whole(FIRST)) is Arrival.VERIFIED
+            assert arrive(transfer, whole(FIRST + 1)) is Arrival.REFUSED
     assert transfer.state is HandoffState.POISONED
     assert isinstance(transfer.error, SealMismatch)
     transfer.writer_closed()
@@ -137,7 +165,7 @@ def test_a_seal_that_does_not_add_up_poisons(seal: Seal, blocks_first: bool) -> 
 
 
 def test_a_seal_without_a_writer_is_refused() -> None:
-    transfer = IncomingTransfer(ticket(1), ManualClock())
+    transfer = new_transfer(1)
     transfer.offer()
     with pytest.raises(SealMismatch):
         transfer.sealed(good_seal(1))
@@ -147,20 +175,25 @@ def test_two_different_seals_poison() -> None:
     transfer = streaming(1)
     transfer.sealed(good_seal(1))
     with pytest.raises(SealMismatch):
-        transfer.sealed(replace(good_seal(1), digests={FIRST: digest_of(FIRST, 1)}))
+        transfer.sealed(replace(good_seal(1), digests={FIRST: block_digest(FIRST, version=1)}))
 
 
 @pytest.mark.parametrize(
-    ("logical", "digest", "ok", "error"),
+    ("name", "ok", "error"),
     [
-        (FIRST, digest_of(FIRST), False, DigestMismatch),
-        (FIRST - 1, digest_of(FIRST), True, TicketRefused),
-        (FIRST + 2, digest_of(FIRST), True, TicketRefused),
+        (whole(FIRST), False, DigestMismatch),
+        (whole(FIRST - 1), True, TicketRefused),
+        (whole(FIRST + 2), True, TicketRefused),
+        (PieceName(FIRST, 0, LAYERS + 1), True, TicketRefused),
+        (PieceName(FIRST, 1, LAYERS), True, TicketRefused),
+        (PieceName(FIRST, LAYERS, 1), True, TicketRefused),
+        (PieceName(FIRST, 0, 0), True, TicketRefused),
+        (PieceName(FIRST, -1, 1), True, TicketRefused),
     ],
 )
-def test_a_wrong_block_poisons(logical: int, digest: bytes, ok: bool, error: type[Exception]) -> None:
+def test_a_wrong_piece_poisons(name: PieceName, ok: bool, error: type[Exception]) -> None:
     transfer = streaming(2)
-    assert transfer.block_arrived(logical, digest, ok) is Arrival.REFUSED
+    assert transfer.piece_arrived(name, bytes(16), ok) is Arrival.REFUSED
     assert isinstance(transfer.error, error)
     with pytest.raises(error):
         transfer.sealed(good_seal(2))
@@ -169,8 +202,52 @@ def test_a_wrong_block_poisons(logical: int, digest: bytes, ok: bool, error: typ
 def test_two_contents_for_one_block_poison() -> None:
     transfer = streaming(2)
     arrive_all(transfer, 1)
-    assert transfer.block_arrived(FIRST, digest_of(FIRST, 1), ok=True) is Arrival.REFUSED
+    assert arrive(transfer, whole(FIRST), version=1) is Arrival.REFUSED
     assert isinstance(transfer.error, DigestMismatch)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (PieceName(FIRST, 0, 1), PieceName(FIRST, 0, 2)),
+        (PieceName(FIRST, 1, 1), PieceName(FIRST, 0, 2)),
+        (PieceName(FIRST, 0, 2), PieceName(FIRST, 0, 1)),
+        (PieceName(FIRST, 0, 2), PieceName(FIRST, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("same_digest", [True, False])
+def test_pieces_that_overlap_in_part_poison(first: PieceName, second: PieceName, same_digest: bool) -> None:
+    transfer = streaming(2)
+    assert arrive(transfer, first) is Arrival.VERIFIED
+    digest = digest_of(first if same_digest else second)
+    assert transfer.piece_arrived(second, digest, ok=True) is Arrival.REFUSED
+    assert isinstance(transfer.error, DigestMismatch)
+
+
+def test_a_block_is_verified_when_all_its_layers_are() -> None:
+    transfer = streaming(1)
+    assert arrive(transfer, PieceName(FIRST, 1, 1)) is Arrival.VERIFIED
+    assert transfer.verified == {}
+    assert not transfer.complete
+    assert arrive(transfer, PieceName(FIRST, 1, 1)) is Arrival.DUPLICATE
+    assert arrive(transfer, PieceName(FIRST, 0, 1)) is Arrival.VERIFIED
+    assert transfer.verified == {FIRST: block_digest(FIRST, BY_LAYER)}
+    assert transfer.complete
+
+
+def test_a_block_of_which_layers_are_missing_is_missing() -> None:
+    transfer = streaming(1)
+    arrive(transfer, PieceName(FIRST, 0, 1))
+    transfer.sealed(good_seal(1, BY_LAYER))
+    transfer.writer_closed()
+    assert isinstance(transfer.error, SealMismatch)
+
+
+def test_a_seal_that_names_another_cut_of_the_same_bytes_is_refused() -> None:
+    transfer = streaming(1)
+    arrive_all(transfer, 1, BY_LAYER)
+    with pytest.raises(SealMismatch):
+        transfer.sealed(good_seal(1, WHOLE))
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -186,24 +263,80 @@ def test_a_writer_that_stops_early_is_noticed_at_once(sealed: bool) -> None:
 
 def test_time_runs_out() -> None:
     clock = ManualClock(5.0)
-    transfer = streaming(1, clock)
+    transfer = new_transfer(0, clock)
+    transfer.offer()
+    assert transfer.expires_s == 15.0
     transfer.expire(14.9)
-    assert transfer.state is HandoffState.STREAMING
+    assert transfer.state is HandoffState.OFFERED  # without blocks nothing is said on a link: no lease
     transfer.expire(15.0)
     assert isinstance(transfer.error, TransferTimeout)
-    assert transfer.state is HandoffState.POISONED
+    assert transfer.state is HandoffState.DRAINED
+    assert transfer.expires_s is None
+
+
+def test_a_writer_that_does_not_come_runs_out_of_time() -> None:
+    clock = ManualClock(5.0)
+    transfer = new_transfer(1, clock)
+    transfer.offer()
+    assert transfer.expires_s == 9.0
+    transfer.expire(8.9)
+    assert transfer.state is HandoffState.OFFERED
+    transfer.expire(9.0)
+    assert isinstance(transfer.error, TransferTimeout)
+    assert transfer.state is HandoffState.DRAINED
+
+
+def test_a_silent_writer_runs_out_of_time() -> None:
+    clock = ManualClock(5.0)
+    transfer = streaming(1, clock)
+    assert transfer.expires_s == 9.0
+    transfer.expire(8.9)
+    transfer.heard(8.9)
+    transfer.expire(12.8)
+    assert transfer.state is HandoffState.STREAMING
+    transfer.expire(12.9)
+    assert isinstance(transfer.error, TransferTimeout)
+    assert transfer.state is HandoffState.POISONED  # it may still write
+    transfer.writer_closed()
+    assert transfer.state is HandoffState.DRAINED
+
+
+def test_signs_of_life_do_not_stretch_the_ticket() -> None:
+    clock = ManualClock(5.0)
+    transfer = streaming(1, clock)
+    transfer.heard(14.0)
+    assert transfer.expires_s == 15.0
+    transfer.expire(15.0)
+    assert isinstance(transfer.error, TransferTimeout)
+
+
+@pytest.mark.parametrize("seal_comes", [True, False])
+def test_after_the_writer_the_seal_has_the_time_of_a_lease(seal_comes: bool) -> None:
+    clock = ManualClock()
+    transfer = streaming(1, clock)
+    arrive_all(transfer, 1)
+    clock.advance(3.0)
+    transfer.writer_closed()
+    assert transfer.expires_s == 7.0
+    transfer.expire(6.9)
+    if seal_comes:
+        transfer.sealed(good_seal(1))
+        assert transfer.state is HandoffState.VERIFIED
+        assert transfer.expires_s is None
+    transfer.expire(7.0)
+    assert transfer.state is (HandoffState.VERIFIED if seal_comes else HandoffState.DRAINED)
 
 
 def test_a_late_or_second_writer_is_not_let_in() -> None:
     clock = ManualClock()
-    late = IncomingTransfer(ticket(1), clock)
+    late = new_transfer(1, clock)
     late.offer()
     clock.advance(10.0)
     with pytest.raises(TicketRefused):
         late.writer_opened()
     with pytest.raises(TicketRefused):
         streaming(1).writer_opened()
-    cancelled = IncomingTransfer(ticket(1), ManualClock())
+    cancelled = new_transfer(1)
     cancelled.offer()
     cancelled.cancel()
     with pytest.raises(TicketRefused):
@@ -215,8 +348,8 @@ def test_blocks_of_a_cancelled_transfer_wait_for_the_writer() -> None:
     transfer = streaming(2)
     arrive_all(transfer, 1)
     transfer.cancel()
-    assert transfer.block_arrived(FIRST + 1, digest_of(FIRST + 1), ok=True) is Arrival.LATE
-    assert transfer.wants(FIRST + 1) is None
+    assert arrive(transfer, whole(FIRST + 1)) is Arrival.LATE
+    assert transfer.wants(whole(FIRST + 1)) is None
     with pytest.raises(IllegalTransition):
         transfer.take_back()
     transfer.writer_closed()
@@ -225,11 +358,15 @@ def test_blocks_of_a_cancelled_transfer_wait_for_the_writer() -> None:
         transfer.take_back()
 
 
-def test_only_wanted_blocks_have_a_place() -> None:
+def test_only_wanted_pieces_have_a_place() -> None:
     transfer = streaming(2)
-    assert [transfer.wants(logical) for logical in range(FIRST - 1, FIRST + 3)] == [None, 100, 101, None]
-    arrive_all(transfer, 1)
-    assert transfer.wants(FIRST) is None  # verified: not to be overwritten
+    assert [transfer.wants(whole(logical)) for logical in range(FIRST - 1, FIRST + 3)] == [None, 100, 101, None]
+    for outside in [(0, LAYERS + 1), (LAYERS, 1), (0, 0), (-1, 1), (1, LAYERS)]:
+        assert transfer.wants(PieceName(FIRST, *outside)) is None
+    arrive(transfer, PieceName(FIRST, 0, 1))  # verified: not to be overwritten
+    assert transfer.wants(PieceName(FIRST, 0, 1)) is None
+    assert transfer.wants(whole(FIRST)) is None
+    assert transfer.wants(PieceName(FIRST, 1, 1)) == 100
 
 
 def test_every_state_is_in_the_table_and_can_be_reached() -> None:
@@ -255,9 +392,10 @@ class Handoff(RuleBasedStateMachine):
     def start(self, num_blocks: int, writer_comes_at_once: bool) -> None:
         self.num_blocks = num_blocks
         self.clock = ManualClock()
-        self.transfer = self.transfer_class(ticket(num_blocks), self.clock)
+        self.transfer = self.transfer_class(ticket(num_blocks), self.clock, num_layers=LAYERS, lease_s=LEASE_S)
         self.writer = False
-        self.right: dict[int, bytes] = {}  # arrived with intact bytes while the writer was open
+        self.heard_s = 0.0
+        self.layers: dict[tuple[int, int], tuple[PieceName, bytes]] = {}  # block and layer -> what brought it, intact
         self.anything_wrong = False
         self.seal: Seal | None = None
         self.given_up = False
@@ -275,57 +413,90 @@ class Handoff(RuleBasedStateMachine):
         assert not self.given_up
         assert self.clock.monotonic_s() < 10.0
         self.writer = True
+        self.heard_s = self.clock.monotonic_s()
 
-    @rule()
-    def next_block(self) -> None:
-        self.block(min({*range(self.num_blocks)} - {logical - FIRST for logical in self.right}, default=0), 0, True)
+    @property
+    def right(self) -> dict[int, bytes]:
+        """Logical block -> the digest of the pieces that brought it, once they brought all of it."""
+        found = {}
+        for logical in {logical for logical, _ in self.layers}:
+            pieces = {self.layers.get((logical, layer)) for layer in range(LAYERS)}
+            if None not in pieces:
+                whole = sorted((name.first_layer, name.num_layers, digest) for name, digest in pieces - {None})
+                found[logical] = block_digest_of(whole)
+        return found
 
-    @rule(offset=st.integers(0, 1))
-    def some_block(self, offset: int) -> None:
-        self.block(offset, 0, True)
+    @rule(part=st.sampled_from([*WHOLE, *BY_LAYER]))
+    def next_piece(self, part: tuple[int, int]) -> None:
+        here = self.right
+        self.piece(min({*range(self.num_blocks)} - {logical - FIRST for logical in here}, default=0), part, 0, True)
+
+    @rule(offset=st.integers(0, 1), part=st.sampled_from([*WHOLE, *BY_LAYER]))
+    def some_piece(self, offset: int, part: tuple[int, int]) -> None:
+        self.piece(offset, part, 0, True)
 
     @precondition(lambda self: self.writer)
-    @rule(offsets=st.lists(st.integers(0, 2), max_size=4))
-    def a_burst_and_gone(self, offsets: list[int]) -> None:
+    @rule(offsets=st.lists(st.integers(0, 2), max_size=4), cut=st.sampled_from([WHOLE, BY_LAYER]))
+    def a_burst_and_gone(self, offsets: list[int], cut: tuple[tuple[int, int], ...]) -> None:
         for offset in offsets:
-            self.block(min(offset, self.num_blocks - 1), 0, True)
-        self.good_seal()
+            for part in cut:
+                self.piece(min(offset, self.num_blocks - 1), part, 0, True)
+        self.good_seal(cut)
         self.writer_goes()
 
-    @rule(bad=st.sampled_from([(-1, 0, True), (9, 0, True), (0, 1, True), (1, 1, True), (0, 0, False), (1, 0, False)]))
-    def bad_block(self, bad: tuple[int, int, bool]) -> None:
-        self.block(*bad)
+    @rule(
+        bad=st.sampled_from(
+            [
+                (-1, (0, 2), 0, True),
+                (9, (0, 2), 0, True),
+                (0, (0, 2), 1, True),
+                (1, (1, 1), 1, True),
+                (0, (0, 2), 0, False),
+                (1, (0, 1), 0, False),
+                (0, (1, 2), 0, True),
+                (0, (0, 0), 0, True),
+            ]
+        )
+    )
+    def bad_piece(self, bad: tuple[int, tuple[int, int], int, bool]) -> None:
+        self.piece(*bad)
 
-    def block(self, offset: int, version: int, ok: bool) -> None:
-        logical = FIRST + offset
+    def piece(self, offset: int, part: tuple[int, int], version: int, ok: bool) -> None:
+        name = PieceName(FIRST + offset, *part)
+        digest = digest_of(name, version) if offset >= 0 else bytes(16)
         undecided = self.transfer.state in (HandoffState.STREAMING, HandoffState.SEALED)
-        arrival = self.transfer.block_arrived(logical, digest_of(logical, version), ok)
-        inside = 0 <= offset < self.num_blocks
+        arrival = self.transfer.piece_arrived(name, digest, ok)
+        inside = 0 <= offset < self.num_blocks and part in (*WHOLE, *BY_LAYER)
+        layers = [(name.logical_block, layer) for layer in range(part[0], sum(part))]
+        known = {self.layers[layer] for layer in layers if layer in self.layers}
         if not self.writer or not undecided:
             assert arrival is Arrival.LATE
-        elif not inside or not ok or self.right.get(logical, digest_of(logical, version)) != digest_of(logical, version):
+        elif not inside or not ok or not known <= {(name, digest)}:
             assert arrival is Arrival.REFUSED
             self.anything_wrong = True
         elif arrival is Arrival.REFUSED:
             assert self.seal is not None
-            assert self.seal.digests[logical] != digest_of(logical, version)
+            before = dict(self.layers)
+            self.layers.update((layer, (name, digest)) for layer in layers)
+            assert self.right[name.logical_block] != self.seal.digests[name.logical_block]
+            self.layers = before
             self.anything_wrong = True
         else:
-            assert arrival is (Arrival.DUPLICATE if logical in self.right else Arrival.VERIFIED)
-            self.right[logical] = digest_of(logical, version)
+            assert arrival is (Arrival.DUPLICATE if known else Arrival.VERIFIED)
+            self.layers.update((layer, (name, digest)) for layer in layers)
 
-    @rule()
-    def good_seal(self) -> None:
-        self.seal_comes(0, 0, 0)
+    @rule(cut=st.sampled_from([WHOLE, BY_LAYER]))
+    def good_seal(self, cut: tuple[tuple[int, int], ...]) -> None:
+        self.seal_comes(0, 0, 0, cut)
 
     @rule(bad=st.sampled_from([(1, 0, 0), (-16, 0, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)]))
     def bad_seal(self, bad: tuple[int, int, int]) -> None:
-        self.seal_comes(*bad)
+        self.seal_comes(*bad, WHOLE)
 
-    def seal_comes(self, more_tokens: int, version: int, more_blocks: int) -> None:
+    def seal_comes(self, more_tokens: int, version: int, more_blocks: int, cut: tuple[tuple[int, int], ...]) -> None:
         logical_blocks = range(FIRST, FIRST + self.num_blocks + more_blocks)
         num_tokens = 16 * (FIRST + self.num_blocks) + more_tokens
-        seal = Seal(NONCE, num_tokens, {logical: digest_of(logical, version) for logical in logical_blocks})
+        seal = Seal(NONCE, num_tokens, {logical: block_digest(logical, cut, version) for logical in logical_blocks})
         try:
             self.transfer.sealed(seal)
         except (SealMismatch, DigestMismatch, TicketRefused, TransferBroken, TransferTimeout):
@@ -350,7 +521,16 @@ class Handoff(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.1, 6.0))
     def time_passes(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.transfer.expire(self.clock.monotonic_s())
+        now_s = self.clock.monotonic_s()
+        self.transfer.expire(now_s)
+        if now_s >= 10.0 or (self.writer and now_s >= self.heard_s + LEASE_S):
+            assert self.transfer.state not in UNDECIDED, "it goes on though its time is over"
+
+    @precondition(lambda self: self.writer)
+    @rule()
+    def writer_gives_a_sign(self) -> None:
+        self.heard_s = self.clock.monotonic_s()
+        self.transfer.heard(self.heard_s)
 
     @rule()
     def use(self) -> None:
@@ -407,21 +587,41 @@ TestHandoff = Handoff.TestCase
 
 
 class SkipsTheDigest(IncomingTransfer):
-    def block_arrived(self, logical_block: int, digest: bytes, ok: bool) -> Arrival:
-        return super().block_arrived(logical_block, digest, True)
+    def piece_arrived(self, name: PieceName, digest: bytes, ok: bool) -> Arrival:
+        return super().piece_arrived(name, digest, True)
 
 
-class CountsBlocks(IncomingTransfer):
+class CountsLayers(IncomingTransfer):
     arrivals = 0
 
-    def block_arrived(self, logical_block: int, digest: bytes, ok: bool) -> Arrival:
-        arrival = super().block_arrived(logical_block, digest, ok)
-        self.arrivals += arrival in (Arrival.VERIFIED, Arrival.DUPLICATE)
+    def piece_arrived(self, name: PieceName, digest: bytes, ok: bool) -> Arrival:
+        arrival = super().piece_arrived(name, digest, ok)
+        if arrival in (Arrival.VERIFIED, Arrival.DUPLICATE):
+            self.arrivals += name.num_layers
         return arrival
 
     @property
     def complete(self) -> bool:
-        return self.arrivals >= len(self.expected)
+        return self.arrivals >= len(self.expected) * LAYERS
+
+
+class OverlooksOverlaps(IncomingTransfer):
+    def piece_arrived(self, name: PieceName, digest: bytes, ok: bool) -> Arrival:
+        if self._layers_here.get(name.logical_block, 0) & self._layers(name) and ok:
+            return Arrival.DUPLICATE
+        return super().piece_arrived(name, digest, ok)
+
+
+class TakesAFirstLayerForTheBlock(IncomingTransfer):
+    def _layers(self, name: PieceName) -> int:
+        layers = super()._layers(name)
+        return self._all_layers if layers & 1 else layers
+
+
+class WaitsForASilentWriter(IncomingTransfer):
+    def expire(self, now_s: float) -> None:
+        self.heard(now_s)
+        super().expire(now_s)
 
 
 class FreesOnAbort(IncomingTransfer):
@@ -441,7 +641,19 @@ class BelievesAnySeal(IncomingTransfer):
         return None
 
 
-@pytest.mark.parametrize("mutant", [SkipsTheDigest, CountsBlocks, FreesOnAbort, UsesBeforeTheWriterIsGone, BelievesAnySeal])
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        SkipsTheDigest,
+        CountsLayers,
+        OverlooksOverlaps,
+        TakesAFirstLayerForTheBlock,
+        WaitsForASilentWriter,
+        FreesOnAbort,
+        UsesBeforeTheWriterIsGone,
+        BelievesAnySeal,
+    ],
+)
 def test_the_model_catches(mutant: type[IncomingTransfer]) -> None:
     class Wrong(Handoff):
         transfer_class = mutant

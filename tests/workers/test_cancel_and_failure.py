@@ -25,6 +25,7 @@ from common.errors import (
 from common.rpc import connect, error_from_rpc
 from common.types import FinishReason, WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
+from support.prefill_steps import PrefillSteps
 from support.tiny_models import make_tiny_model
 from support.workers import TOKEN, Answer, Workers, request, running_workers
 
@@ -82,21 +83,25 @@ async def test_two_hundred_requests_with_random_cancels_leave_nothing(model_path
 
 
 async def test_cancel_stops_a_long_prefill_within_a_chunk(model_path: Path) -> None:
-    """A client leaves during a long prefill with a request queued behind it: that one starts, and the rest is never computed."""
+    """A client leaves during a long prefill with a request queued behind it: when the cancellation has arrived, at most the chunk
+    that is under way is still computed of it, and the next step is the one that waited."""
     async with running_workers(
         model_path, engine=ENGINE, decode=REMOTE, prefill=PrefillConfig(chunk_tokens=4, max_running=1)
     ) as workers:
         prefill = workers.prefill[0]
+        steps = PrefillSteps(prefill)
         long_call = workers.open(request([5] * 1500, request_id="long"))
         reader = asyncio.ensure_future(long_call.read())
-        while prefill._scheduler.totals.computed_tokens < 8:
+        while steps.of("long") < 2:
             await asyncio.sleep(0.001)
         behind = asyncio.ensure_future(workers.generate(request(list(range(3, 60)), request_id="short", max_tokens=2)))
-        await asyncio.sleep(0.005)
+        while not prefill._scheduler.num_waiting:
+            await asyncio.sleep(0.001)
         long_call.cancel()
         answer = await behind
         assert len(answer.tokens) == 2
-        assert prefill._scheduler.totals.computed_tokens < 1500, "the abandoned prompt was computed to its end"
+        assert sum("long" in step for step in steps.after_cancel) <= 1
+        assert "short" in set().union(*steps.after_cancel[:2])
         with pytest.raises(asyncio.CancelledError):
             await reader
         await workers.assert_nothing_leaks()

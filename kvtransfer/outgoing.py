@@ -1,0 +1,303 @@
+"""One transfer as the prefill worker's hand-off sees it: push what was computed, then finish or abort.
+
+    push, push ... -- finish() -> TransferAccount      everything was written
+                  \\-- abort()                          nothing more will be written
+
+A task of its own (the pump) asks to be let in, writes what was pushed, in order, and says CLOSE, whatever happens. Callers wait
+for the pump, they do not drive it: cancelling a caller never leaves a write half done. The source blocks of a push must stay as
+they are until `finish` or `abort` has returned.
+
+The pump writes one bounded batch at a time, and only what it has credit for; it waits for credit outside the link, so that others
+have the link meanwhile. The transfer ends by itself when the ticket's time is over, or when the decode worker has given no sign
+of this transfer for the time of a lease. A write that does not stop soon after the transfer has failed loses its link.
+
+Does not know peers and how they are connected; `Enter` brings a link on which the writer was let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from common.clock import Clock
+from common.errors import (
+    HandoffError,
+    IllegalTransition,
+    SealMismatch,
+    TicketRefused,
+    TransferBroken,
+    TransferTimeout,
+)
+from common.types import Ticket
+from kvtransfer.digest import block_digest_of
+from kvtransfer.lease import PULSES_PER_LEASE, Lease
+from kvtransfer.region import BlockRegion
+from kvtransfer.transports.base import Piece, PieceName, SenderLink
+
+BATCH_BYTES = 32 * 1024 * 1024  # written per turn on the link
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # per transfer; `push` waits above it
+STOP_GRACE_S = 0.8  # a failed transfer's write ends by then, or its link does
+
+
+@dataclass(frozen=True, slots=True)
+class TransferAccount:
+    """What was written: goes into the seal. `transfer_s` is the time during which something was being written."""
+
+    digests: Mapping[int, bytes]  # logical block -> digest
+    bytes: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSide:
+    """What all transfers of a sender share."""
+
+    region: BlockRegion
+    num_layers: int
+    clock: Clock
+    lease_s: float
+    forget: Callable[[bytes], object]  # the nonce of a transfer that has ended
+    silent: Callable[[SenderLink], None]  # over this link the decode worker was not heard for the time of a lease
+
+
+class _Phase(enum.Enum):
+    PUSHING = "pushing"  # takes pushes
+    FINISHING = "finishing"  # no more pushes; writes what is queued
+    STOPPING = "stopping"  # aborted or failed; nothing new is written
+    ENDED = "ended"  # the pump is through: nothing is written any more
+
+
+Enter = Callable[["Outgoing"], Awaitable[SenderLink]]
+
+
+class Outgoing:
+    """Made by `KVSender.open`; ended by `finish` or `abort`. To its link it is the `WriterNews`."""
+
+    def __init__(self, ticket: Ticket, side: SourceSide, enter: Enter) -> None:
+        self.ticket = ticket
+        self._side = side
+        self._enter = enter
+        self._phase = _Phase.PUSHING
+        self._error: HandoffError | None = None
+        self._queue: deque[Piece] = deque()
+        self._queued_bytes = 0
+        self._credit_bytes = 0
+        self._all_layers = (1 << side.num_layers) - 1
+        self._pushed: dict[int, int] = {}  # logical block -> a bit for each layer
+        self._digests: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
+        self._bytes = 0
+        self._transfer_s = 0.0
+        self._link: SenderLink | None = None
+        self._changed = asyncio.Event()  # for the pump: a push, credit, or another phase
+        self._room = asyncio.Event()  # for push: the queue is short, or nothing more will be written
+        self._room.set()
+        self._entering: asyncio.Future[SenderLink] | None = None
+        self._heard_s: float | None = None  # when the decode worker last said anything about this transfer
+        self._lease = Lease(side.lease_s, side.clock.monotonic_s())
+        loop = asyncio.get_running_loop()
+        self._timers = {
+            self._expire: loop.call_later(ticket.ttl_s, self._expire),
+            self._check_lease: loop.call_later(side.lease_s, self._check_lease),
+        }
+        self._pump = loop.create_task(self._run(), name="kv-pump")
+
+    # -- by the hand-off ----------------------------------------------------------------------------------------------
+
+    async def push(self, blocks: Sequence[tuple[int, int]], layers: tuple[int, int] | None = None) -> None:
+        """Queues (logical block, source block) pairs, of each the layers from `layers[0]` up to, not including, `layers[1]`, or
+        all; waits while too much is queued. Raises TicketRefused for a block that is not in the ticket and for layers that are
+        not in a block or were pushed before, and whatever the transfer has failed with."""
+        self._raise_if_over()
+        if not blocks:
+            return
+        if self._phase is not _Phase.PUSHING:
+            raise IllegalTransition(f"push while {self._phase.value}")
+        pieces = self._pieces(blocks, *(layers or (0, self._side.num_layers)))
+        self._queue.extend(pieces)
+        self._queued_bytes += sum([piece.source.nbytes for piece in pieces])
+        self._changed.set()
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            self._room.clear()
+            await self._room.wait()
+            self._raise_if_over()
+
+    async def finish(self) -> TransferAccount:
+        """Returns when everything was written and CLOSE was said. Raises what the transfer has failed with, and SealMismatch if
+        blocks of the ticket were not pushed, or not all of their layers. When cancelled, call `abort` (or `finish` again)."""
+        self._raise_if_over()
+        pushed = sum(layers == self._all_layers for layers in self._pushed.values())
+        if pushed != len(self.ticket.blocks):
+            missing = len(self.ticket.blocks) - pushed
+            self._fail(SealMismatch(f"{missing} of the ticket's {len(self.ticket.blocks)} blocks were not pushed"))
+        elif self._phase is _Phase.PUSHING:
+            self._phase = _Phase.FINISHING
+            self._changed.set()
+        await asyncio.wait({self._pump})
+        self._raise_if_over()
+        self._pump.result()  # a bug in the pump is raised here
+        digests = {logical: block_digest_of(sorted(pieces)) for logical, pieces in self._digests.items()}
+        return TransferAccount(digests, self._bytes, self._transfer_s)
+
+    async def abort(self) -> None:
+        """Returns when nothing more is written or read under this ticket. No effect after `finish`. Idempotent; when cancelled,
+        the abort goes on by itself."""
+        self._fail(TransferBroken("the transfer was aborted"))
+        await asyncio.wait({self._pump})
+
+    # -- by the sender and the link -----------------------------------------------------------------------------------
+
+    def entering(self, link: SenderLink) -> None:
+        self._link = link
+
+    def credited(self, size_bytes: int) -> None:
+        self._heard_s = self._side.clock.monotonic_s()
+        self._credit_bytes += size_bytes
+        self._changed.set()
+
+    def renewed(self) -> None:
+        self._heard_s = self._side.clock.monotonic_s()
+        self._lease.renew(self._heard_s)
+
+    def hears(self, link: SenderLink) -> bool:
+        """Whether the decode worker was heard over this link within the time of a lease."""
+        if self._link is not link or self._heard_s is None:
+            return False
+        return self._side.clock.monotonic_s() - self._heard_s < self._side.lease_s
+
+    # -- the pump -----------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            if self.ticket.blocks:
+                await self._write_all()
+        except HandoffError as error:
+            self._fail(error)
+        finally:
+            if self._link is not None:
+                await self._link.close_writer(self.ticket.nonce)
+            self._phase = _Phase.ENDED
+            for timer in self._timers.values():
+                timer.cancel()
+            self._queue.clear()
+            self._room.set()
+            self._side.forget(self.ticket.nonce)
+
+    async def _write_all(self) -> None:
+        if self._stopping():
+            return
+        # `_fail` cancels the wait for admission, which may be long; a write is never cancelled, it is asked to stop.
+        self._entering = asyncio.ensure_future(self._enter(self))
+        await asyncio.wait({self._entering})
+        if self._entering.cancelled():
+            return
+        link = self._entering.result()
+        self._say_alive()
+        while True:
+            batch = self._next_batch()
+            if batch:
+                started_s = self._side.clock.monotonic_s()
+                digests = await link.write(self.ticket.nonce, batch, self._stopping)
+                self._transfer_s += self._side.clock.monotonic_s() - started_s
+                for (name, _, source), digest in zip(batch, digests, strict=False):
+                    self._digests.setdefault(name.logical_block, []).append((name.first_layer, name.num_layers, digest))
+                    self._bytes += source.nbytes
+                if len(digests) < len(batch) and not self._stopping():
+                    raise TransferBroken("the link to the decode worker went away")
+            if self._stopping() or (self._phase is _Phase.FINISHING and not self._queue):
+                return
+            if not self._can_write():
+                self._changed.clear()
+                await self._changed.wait()  # bounded by the lease and by the ticket's time
+
+    def _can_write(self) -> bool:
+        return bool(self._queue) and self._queue[0].source.nbytes <= self._credit_bytes
+
+    def _next_batch(self) -> list[Piece]:
+        batch: list[Piece] = []
+        size_bytes = 0
+        queue, most_bytes = self._queue, min(BATCH_BYTES, self._credit_bytes)
+        while queue and size_bytes + queue[0].source.nbytes <= most_bytes:
+            batch.append(queue.popleft())
+            size_bytes += batch[-1].source.nbytes
+        if not batch and self._can_write():  # a piece that is larger than a batch goes by itself
+            batch.append(queue.popleft())
+            size_bytes = batch[0].source.nbytes
+        self._credit_bytes -= size_bytes
+        self._queued_bytes -= size_bytes
+        if self._queued_bytes <= MAX_QUEUED_BYTES:
+            self._room.set()
+        return batch
+
+    # -- within -------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Piece]:
+        """Checked in full before anything is noted down: a refused push leaves no trace."""
+        region, ticket = self._side.region, self.ticket
+        if not 0 <= first < end <= self._side.num_layers:
+            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._side.num_layers}", param="layers")
+        layers = (1 << end) - (1 << first)
+        layer_bytes = region.block_bytes // self._side.num_layers
+        start_bytes, end_bytes = first * layer_bytes, end * layer_bytes
+        buffer, block_bytes, first_block, destinations = region.buffer, region.block_bytes, ticket.first_block, ticket.blocks
+        pieces = []
+        pushed: dict[int, int] = {}
+        for logical, source in blocks:
+            if not 0 <= logical - first_block < len(destinations):
+                raise TicketRefused(f"logical block {logical} is not in the ticket", param="logical_block")
+            if not 0 <= source < region.num_blocks:
+                raise IndexError(f"block {source} of {region.num_blocks}")
+            before = self._pushed.get(logical, 0)
+            if before & layers or logical in pushed:
+                raise TicketRefused("a logical block was pushed twice", param="logical_block")
+            pushed[logical] = before | layers
+            offset_bytes = destinations[logical - first_block] * block_bytes + start_bytes
+            content = buffer[source * block_bytes + start_bytes : source * block_bytes + end_bytes]
+            pieces.append(Piece(PieceName(logical, first, end - first), offset_bytes, content))
+        self._pushed.update(pushed)
+        return pieces
+
+    def _stopping(self) -> bool:
+        return self._phase is _Phase.STOPPING
+
+    def _say_alive(self) -> None:
+        if self._link is not None and self._link.lost is not None:
+            self._fail(self._link.lost)  # an idle transfer hears of it so
+        elif self._link is not None:
+            self._link.pulse(self.ticket.nonce)
+            self._later(self._side.lease_s / PULSES_PER_LEASE, self._say_alive)
+
+    def _check_lease(self) -> None:
+        left_s = self._lease.ends_s - self._side.clock.monotonic_s()
+        if left_s > 0:
+            self._later(left_s, self._check_lease)
+        else:
+            self._fail(TransferTimeout(f"the decode worker gave no sign of life for {self._side.lease_s:g} s"))
+            if self._link is not None:
+                self._side.silent(self._link)
+
+    def _expire(self) -> None:
+        self._fail(TransferTimeout(f"the ticket's {self.ticket.ttl_s:g} s are over"))
+
+    def _fail(self, error: HandoffError) -> None:
+        if self._phase in (_Phase.PUSHING, _Phase.FINISHING):
+            self._error = error
+            self._phase = _Phase.STOPPING
+            self._changed.set()
+            self._room.set()
+            self._later(STOP_GRACE_S, self._stop_by_force)
+            if self._entering is not None:
+                self._entering.cancel()
+
+    def _stop_by_force(self) -> None:
+        if self._link is not None:
+            self._link.drop(TransferBroken("the decode worker did not take what was sent in time to stop cleanly"))
+
+    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._timers[action] = asyncio.get_running_loop().call_later(delay_s, action)
+
+    def _raise_if_over(self) -> None:
+        if self._error is not None:
+            raise self._error

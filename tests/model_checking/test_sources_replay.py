@@ -1,0 +1,114 @@
+"""The model's EARLY_SOURCE_END on the real prefill side: whatever ends a transfer, the write under way keeps its sources."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from common.clock import SystemClock
+from common.errors import HandoffError
+from common.types import KVLayout, Ticket
+from kvtransfer.digest import piece_digest
+from kvtransfer.outgoing import Outgoing, SourceSide
+from kvtransfer.region import BlockRegion
+from kvtransfer.transports.base import Piece, WriterNews
+
+LAYOUT = KVLayout("model", "tokenizer", 2, 1, 8, 16, "float32", True)
+BLOCKS = 2
+PATIENCE_S = 20.0
+
+
+class SlowLink:
+    """Writes one batch, when it is allowed to. Dropping it ends nothing: the write under way is a memcpy."""
+
+    kind = "slow"
+    lost: HandoffError | None = None
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.written: list[bytes] = []
+        self.write_began, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def open_writer(self, nonce: bytes, news: WriterNews) -> None:
+        news.credited(BLOCKS * LAYOUT.block_bytes)
+
+    async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
+        self.steps.append("begin")
+        self.write_began.set()
+        await self.may_go_on.wait()
+        self.written += [bytes(piece.source) for piece in pieces]
+        self.steps.append("done")
+        return [piece_digest(piece.source, nonce, *piece.name) for piece in pieces]
+
+    def pulse(self, nonce: bytes) -> None:
+        """Nobody listens."""
+
+    async def close_writer(self, nonce: bytes) -> None:
+        self.steps.append("close")
+
+    def drop(self, error: HandoffError) -> None:
+        self.steps.append("drop")
+
+    async def close(self) -> None:
+        self.steps.append("link closed")
+
+
+async def push_until_it_fails(outgoing: Outgoing) -> None:
+    while True:
+        await outgoing.push([])
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["abort", "ticket's time", "lease"])
+async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> None:
+    region = BlockRegion(memoryview(bytearray(b"s" * BLOCKS * LAYOUT.block_bytes)), LAYOUT.block_bytes, BLOCKS)
+    ticket = Ticket(
+        nonce=b"n" * 16,
+        request_id="r",
+        attempt=0,
+        decode_worker_id="d",
+        decode_incarnation=1,
+        prefill_worker_id="p",
+        prefill_incarnation=1,
+        first_block=0,
+        blocks=(0, 1),
+        num_tokens=2 * LAYOUT.block_tokens,
+        layout_fingerprint=LAYOUT.fingerprint,
+        ttl_s=0.05 if end == "ticket's time" else PATIENCE_S,
+    )
+    link = SlowLink()
+    forgotten: list[bytes] = []
+    side = SourceSide(
+        region=region,
+        num_layers=LAYOUT.num_layers,
+        clock=SystemClock(),
+        lease_s=0.05 if end == "lease" else PATIENCE_S,
+        forget=forgotten.append,
+        silent=lambda _: None,
+    )
+
+    async def enter(outgoing: Outgoing) -> SlowLink:
+        outgoing.entering(link)
+        await link.open_writer(ticket.nonce, outgoing)
+        return link
+
+    outgoing = Outgoing(ticket, side, enter)
+    await outgoing.push([(0, 1), (1, 0)])
+    async with asyncio.timeout(PATIENCE_S):
+        await link.write_began.wait()
+    if end != "abort":
+        with pytest.raises(HandoffError):
+            await asyncio.wait_for(push_until_it_fails(outgoing), PATIENCE_S)
+    giving_back = asyncio.create_task(outgoing.abort())
+    await asyncio.sleep(0.05)
+    assert not giving_back.done(), "the sources count as free while they are being read"
+    assert not forgotten
+    link.may_go_on.set()
+    await asyncio.wait_for(giving_back, PATIENCE_S)
+    region.buffer[:] = b"t" * region.buffer.nbytes  # the next prompt's
+    await asyncio.sleep(0)
+    assert set(b"".join(link.written)) == set(b"s")
+    assert [step for step in link.steps if step != "drop"] == ["begin", "done", "close"]
+    assert forgotten == [ticket.nonce]

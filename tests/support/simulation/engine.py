@@ -1,0 +1,160 @@
+"""An engine without a model, a thread or tensors, driven by the real scheduler: `common.engine.core` and `loop` on virtual time.
+
+    post -> inbox -> (between steps) -> scheduler -> plan -> copies -> layers, one group after the other -> tokens -> events
+
+A step takes time, and its groups of layers are reported while the later ones are still to come; posts and events cross to the
+other thread with a delay of their own. Keys and values are written to the watched memory, and tokens are drawn from what is read
+back from it (`support.simulation.oracle` says what must come out).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
+from common.engine.core import group_ends
+from common.types import SampledToken
+from support.simulation.oracle import BLOCK_TOKENS, NUM_LAYERS, START, TOKEN_BYTES, draw, kv_of_next
+from support.simulation.pool import Memory
+from support.simulation.virtual_loop import ProcessLoop
+
+LAYER_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+BLOCK_BYTES = NUM_LAYERS * LAYER_BYTES
+THREAD_S = 50e-6  # at most, from one thread to the other
+
+
+class StandInEngine:
+    """An `Inbox` for the control logic."""
+
+    def __init__(
+        self,
+        loop: ProcessLoop,
+        scheduler: Any,
+        memory: Memory,
+        deliver: Callable[[list[Any]], None],
+        random: Callable[[], float],
+        *,
+        step_s: float,
+        token_s: float,
+        layer_groups: int,
+        watched: bool,
+    ) -> None:
+        self._loop = loop
+        self._scheduler = scheduler
+        self._memory = memory
+        self._deliver = deliver
+        self._random = random
+        self._step_s, self._token_s = step_s, token_s
+        self._group_ends = sorted(group_ends(NUM_LAYERS, layer_groups))
+        self._watched = watched
+        self._inbox: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._plan: Any = None
+        self._awake = False
+        self._failed = False
+        self.num_steps = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._awake and not self._inbox
+
+    def post(self, function: Callable[..., object], *arguments: Any) -> None:
+        self._inbox.append((function, arguments))
+        if not self._awake:
+            self._awake = True
+            self._loop.call_later(self._random() * THREAD_S, self._between_steps)
+
+    def fail(self) -> None:
+        """The thread has raised: nothing is computed any more, and posts are seen by nobody."""
+        self._failed = True
+
+    def _between_steps(self) -> None:
+        if self._failed:
+            return
+        while self._inbox:
+            function, arguments = self._inbox.popleft()
+            function(*arguments)
+        plan = self._scheduler.schedule()
+        for source, destination in plan.copies:
+            self._copy(source, destination)
+        self._hand_over()
+        if not plan.batch.slices:
+            if self._scheduler.is_idle and self._memory.blocks is not None:
+                self._memory.blocks.check_integrity()
+            self._awake = False
+            return
+        self.num_steps += 1
+        self._plan = plan
+        self._later_layers(0, 0)
+
+    def _later_layers(self, first_layer: int, group: int) -> None:
+        share_s = (self._step_s + self._token_s * self._plan.batch.num_tokens) / len(self._group_ends)
+        end_layer = self._group_ends[group]
+        self._loop.call_later(share_s * (0.5 + self._random()), self._layers_done, first_layer, end_layer, group)
+
+    def _layers_done(self, first_layer: int, end_layer: int, group: int) -> None:
+        if self._failed:
+            return
+        plan = self._plan
+        for item in plan.batch.slices:
+            self._write(item, first_layer, end_layer)
+        if self._watched:
+            self._scheduler.layers_computed(plan, first_layer, end_layer)
+        if end_layer < NUM_LAYERS:
+            self._hand_over()
+            self._later_layers(end_layer, group + 1)
+            return
+        result = ForwardResult(tuple([self._sample(item) for item in plan.batch.slices]))
+        self._scheduler.complete(plan, result)
+        self._hand_over()
+        self._loop.call_later(self._random() * THREAD_S, self._between_steps)
+
+    def _hand_over(self) -> None:
+        events = self._scheduler.take_events()
+        if events:
+            self._loop.call_soon(self._deliver, events)
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def _write(self, item: SequenceSlice, first_layer: int, end_layer: int) -> None:
+        memory, table, start = self._memory, item.block_table, item.start
+        content = memory.bytes
+        memory.check_engine_use(table)
+        for index in range(start // BLOCK_TOKENS, (start + len(item.token_ids) - 1) // BLOCK_TOKENS + 1):
+            memory.check_engine_write(table[index])
+        for layer in range(first_layer, end_layer):
+            last = START if start == 0 else self._read(table, layer, start - 1)
+            for position, token_id in enumerate(item.token_ids, start=start):
+                last = kv_of_next(last, layer, token_id)
+                at = _place(table, layer, position)
+                content[at : at + TOKEN_BYTES] = last
+
+    def _read(self, table: Sequence[int], layer: int, position: int) -> bytes:
+        at = _place(table, layer, position)
+        return bytes(self._memory.bytes[at : at + TOKEN_BYTES])
+
+    def _sample(self, item: SequenceSlice) -> SliceResult:
+        if not item.samples:
+            return SliceResult()
+        content, end = self._memory.bytes, item.start + len(item.token_ids)
+        parts = [content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] for block in item.block_table[: end // BLOCK_TOKENS]]
+        if rest := end % BLOCK_TOKENS:
+            begin = item.block_table[end // BLOCK_TOKENS] * BLOCK_BYTES
+            for layer in range(NUM_LAYERS):
+                parts.append(content[begin + layer * LAYER_BYTES : begin + layer * LAYER_BYTES + rest * TOKEN_BYTES])
+        all_kv = b"".join(parts)
+        return SliceResult(tuple([SampledToken(draw(all_kv, spec.seed, spec.choice, spec.position)) for spec in item.samples]))
+
+    def _copy(self, source: int, destination: int) -> None:
+        content = self._memory.bytes
+        self._memory.check_engine_use((source, destination))
+        self._memory.check_engine_write(destination)
+        content[destination * BLOCK_BYTES : (destination + 1) * BLOCK_BYTES] = content[
+            source * BLOCK_BYTES : (source + 1) * BLOCK_BYTES
+        ]
+
+
+def _place(table: Sequence[int], layer: int, position: int) -> int:
+    block, within = table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+    return block * BLOCK_BYTES + layer * LAYER_BYTES + within * TOKEN_BYTES
