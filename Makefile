@@ -11,10 +11,12 @@ BIN := $(VENV)/bin
 # torch is named beside what depends on it, so that one resolution sees both.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+# Side by side: they share nothing. What starts workers or is sensitive to load runs alone.
+QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients"
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-unit chaos simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-unit test-clients chaos simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,12 +36,15 @@ tools: # The model checker, where it can be installed; its tests are skipped whe
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc >/dev/null; } || true
 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
-	$(BIN)/pytest -m "not long and not model and not cluster"
+	$(QUICK_TESTS)
 	$(BIN)/pytest -m "long and not model and not cluster"
 	$(BIN)/pytest -m "model or cluster"
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
-	$(BIN)/pytest -m "not long and not model and not cluster"
+	$(QUICK_TESTS)
+
+test-clients: install-dev .venv-clients/installed .venv-guidellm/installed ## Run openai, langchain, litellm, llm, lm-eval and guidellm against a cluster (2 GB of venvs)
+	$(BIN)/pytest -m clients
 
 chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (12 min)
 	$(BIN)/python tests/chaos/run.py $(ARGS)
@@ -65,7 +70,7 @@ bench: install ## Load a running server and print latencies and throughput (ARGS
 	$(BIN)/python -m benchmarks.serve --base-url http://127.0.0.1:$(HTTP_PORT) $(ARGS)
 
 clean: ## Remove .venv and every cache; the model cache stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-clients .venv-guidellm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 .NOTPARALLEL:
 
@@ -80,3 +85,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[engine,ray,redis,nixl,dev]'
 	@touch $(VENV)/installed $@
+
+# The lock names every package, so nothing is left to resolve.
+.venv-%/installed: tests/clients/%.lock
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --no-deps -r $<
+	@touch $@

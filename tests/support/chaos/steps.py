@@ -139,10 +139,9 @@ async def _settle() -> None:
 
 def watch_decode(breakpoint_: Breakpoint) -> None:
     """In a decode worker's process, before the worker is made."""
-    from kvtransfer.incoming import Incoming
-
     from decode_worker.prefill_peer import GrpcPrefillPeer
     from decode_worker.streams import DecodeStreams
+    from kvtransfer.incoming import Incoming
     from kvtransfer.receiver import KVReceiver
     from kvtransfer.state import Arrival, IncomingTransfer
 
