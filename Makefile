@@ -16,7 +16,7 @@ QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model 
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-unit test-clients chaos simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-unit test-clients chaos kill-sweep simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-clients: install-dev .venv-clients/installed .venv-guidellm/installed ## Ru
 
 chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (12 min)
 	$(BIN)/python tests/chaos/run.py $(ARGS)
+
+kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an answer; writes tests/chaos/KILL_SWEEP.md (5 min)
+	$(BIN)/python tests/chaos/sweep.py $(ARGS)
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
 	$(BIN)/python tests/simulation/run.py $(ARGS)

@@ -43,7 +43,8 @@ def make_tokenizer_folder(path: Path) -> Path:
 class FakeManager(registry_pb2_grpc.RegistryServicer):
     """`Registry/Watch` for any number of routers."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = TOKEN) -> None:
+        self._token = token
         self.snapshot = registry_pb2.ClusterSnapshot()
         self.announced: list[registry_pb2.WatchRequest] = []
         self._changed = asyncio.Event()
@@ -54,7 +55,7 @@ class FakeManager(registry_pb2_grpc.RegistryServicer):
             lambda server: registry_pb2_grpc.add_RegistryServicer_to_server(self, server),
             host="127.0.0.1",
             port=port,
-            token=TOKEN,
+            token=self._token,
             services=("pdserve.v1.Registry",),
         )
         return self._rpc.address

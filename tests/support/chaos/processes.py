@@ -19,7 +19,7 @@ from typing import Any
 from common.config import DecodeConfig, EngineConfig, ModelConfig, PrefillConfig
 from common.errors import ClusterError
 from common.types import Role, WorkerRef
-from support.chaos.steps import Step
+from support.chaos.steps import TOKENS_BEFORE_STEP, Step
 from support.chaos.zygote import Zygote
 
 TOKEN = "chaos-cluster-token"
@@ -86,8 +86,8 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    async def arm(self, step: Step, request_id: str) -> None:
-        await self.tell(do="arm", step=step.value, request_id=request_id)
+    async def arm(self, step: Step, request_id: str, num_tokens: int = TOKENS_BEFORE_STEP) -> None:
+        await self.tell(do="arm", step=step.value, request_id=request_id, num_tokens=num_tokens)
 
     async def wait_halted(self, timeout_s: float) -> bool:
         """Whether the process came to the armed step in time; it stands still then."""

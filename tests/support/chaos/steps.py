@@ -50,7 +50,7 @@ class DecodeStep(enum.Enum):
     FIRST_TOKEN = "first token emitted"
     """The first event of the stream is with gRPC."""
     SOME_TOKENS = "after some tokens"
-    """A few more events are with gRPC."""
+    """So many tokens as the test says are with gRPC."""
 
 
 class PrefillStep(enum.Enum):
@@ -105,10 +105,11 @@ class Breakpoint:
         self._lock = threading.Lock()
         self._step: Step | None = None
         self._request_id = ""
+        self.num_tokens = TOKENS_BEFORE_STEP  # of SOME_TOKENS
 
-    def arm(self, step: Step, request_id: str) -> None:
-        """For the next time that this request takes the step, or that the step is taken for no request in particular."""
-        self._step, self._request_id = step, request_id
+    def arm(self, step: Step, request_id: str, num_tokens: int = TOKENS_BEFORE_STEP) -> None:
+        """For the next time that this request ("": any) takes the step, or that it is taken for no request in particular."""
+        self._step, self._request_id, self.num_tokens = step, request_id, num_tokens
 
     def disarm(self) -> None:
         self._step = None
@@ -120,7 +121,8 @@ class Breakpoint:
         if self._step is not step:
             return
         with self._lock:
-            if self._step is not step or (request_id is not None and request_id.partition("#")[0] != self._request_id):
+            meant = not self._request_id or request_id is None or request_id.partition("#")[0] == self._request_id
+            if self._step is not step or not meant:
                 return
             self._step = None
             self._halts.sendall(json.dumps({"step": step.value}).encode() + b"\n")
@@ -226,14 +228,16 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
 
     def make_generate(original: Any) -> Any:
         async def generate(self: Any, request: Any, candidates: Any) -> AsyncGenerator[Any, None]:
-            emitted = 0
+            first = True
+            num_tokens = 0  # of the first choice
             async with aclosing(original(self, request, candidates)) as outputs:
                 async for output in outputs:
                     yield output  # when this goes on, the event is with gRPC
-                    emitted += 1
-                    if emitted == 1:
+                    num_tokens += sum(len(chunk.token_ids) for chunk in output.chunks if chunk.choice == request.first_choice)
+                    if first:
                         reached(DecodeStep.FIRST_TOKEN, request.request_id)
-                    if emitted == TOKENS_BEFORE_STEP:
+                        first = False
+                    if num_tokens >= breakpoint_.num_tokens:
                         reached(DecodeStep.SOME_TOKENS, request.request_id)
 
         return generate

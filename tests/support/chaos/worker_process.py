@@ -74,7 +74,7 @@ async def _serve(order: dict[str, Any], control: socket.socket, halts: socket.so
         answer: dict[str, Any] = {}
         match command["do"]:
             case "arm":
-                breakpoint_.arm(step_named(role.value, command["step"]), command["request_id"])
+                breakpoint_.arm(step_named(role.value, command["step"]), command["request_id"], command["num_tokens"])
             case "disarm":
                 breakpoint_.disarm()
             case "faults":
