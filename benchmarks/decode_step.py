@@ -1,7 +1,7 @@
 """What one step of the engine costs on this CPU: native kernels against torch, in the same process, in turns.
 
-    python -m benchmarks.decode_step [--model smollm2-135m] [--dtype bfloat16] [--threads 1] [--batches 1,2,4,8,16] \\
-        [--contexts 200,1000] [--prompts 512] [--blocks 5] [--json out.json]
+    python -m benchmarks.decode_step [--model smollm2-135m] [--dtype bfloat16] [--weights int8] [--threads 1] \\
+        [--batches 1,2,4,8,16] [--contexts 200,1000] [--prompts 512] [--blocks 5] [--json out.json]
 
 A decode step computes one token of each sequence, up to the logits; a prompt step computes that many tokens of one sequence.
 KV is random, since values do not change the time. Per cell, torch and native take turns (T N N T) for so many blocks of steps;
@@ -25,6 +25,7 @@ from common.blocks import num_blocks
 from common.config import EngineConfig
 from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
+from common.engine.quantisation import GROUP
 from common.model_store import pull
 
 KINDS = ("torch", "native")
@@ -51,7 +52,13 @@ def main() -> None:
     engines = {
         kind: build_engine(
             path,
-            EngineConfig(device="cpu", dtype=options.dtype, kernels=kind, kv_pool_tokens=most_sequences * (longest + 16)),
+            EngineConfig(
+                device="cpu",
+                dtype=options.dtype,
+                kernels=kind,
+                weights=options.weights,
+                kv_pool_tokens=most_sequences * (longest + 16),
+            ),
             threads=options.threads,
             model_digest="m",
             tokenizer_digest="t",
@@ -65,19 +72,21 @@ def main() -> None:
     for context in options.contexts:
         for batch in options.batches:
             steps = {kind: decode_step(engine, batch, context) for kind, engine in engines.items()}
-            cells.append(measure("decode", batch, context, steps, engines["native"], options.blocks))
+            cells.append(measure("decode", batch, context, steps, engines["native"], options))
             show(cells[-1])
     for tokens in options.prompts:
         steps = {kind: prompt_step(engine, tokens) for kind, engine in engines.items()}
-        cells.append(measure("prompt", tokens, 0, steps, engines["native"], options.blocks))
+        cells.append(measure("prompt", tokens, 0, steps, engines["native"], options))
         show(cells[-1])
     load_after = os.getloadavg()[0]
     dtype = engines["native"].layout.dtype
-    print(f"threads {options.threads}, {dtype}; load average {load_before:.2f} before, {load_after:.2f} after")
+    settings = f"threads {options.threads}, {dtype}, weights {options.weights}"
+    print(f"{settings}; load average {load_before:.2f} before, {load_after:.2f} after")
     if options.json:
         result = {
             "threads": options.threads,
             "dtype": dtype,
+            "weights": options.weights,
             "load_average": [load_before, load_after],
             "cells": [asdict(cell) for cell in cells],
         }
@@ -91,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", default="smollm2-135m")
     result.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    result.add_argument("--weights", default="model", choices=["model", "int8"])
     result.add_argument("--threads", type=int, default=1)
     result.add_argument("--batches", type=numbers, default=[1, 2, 4, 8, 16])
     result.add_argument("--contexts", type=numbers, default=[200, 1000])
@@ -113,11 +123,18 @@ def prompt_step(engine: Engine, tokens: int) -> Callable[[], object]:
     return lambda: engine.runner.compute_logits(step)
 
 
-def measure(what: str, rows: int, context: int, steps: dict[str, Callable[[], object]], engine: Engine, num_blocks: int) -> Cell:
+def measure(
+    what: str,
+    rows: int,
+    context: int,
+    steps: dict[str, Callable[[], object]],
+    engine: Engine,
+    options: argparse.Namespace,
+) -> Cell:
     times_ms: dict[str, list[float]] = {kind: [] for kind in KINDS}
     cpu_ms: dict[str, list[float]] = {kind: [] for kind in KINDS}
     ratios = []
-    for block in range(num_blocks + 1):
+    for block in range(options.blocks + 1):
         in_block: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for kind in (*KINDS, *reversed(KINDS)):
             for _ in range(1 if rows > 64 else 4):
@@ -140,11 +157,11 @@ def measure(what: str, rows: int, context: int, steps: dict[str, Callable[[], ob
         statistics.median(cpu_ms["torch"]),
         statistics.median(cpu_ms["native"]),
         statistics.median(ratios),
-        least_bytes(engine, rows, context) / native_ms / 1e6,
+        least_bytes(engine, rows, context, options.weights) / native_ms / 1e6,
     )
 
 
-def least_bytes(engine: Engine, rows: int, context: int) -> int:
+def least_bytes(engine: Engine, rows: int, context: int, weights_as: str) -> float:
     shapes = engine.architecture.tensor_shapes()
     weights = sum(
         shape[0] * shape[1]
@@ -152,7 +169,8 @@ def least_bytes(engine: Engine, rows: int, context: int) -> int:
         if len(shape) == 2 and (name != "model.embed_tokens.weight" or engine.architecture.tie_embeddings)
     )
     kv = rows * context * engine.layout.block_bytes // engine.layout.block_tokens
-    return weights * engine.layout.dtype_bytes + kv
+    bytes_per_weight = 1 + 4 / GROUP if weights_as == "int8" else engine.layout.dtype_bytes
+    return weights * bytes_per_weight + kv
 
 
 def show(cell: Cell) -> None:

@@ -50,6 +50,11 @@ class EngineConfig(_Part):
         description="What computes steps. native: C++ compiled on this machine, for CPUs and not in exact mode."
         " auto: native where it can be had; torch until it is compiled, and elsewhere.",
     )
+    weights: Literal["model", "int8"] = Field(
+        "model",
+        description="How matrices are held. int8: 8 bits, 64 weights to a scale, half the bytes to read per token. Native kernels"
+        " compute in 8 bits; torch computes with the rounded weights.",
+    )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
 
 

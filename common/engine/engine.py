@@ -8,6 +8,7 @@ The order matters: sizes are decided, and refused, before the weights are read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from common.engine.loader import ModelArchitecture, load_architecture, load_weig
 from common.engine.models import create_model
 from common.engine.native.choice import choose_model
 from common.engine.numerics import FastNumerics, Numerics
+from common.engine.quantisation import WeightFormat, rounded_weights
 from common.engine.runner import ModelRunner
 from common.errors import ConfigError
 from common.types import KVLayout
@@ -59,8 +61,9 @@ def build_engine(
     dtype = _dtype(config, device)
     numerics: Numerics = ExactNumerics(config.exact_tile_rows) if config.exact else FastNumerics()
     architecture = load_architecture(model_path)
+    weight_format = WeightFormat(config.weights)
     layout = KVLayout(
-        model_digest=model_digest,
+        model_digest=_digest_as_computed(model_digest, weight_format),
         tokenizer_digest=tokenizer_digest,
         num_layers=architecture.num_layers,
         num_kv_heads=architecture.num_kv_heads,
@@ -87,6 +90,7 @@ def build_engine(
         prefix_cache=config.prefix_cache,
         first_block=FIRST_BLOCK,
     )
+    in_torch = rounded_weights if weight_format is WeightFormat.INT8 else lambda as_they_are: as_they_are
     model, successor = choose_model(
         config,
         architecture,
@@ -95,12 +99,19 @@ def build_engine(
         max_model_tokens,
         threads=threads,
         cache=pdserve_home() / "kernels",
-        create_torch_model=lambda: create_model(architecture, weights, numerics, max_model_tokens),
+        create_torch_model=lambda: create_model(architecture, in_torch(weights), numerics, max_model_tokens),
     )
     runner = ModelRunner(model, pool, numerics, architecture.num_heads, successor)
     if numerics.exact:
         check_exactness(runner, pool, blocks, architecture.vocab_size, max_model_tokens)
     return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens)
+
+
+def _digest_as_computed(model_digest: str, weight_format: WeightFormat) -> str:
+    """Rounded weights are other weights: their KV must not be mixed with that of the model as it came."""
+    if weight_format is WeightFormat.MODEL:
+        return model_digest
+    return hashlib.sha256(f"{model_digest}:{weight_format}".encode()).hexdigest()
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -20,12 +20,17 @@ from common.engine.native.library import Library
 from common.engine.native.model import NativeModel
 from common.engine.native.panels import ModelPanels
 from common.engine.numerics import FastNumerics
+from common.engine.quantisation import WeightFormat
 from common.engine.step_input import StepBuffers
 from common.types import KVLayout
 
 _TOKENS = 70
 _BLOCKS = 10
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+_TOLERANCE = {
+    (torch.float32, WeightFormat.MODEL): 1e-3,
+    (torch.bfloat16, WeightFormat.MODEL): 0.15,
+    (torch.bfloat16, WeightFormat.INT8): 0.25,
+}
 """Of logits with a spread of about one."""
 
 
@@ -33,13 +38,13 @@ def check_library(path: Path) -> None:
     """Raises BuildError if the library does not compute what torch computes, EngineFailure if it cannot be loaded."""
     library = Library(path)
     architecture = ModelArchitecture("llama", 1, 72, 6, 2, 16, 80, 100, 10_000.0, None, 1e-5, 128, True, True)
-    for dtype, tolerance in _TOLERANCE.items():
+    for (dtype, weight_format), tolerance in _TOLERANCE.items():
         generator = torch.Generator().manual_seed(0)
         weights = {
             name: (torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)).to(dtype)
             for name, shape in architecture.tensor_shapes().items()
         }
-        panels = ModelPanels.of(architecture, weights)
+        panels = ModelPanels.of(architecture, weights, weight_format)
         torch_pool, native_pool = _pool(architecture, dtype), _pool(architecture, dtype)
         expected = _logits(create_model(architecture, weights, FastNumerics(), 128), torch_pool, (_TOKENS,))
         native = NativeModel(library, architecture, panels, native_pool, 128, threads=1)
@@ -47,7 +52,7 @@ def check_library(path: Path) -> None:
             furthest = float((_logits(native, native_pool, cuts) - expected).abs().max())
             furthest = max(furthest, float((native_pool.tensor - torch_pool.tensor).abs().max()))
             if not furthest <= tolerance:
-                raise BuildError(f"the library is {furthest:.2g} off in {dtype}")
+                raise BuildError(f"the library is {furthest:.2g} off in {dtype}, weights as {weight_format}")
 
 
 def _pool(architecture: ModelArchitecture, dtype: torch.dtype) -> KVPool:

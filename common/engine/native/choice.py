@@ -26,6 +26,7 @@ from common.engine.native.check import check_library
 from common.engine.native.library import Library
 from common.engine.native.model import MAX_HEAD_DIM, NativeModel
 from common.engine.native.panels import ModelPanels
+from common.engine.quantisation import WeightFormat
 from common.errors import ConfigError, EngineFailure
 from common.logs import get_logger
 
@@ -47,7 +48,7 @@ def choose_model(
     if not _wants_native(config, architecture, pool):
         return create_torch_model(), None
     library = _library_at_hand(config, cache)
-    panels = ModelPanels.of(architecture, weights)
+    panels = ModelPanels.of(architecture, weights, WeightFormat(config.weights))
 
     def create(library: Library) -> Model:
         return NativeModel(library, architecture, panels, pool, max_model_tokens, threads)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import EngineFailure
 
-_INTERFACE = 1
+_INTERFACE = 2
 _OUT_OF_MEMORY = 1
 
 
@@ -30,6 +30,7 @@ class LayerWeights(ctypes.Structure):
 class Description(ctypes.Structure):
     _fields_ = (
         ("bytes_per_value", ctypes.c_int64),
+        ("weight_bits", ctypes.c_int64),
         ("num_layers", ctypes.c_int64),
         ("hidden_size", ctypes.c_int64),
         ("num_heads", ctypes.c_int64),

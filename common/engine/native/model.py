@@ -22,6 +22,7 @@ from common.engine.loader import ModelArchitecture
 from common.engine.models import LayerDone
 from common.engine.native.library import Description, LayerWeights, Library, Step
 from common.engine.native.panels import PANEL, LayerPanels, ModelPanels
+from common.engine.quantisation import WeightFormat
 from common.engine.step_input import StepInput
 from common.errors import EngineFailure
 
@@ -50,6 +51,7 @@ class NativeModel:
         self._alive = (panels, rotary, layers)
         description = Description(
             bytes_per_value=panels.embedding.element_size(),
+            weight_bits=8 if panels.format is WeightFormat.INT8 else 0,
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
             num_heads=architecture.num_heads,

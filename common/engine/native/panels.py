@@ -1,6 +1,7 @@
 """Weights as the native kernels read them: every matrix cut into panels, all panels in one piece of memory in order of use.
 
-    panel     [word of the input][32 outputs]; a word is one fp32 or two neighbouring bf16 inputs
+    panel     [word of the input][32 outputs]; a word is one fp32 or two neighbouring bf16 inputs, or four in 8 bits; in 8 bits
+              every 64 inputs begin with a scale per output (`quantised_panels`)
     gate_up   a panel holds 16 gates, then the 16 ups that belong to them
     vectors   norms and biases in fp32, padded with zeros to 32
 
@@ -10,15 +11,19 @@ What is missing at the edges is zero. A step reads the memory once from start to
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from common.engine.loader import ModelArchitecture
+from common.engine.quantisation import GROUP, WeightFormat, quantise
 
 PANEL = 32
 _ALIGNMENT_BYTES = 64
+
+Pack = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +44,22 @@ class ModelPanels:
     layers: tuple[LayerPanels, ...]
     final_norm: torch.Tensor
     head: torch.Tensor
+    format: WeightFormat = WeightFormat.MODEL
 
     @classmethod
-    def of(cls, architecture: ModelArchitecture, weights: dict[str, torch.Tensor]) -> ModelPanels:
+    def of(
+        cls, architecture: ModelArchitecture, weights: dict[str, torch.Tensor], format: WeightFormat = WeightFormat.MODEL
+    ) -> ModelPanels:
         """Copies; the weights may go afterwards, but for the embedding."""
+        pack = quantised_panels if format is WeightFormat.INT8 else to_panels
         memory = _Memory(sum(_packed_bytes(weight) for weight in weights.values()) + _packed_bytes(_head(weights)))
-        layers = tuple(_layer(memory, weights, f"model.layers.{index}.") for index in range(architecture.num_layers))
+        layers = tuple(_layer(memory, weights, f"model.layers.{index}.", pack) for index in range(architecture.num_layers))
         return cls(
             embedding=weights["model.embed_tokens.weight"],
             layers=layers,
             final_norm=padded_vector(weights["model.norm.weight"]),
-            head=memory.keep(to_panels(_head(weights))),
+            head=memory.keep(pack(_head(weights))),
+            format=format,
         )
 
 
@@ -61,17 +71,26 @@ def to_panels(matrix: torch.Tensor) -> torch.Tensor:
     return words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
 
 
-def gate_up_panels(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def quantised_panels(matrix: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] -> int32 [panels, groups, 1 + 16, 32]: a group's scales (fp32), then words of 4 weights, each + 128."""
+    rounded, scales = quantise(F.pad(matrix, (0, 0, 0, -matrix.shape[0] % PANEL)))
+    groups = scales.shape[1]
+    words = (rounded.to(torch.int16) + 128).to(torch.uint8).view(torch.int32)  # [outputs, groups * 16]
+    words = words.view(-1, PANEL, groups, GROUP // 4).permute(0, 2, 3, 1)
+    return torch.cat((scales.view(torch.int32).view(-1, PANEL, groups, 1).permute(0, 2, 3, 1), words), dim=2)
+
+
+def gate_up_panels(gate: torch.Tensor, up: torch.Tensor, pack: Pack) -> torch.Tensor:
     half = PANEL // 2
     both = [F.pad(matrix, (0, 0, 0, -matrix.shape[0] % half)).view(-1, half, matrix.shape[1]) for matrix in (gate, up)]
-    return to_panels(torch.stack(both, dim=1).view(-1, gate.shape[1]))
+    return pack(torch.stack(both, dim=1).view(-1, gate.shape[1]))
 
 
 def padded_vector(vector: torch.Tensor) -> torch.Tensor:
     return F.pad(vector.float(), (0, -len(vector) % PANEL)).contiguous()
 
 
-def _layer(memory: _Memory, weights: dict[str, torch.Tensor], prefix: str) -> LayerPanels:
+def _layer(memory: _Memory, weights: dict[str, torch.Tensor], prefix: str, pack: Pack) -> LayerPanels:
     def take(name: str) -> torch.Tensor:
         return weights[prefix + name]
 
@@ -80,13 +99,13 @@ def _layer(memory: _Memory, weights: dict[str, torch.Tensor], prefix: str) -> La
     down = take("mlp.down_proj.weight")
     return LayerPanels(
         attention_norm=padded_vector(take("input_layernorm.weight")),
-        qkv=memory.keep(to_panels(torch.cat([take(f"{name}.weight") for name in projections]))),
+        qkv=memory.keep(pack(torch.cat([take(f"{name}.weight") for name in projections]))),
         qkv_bias=padded_vector(torch.cat([take(f"{name}.bias") for name in projections])) if biased else None,
-        output=memory.keep(to_panels(take("self_attn.o_proj.weight"))),
+        output=memory.keep(pack(take("self_attn.o_proj.weight"))),
         output_bias=padded_vector(take("self_attn.o_proj.bias")) if biased else None,
         mlp_norm=padded_vector(take("post_attention_layernorm.weight")),
-        gate_up=memory.keep(gate_up_panels(take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"))),
-        down=memory.keep(to_panels(F.pad(down, (0, -down.shape[1] % (PANEL // 2))))),
+        gate_up=memory.keep(gate_up_panels(take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"), pack)),
+        down=memory.keep(pack(F.pad(down, (0, -down.shape[1] % (PANEL // 2))))),
     )
 
 
@@ -98,7 +117,7 @@ def _packed_bytes(weight: torch.Tensor) -> int:
     """At least what the panels of a tensor take: both sides rounded up, and the start aligned."""
     if weight.dim() == 1:
         return 0
-    outputs, inputs = (-(-size // PANEL) * PANEL for size in weight.shape)
+    outputs, inputs = (-(-size // GROUP) * GROUP for size in weight.shape)
     return outputs * inputs * weight.element_size() + _ALIGNMENT_BYTES
 
 

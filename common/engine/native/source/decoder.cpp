@@ -1,5 +1,7 @@
 // A whole step of a Llama-family decoder, behind a plain C interface: rows in, hidden rows out, keys and values into the pool.
 //
+// Matrices are in the model's type or in 8 bits (quantised.h); then rows are rounded to 8 bits before each product as well.
+//
 //     per layer   norm | qkv | turn, write KV | attend | output, + residual | norm | gate, up, silu | down, + residual
 //
 // Each `|` is a barrier of the team. Matrix products are shared out by output panels, everything else by rows; who computes what
@@ -9,6 +11,7 @@
 #include "team.h"
 
 #include "attention.h"
+#include "quantised.h"
 
 namespace pdserve {
 
@@ -26,6 +29,7 @@ struct LayerWeights {
 
 struct Description {
     int64_t bytes_per_value;  // 2: bf16, 4: fp32
+    int64_t weight_bits;      // 8: matrices in 8 bits; 0: in the model's type
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size;
     int64_t num_positions, block_tokens, num_blocks, num_threads;
     double norm_epsilon;
@@ -57,7 +61,7 @@ public:
     virtual Outcome logits(const float* hidden, int64_t num_rows, float* to) = 0;
 };
 
-template <class Element>
+template <class Element, bool QUANTISED>
 class Decoder final : public AnyDecoder {
     using Stored = typename Element::Stored;
     static constexpr int64_t PER_WORD = Element::PER_WORD;
@@ -68,7 +72,6 @@ public:
           layers_(model.layers, model.layers + model.num_layers),
           group_(model.num_heads / model.num_kv_heads),
           hidden_stride_(round_up(model.hidden_size, PANEL)),
-          hidden_words_((model.hidden_size + PER_WORD - 1) / PER_WORD),
           qkv_size_((model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
           qkv_stride_(round_up(qkv_size_, PANEL)),
           attended_size_(model.num_heads * model.head_dim),
@@ -104,7 +107,7 @@ public:
         team_.run([&](int member) {
             norm(hidden, num_rows, model_.final_norm, member);
             team_.barrier();
-            product(member, num_rows, normed_.data(), normed_stride_ / PER_WORD, model_.head, hidden_words_, model_.vocab_size,
+            product(member, num_rows, normed_, normed_stride_, model_.head, model_.hidden_size, model_.vocab_size,
                     [&](int64_t row, int64_t first, const float* sums) {
                         const int64_t rest = model_.vocab_size - first, count = rest < PANEL ? rest : PANEL;
                         memcpy(to + row * model_.vocab_size + first, sums, size_t(count) * sizeof(float));
@@ -129,6 +132,11 @@ private:
         queries_.resize(size_t(num_rows * attended_size_ / PER_WORD));
         attended_.resize(size_t(num_rows * attended_stride_ / PER_WORD));
         inner_.resize(size_t(num_rows * inner_stride_ / PER_WORD));
+        if constexpr (QUANTISED) {
+            int64_t widest = model_.hidden_size > attended_size_ ? model_.hidden_size : attended_size_;
+            widest = widest > inner_size_ ? widest : inner_size_;
+            rounded_.reserve(num_rows, (widest + GROUP - 1) / GROUP);
+        }
         reserved_rows_ = num_rows;
     }
 
@@ -150,14 +158,26 @@ private:
         for (int64_t i = count * member / team_.size(); i < end; ++i) part(i);
     }
 
+    // Every member calls it; the input must be complete. `width` is in values.
     template <class Finish>
-    void product(int member, int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* matrix,
-                 int64_t num_words, int64_t num_outputs, const Finish& finish) const {
+    void product(int member, int64_t num_rows, const std::vector<uint32_t>& input, int64_t stride, const uint32_t* matrix,
+                 int64_t width, int64_t num_outputs, const Finish& finish) {
+        if constexpr (QUANTISED) {
+            const Stored* rows = reinterpret_cast<const Stored*>(input.data());
+            share_rows(member, num_rows, [&](int64_t row) { rounded_.set<Element>(row, rows + row * stride, width); });
+            team_.barrier();
+        }
+        const int64_t num_words = (width + PER_WORD - 1) / PER_WORD, groups = (width + GROUP - 1) / GROUP;
+        const int64_t panel_words = QUANTISED ? groups * PANEL_GROUP_WORDS : num_words * PANEL;
         share_rows(member, (num_outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
-            multiply_panel<Element>(num_rows, input, stride_words, matrix + panel * num_words * PANEL, num_words,
-                                    [&](int64_t first, int64_t rows, const PanelSums& sums) {
-                                        for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
-                                    });
+            const auto finish_rows = [&](int64_t first, int64_t rows, const PanelSums& sums) {
+                for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
+            };
+            const uint32_t* weights = matrix + panel * panel_words;
+            if constexpr (QUANTISED)
+                multiply_quantised_panel(num_rows, rounded_, groups, weights, finish_rows);
+            else
+                multiply_panel<Element>(num_rows, input.data(), stride / PER_WORD, weights, num_words, finish_rows);
         });
     }
 
@@ -192,7 +212,7 @@ private:
         const int64_t rows = step.num_rows;
         norm(step.hidden, rows, weights.attention_norm, member);
         team_.barrier();
-        product(member, rows, normed_.data(), normed_stride_ / PER_WORD, weights.qkv, hidden_words_, qkv_size_,
+        product(member, rows, normed_, normed_stride_, weights.qkv, model_.hidden_size, qkv_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float* to = &qkv_[size_t(row * qkv_stride_ + first)];
                     for (int i = 0; i < PANEL; i += LANES)
@@ -223,12 +243,12 @@ private:
                     store(to + i, load(to + i) + (bias ? load(sums + i) + load(bias + first + i) : load(sums + i)));
             };
         };
-        product(member, rows, attended_.data(), attended_stride_ / PER_WORD, weights.output, attended_size_ / PER_WORD,
-                model_.hidden_size, add_to_residual(weights.output_bias));
+        product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
+                add_to_residual(weights.output_bias));
         team_.barrier();
         norm(step.hidden, rows, weights.mlp_norm, member);
         team_.barrier();
-        product(member, rows, normed_.data(), normed_stride_ / PER_WORD, weights.gate_up, hidden_words_, 2 * inner_size_,
+        product(member, rows, normed_, normed_stride_, weights.gate_up, model_.hidden_size, 2 * inner_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float gated[PANEL / 2];
                     for (int i = 0; i < PANEL / 2; i += LANES) {
@@ -238,8 +258,7 @@ private:
                     Element::narrow(gated, reinterpret_cast<Stored*>(inner_.data()) + row * inner_stride_ + first / 2, PANEL / 2);
                 });
         team_.barrier();
-        product(member, rows, inner_.data(), inner_stride_ / PER_WORD, weights.down, inner_size_ / PER_WORD, model_.hidden_size,
-                add_to_residual(nullptr));
+        product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_to_residual(nullptr));
         team_.barrier();
     }
 
@@ -271,7 +290,7 @@ private:
 
     const Description model_;
     const std::vector<LayerWeights> layers_;
-    const int64_t group_, hidden_stride_, hidden_words_, qkv_size_, qkv_stride_, attended_size_, inner_size_;
+    const int64_t group_, hidden_stride_, qkv_size_, qkv_stride_, attended_size_, inner_size_;
     const int64_t normed_stride_, attended_stride_, inner_stride_;  // in values
     const Pool<Element> pool_;
     Team team_;
@@ -280,6 +299,7 @@ private:
     int64_t reserved_rows_ = 0;
     std::vector<uint32_t> normed_, queries_, attended_, inner_;
     std::vector<float> qkv_;
+    QuantisedRows rounded_;  // the input of the product that runs
 };
 
 }  // namespace pdserve
@@ -287,13 +307,17 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 1; }
+extern "C" int64_t pdserve_interface() { return 2; }
 
 // Null if there is no memory for it. Weights, tables and pool stay the caller's and must outlive the decoder.
 extern "C" void* pdserve_decoder_create(const Description* model) {
     try {
-        if (model->bytes_per_value == 2) return static_cast<AnyDecoder*>(new Decoder<BFloat16>(*model));
-        return static_cast<AnyDecoder*>(new Decoder<Float32>(*model));
+        const bool quantised = model->weight_bits == 8;
+        if (model->bytes_per_value == 2)
+            return quantised ? static_cast<AnyDecoder*>(new Decoder<BFloat16, true>(*model))
+                             : static_cast<AnyDecoder*>(new Decoder<BFloat16, false>(*model));
+        return quantised ? static_cast<AnyDecoder*>(new Decoder<Float32, true>(*model))
+                         : static_cast<AnyDecoder*>(new Decoder<Float32, false>(*model));
     } catch (...) {
         return nullptr;
     }

@@ -21,7 +21,7 @@ constexpr int FEW_ROWS = 4;
 constexpr int64_t AHEAD_OF_FEW_BYTES = 4096, AHEAD_OF_MANY_BYTES = 8192;
 
 struct alignas(64) PanelSums {
-    float of[TILE_ROWS][PANEL];
+    float of[14][PANEL];  // of the highest tile there is
 };
 
 template <class Element, int ROWS>

@@ -25,7 +25,9 @@ from common.engine.native.check import check_library
 from common.engine.native.library import Library
 from common.engine.native.model import NativeModel
 from common.engine.native.panels import ModelPanels
-from common.engine.numerics import FastNumerics
+from common.engine.numerics import FastNumerics, Numerics
+from common.engine.packed_matrix import Product
+from common.engine.quantisation import WeightFormat
 from common.engine.step_input import StepBuffers
 from common.errors import EngineFailure
 from common.types import KVLayout
@@ -87,8 +89,8 @@ def cases(draw: st.DrawFn) -> Case:
 class World:
     """Weights, and pools whose sequences have random KV before their first row; every call begins with the same pool."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
-        self.case, self.dtype = case, dtype
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, weight_format: WeightFormat = WeightFormat.MODEL) -> None:
+        self.case, self.dtype, self.format = case, dtype, weight_format
         shape, generator = case.architecture, torch.Generator().manual_seed(case.seed)
         self.weights = {
             name: (torch.randn(size, generator=generator) * (1.5 * size[-1] ** -0.5 if len(size) == 2 else 1.0)).to(dtype)
@@ -107,12 +109,12 @@ class World:
     def pool(self) -> KVPool:
         return KVPool(self.layout, self.num_blocks, torch.device("cpu"))
 
-    def torch_model(self, dtype: torch.dtype | None = None) -> Model:
+    def torch_model(self, dtype: torch.dtype | None = None, numerics: Numerics | None = None) -> Model:
         weights = {name: weight.to(dtype or self.dtype) for name, weight in self.weights.items()}
-        return create_model(self.case.architecture, weights, FastNumerics(), CONTEXT)
+        return create_model(self.case.architecture, weights, numerics or FastNumerics(), CONTEXT)
 
     def native_model(self, library: Library, pool: KVPool, threads: int = 1) -> NativeModel:
-        panels = ModelPanels.of(self.case.architecture, dict(self.weights))
+        panels = ModelPanels.of(self.case.architecture, dict(self.weights), self.format)
         return NativeModel(library, self.case.architecture, panels, pool, CONTEXT, threads)
 
     @torch.inference_mode()
@@ -178,6 +180,49 @@ def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Librar
     assert native_error <= 1.3 * torch_error + 1e-3
 
 
+def in_eight_bits(values: torch.Tensor) -> torch.Tensor:
+    """Each run of 64 values of a row rounded to 255 steps of its own: written down anew, value by value, in fp64."""
+    rounded = values.double().clone()
+    for row in rounded:
+        for first in range(0, len(row), 64):
+            part = row[first : first + 64]
+            most = float(part.abs().max())
+            if most > 0:
+                part.copy_((part * (127 / most)).round() * (most / 127))
+    return rounded
+
+
+class EightBits(FastNumerics):
+    """The plainest products of rounded rows and rounded weights."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        rounded = in_eight_bits(weight)
+
+        def product(rows: torch.Tensor) -> torch.Tensor:
+            return (in_eight_bits(rows) @ rounded.T).float() + (0 if bias is None else bias.float())
+
+        return product
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_eight_bits_are_rounded_as_they_should_be(library: Library, case: Case) -> None:
+    """Near the plain products, compared with what rounding itself costs: a value in the middle may be rounded either way."""
+    world = World(case, weight_format=WeightFormat.INT8)
+    plain_pool, rounded_pool, native_pool = world.pool(), world.pool(), world.pool()
+    plain = world.run(world.torch_model(), plain_pool)
+    rounded = world.run(world.torch_model(numerics=EightBits()), rounded_pool)
+    got = world.run(world.native_model(library, native_pool), native_pool)
+    assert torch.isfinite(got).all()
+
+    def error(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).square().mean().sqrt())
+
+    assert error(got, rounded) <= 0.5 * error(plain, rounded) + 1e-3
+    assert error(native_pool.tensor, rounded_pool.tensor) <= 0.5 * error(plain_pool.tensor, rounded_pool.tensor) + 1e-3
+    assert error(got, plain) <= 0.1 * float(plain.square().mean().sqrt()) + 0.1
+
+
 BUSY = Case(
     architecture(hidden=72, heads=9, kv_heads=3, head_dim=24, biased=True),
     block_tokens=7,
@@ -198,9 +243,10 @@ def in_rounds(case: Case) -> list[list[tuple[int, int, int]]]:
     ]
 
 
+@pytest.mark.parametrize("weight_format", WeightFormat)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dtype) -> None:
-    world = World(BUSY, dtype)
+def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dtype, weight_format: WeightFormat) -> None:
+    world = World(BUSY, dtype, weight_format)
     pool = world.pool()
     model = world.native_model(library, pool)
     expected, memory = world.run(model, pool), pool.tensor.clone()
@@ -210,9 +256,10 @@ def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dt
         assert torch.equal(pool.tensor, memory)
 
 
+@pytest.mark.parametrize("weight_format", WeightFormat)
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_no_bit(library: Library, threads: int) -> None:
-    world = World(BUSY, torch.bfloat16)
+def test_threads_change_no_bit(library: Library, threads: int, weight_format: WeightFormat) -> None:
+    world = World(BUSY, torch.bfloat16, weight_format)
     pool = world.pool()
     expected = world.run(world.native_model(library, pool), pool)
     memory = pool.tensor.clone()
@@ -288,10 +335,11 @@ def test_another_pool_is_refused(library: Library) -> None:
         world.run(model, world.pool())
 
 
-def test_broken_memory_shows(library: Library) -> None:
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_broken_memory_shows(library: Library, weight_format: WeightFormat) -> None:
     """A NaN in a key or a value that a row sees reaches its logits; one behind its end does not."""
     for dtype in (torch.float32, torch.bfloat16):
-        world = World(Case(architecture(), 16, ((40, 1),)), dtype)
+        world = World(Case(architecture(), 16, ((40, 1),)), dtype, weight_format)
         pool = world.pool()
         model = world.native_model(library, pool)
         for half in (0, 1):
@@ -310,10 +358,15 @@ def test_narrower_machines_compute_the_same(tmp_path: Path, monkeypatch: pytest.
     flags = tuple(f"-march={instructions}" if flag == "-march=native" else flag for flag in build._FLAGS)
     monkeypatch.setattr(build, "_FLAGS", flags)
     narrow = Library(build_library(tmp_path, check_library))
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        world = World(BUSY, dtype)
+    for dtype, weight_format, tolerance in (
+        (torch.float32, WeightFormat.MODEL, 1e-4),
+        (torch.bfloat16, WeightFormat.MODEL, 0.1),
+        (torch.float32, WeightFormat.INT8, 0.05),
+    ):
+        world = World(BUSY, dtype, weight_format)
         torch_pool, pool = world.pool(), world.pool()
-        expected = world.run(world.torch_model(), torch_pool)
+        numerics = EightBits() if weight_format is WeightFormat.INT8 else None
+        expected = world.run(world.torch_model(numerics=numerics), torch_pool)
         model = world.native_model(narrow, pool)
         got = world.run(model, pool)
         assert_near(got, expected, tolerance)

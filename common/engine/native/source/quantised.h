@@ -1,0 +1,150 @@
+// rows x matrix for matrices of 8-bit weights: groups of 64 inputs have a scale of their own, on either side.
+//
+//     panel     [group of the input][a scale per output: 32 fp32 | word k of 16: 32 outputs x 4 weights, each + 128]
+//     row       [word: 4 values of 8 bits], [group: scale], [group: -128 x the sum of its values]
+//
+// A group's sum is exact in 32-bit integers; groups are added in fp32, in order. So a row's result does not depend on the rows
+// beside it, bit by bit, and its rounding to 8 bits depends on the row alone. Weights are unsigned because the machine's
+// multiply-add takes one unsigned side; what that adds is the same for all outputs and is taken off before a group's sum begins.
+#pragma once
+
+#include "product.h"
+
+namespace pdserve {
+
+constexpr int GROUP = 64;
+constexpr int GROUP_WORDS = GROUP / 4;
+constexpr int64_t PANEL_GROUP_WORDS = PANEL + GROUP_WORDS * PANEL;  // of a panel, per group
+constexpr int QUANTISED_ROWS = LANES == 16 ? 14 : LANES == 8 ? 4 : 2;
+
+// sum + four products of unsigned weights and signed values, in every lane.
+inline Integers dot_bytes(Integers sum, Words weights, uint32_t values) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(int(values)));
+#else
+    for (int byte = 0; byte < 4; ++byte) {
+        const int32_t value = int8_t(values >> (8 * byte));
+        sum += (Integers)((weights >> (8 * byte)) & 0xffu) * value;
+    }
+    return sum;
+#endif
+}
+
+inline Floats to_floats(Integers values) { return __builtin_convertvector(values, Floats); }
+
+// Rows in 8 bits. `stride` is the distance of rows in groups.
+struct QuantisedRows {
+    int64_t stride = 0;
+    std::vector<uint32_t> words;
+    std::vector<float> scales;
+    std::vector<int32_t> offsets;
+
+    void reserve(int64_t num_rows, int64_t groups) {
+        stride = groups;
+        const size_t count = size_t(num_rows * groups);
+        if (scales.size() >= count) return;
+        words.resize(count * GROUP_WORDS);
+        scales.resize(count);
+        offsets.resize(count);
+    }
+
+    // Rounds `width` values to the nearest of 255 steps per group; what is missing of the last group is zero.
+    template <class Element>
+    void set(int64_t row, const typename Element::Stored* from, int64_t width) {
+        for (int64_t group = 0; group * GROUP < width; ++group) {
+            const int64_t first = group * GROUP, count = width - first < GROUP ? width - first : GROUP;
+            float values[GROUP] = {};
+            for (int64_t i = 0; i < count; ++i) values[i] = Element::widen(from[first + i]);
+            Floats most = {}, strange = {};
+            for (int i = 0; i < GROUP; i += LANES) {
+                const Floats value = load(values + i);
+                most = larger(most, larger(value, -value));
+                strange += value - value;  // not zero for what is not finite
+            }
+            const bool finite = sum(strange) == 0.0f;
+            const float highest = finite ? largest(most) : 0.0f;
+            const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+            int8_t rounded[GROUP];
+            int32_t total = 0;
+            for (int i = 0; i < GROUP; ++i) {
+                rounded[i] = int8_t(__builtin_rintf(values[i] * inverse));
+                total += rounded[i];
+            }
+            const int64_t place = row * stride + group;
+            memcpy(&words[size_t(place * GROUP_WORDS)], rounded, GROUP);
+            scales[size_t(place)] = finite ? highest / 127.0f : __builtin_nanf("");  // broken memory must not look like zeros
+            offsets[size_t(place)] = -128 * total;
+        }
+    }
+};
+
+template <int ROWS>
+void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int64_t groups, const uint32_t* panel,
+                             const char* ahead, PanelSums& sums) {
+    for (int row = 0; row < ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, Floats{});
+    for (int64_t group = 0; group < groups; ++group) {
+        const uint32_t* weights = panel + group * PANEL_GROUP_WORDS;
+        Integers total[ROWS][VECTORS];
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v)
+                total[row][v] = Integers{} + input.offsets[size_t((first_row + row) * input.stride + group)];
+        __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
+        __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
+        ahead += PANEL * 4;
+        for (int64_t k = 0; k < GROUP_WORDS; ++k) {
+            __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
+            __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
+            ahead += PANEL * 4;
+            Words word[VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) word[v] = load(weights + (1 + k) * PANEL + v * LANES);
+#pragma GCC unroll 16
+            for (int row = 0; row < ROWS; ++row) {
+                const uint32_t values = input.words[size_t(((first_row + row) * input.stride + group) * GROUP_WORDS + k)];
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; ++v) total[row][v] = dot_bytes(total[row][v], word[v], values);
+            }
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const Floats scale = all(input.scales[size_t((first_row + row) * input.stride + group)]);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) {
+                float* sum = sums.of[row] + v * LANES;
+                const Floats weight_scale = load(reinterpret_cast<const float*>(weights) + v * LANES);
+                store(sum, fused(to_floats(total[row][v]) * scale, weight_scale, load(sum)));
+            }
+        }
+    }
+}
+
+template <int ROWS = QUANTISED_ROWS>
+inline void multiply_quantised_rows(int64_t rows, const QuantisedRows& input, int64_t first_row, int64_t groups,
+                                    const uint32_t* panel, const char* ahead, PanelSums& sums) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return multiply_quantised_rows<ROWS - 1>(rows, input, first_row, groups, panel, ahead, sums);
+    }
+    multiply_quantised_tile<ROWS>(input, first_row, groups, panel, ahead, sums);
+}
+
+// As multiply_panel.
+template <class Finish>
+inline void multiply_quantised_panel(int64_t num_rows, const QuantisedRows& input, int64_t groups, const uint32_t* panel,
+                                     const Finish& finish) {
+    const int64_t tiles = (num_rows + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
+    const char* here = reinterpret_cast<const char*>(panel);
+    PanelSums sums;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
+        const int64_t ahead_bytes = tiles == 1           ? rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES
+                                    : tile + 1 == tiles ? groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t))
+                                                        : 0;
+        multiply_quantised_rows(rows, input, first, groups, panel, here + ahead_bytes, sums);
+        finish(first, rows, sums);
+    }
+}
+
+}  // namespace pdserve
