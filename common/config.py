@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
+from common.api_keys import entry_of
 from common.errors import ConfigError
+from common.loopback import is_loopback
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 _ENVIRONMENT_RESERVED = frozenset({"PDSERVE_HOME", "PDSERVE_CLUSTER_ID", "PDSERVE_CLUSTER_TOKEN"})
+
+_TENANT_NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 
 
 class _Part(BaseModel):
@@ -105,12 +110,77 @@ class TransferConfig(_Part):
     release_timeout_s: float = Field(2.0, gt=0, description="How long to wait for a writer's promise to stop, per try.")
 
 
+BandName = Literal["interactive", "batch", "background"]
+
+
+class LimitsConfig(_Part):
+    """Each router counts on its own."""
+
+    requests_per_minute: int | None = Field(None, ge=1, description="More get 429. A minute's worth may come at once.")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Of prompts, when they are admitted, and of answers, as they are generated."
+    )
+    max_concurrent: int | None = Field(None, ge=1, description="Requests that wait or are computed at once.")
+
+
+class TenantConfig(_Part):
+    keys: tuple[str, ...] = Field((), description="Its API keys, or their entries, as `pdserve keys new` prints them.")
+    weight: float = Field(1.0, gt=0, le=1000, description="Its share of the workers, against other tenants in the same band.")
+    bands: tuple[BandName, ...] = Field(
+        ("interactive", "batch", "background"),
+        min_length=1,
+        description="Priorities that its requests may ask for; the first one is for requests that ask for none.",
+    )
+    limits: LimitsConfig = Field(LimitsConfig(), description="Of all its keys together.")
+    key_limits: LimitsConfig = Field(LimitsConfig(), description="Of each of its keys.")
+    admin: bool = Field(False, description="Its keys may call what administrates the router.")
+
+    @field_validator("keys")
+    @classmethod
+    def _no_key_in_the_clear(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(entry_of(key) for key in keys)
+
+
+class AdmissionConfig(_Part):
+    """The queue before the workers. One per model."""
+
+    max_queued_requests: int = Field(10_000, ge=0, description="Requests that may wait in a router; more get 429.")
+    max_queued_tokens: int = Field(20_000_000, ge=0, description="Prompt and expected output of those that wait; more get 429.")
+    room_pools: float = Field(
+        2.0,
+        gt=0,
+        description="Tokens, prompt and expected output, that a decode worker is given at once, in units of its KV pool."
+        " What exceeds it waits in the router, where it can still be reordered and refused.",
+    )
+    room_batches: float = Field(
+        2.0, gt=0, description="Sequences that a decode worker is given at once, in units of decode.max_running."
+    )
+    expected_output_tokens: int = Field(512, ge=1, description="Room taken for a choice, if its max_tokens is not less.")
+    prompt_token_cost: float = Field(1.0, ge=0, description="Of a computed prompt token, in what tenants are served.")
+    output_token_cost: float = Field(2.0, ge=0, description="Of a generated token, in what tenants are served.")
+    overdue_s: float = Field(60.0, gt=0, description="A request of a lower band that waits longer is overdue.")
+    overdue_every: int = Field(
+        8, ge=0, description="While one is overdue, one dispatch in so many is for its band; 0 keeps bands strict for ever."
+    )
+    ttft_slo_s: dict[BandName, PositiveFloat] = Field(
+        {}, description="Time to the first token that a band is promised. What is predicted to miss it gets 429 at once."
+    )
+    slo_slack: float = Field(0.2, ge=0, description="A prediction may exceed the promise by this share.")
+
+
 class RouterConfig(_Part):
     http_host: str = Field("127.0.0.1", description="Address of the OpenAI HTTP server.")
     http_port: int = Field(8000, ge=0, le=65_535, description="0 takes a free port.")
     grpc_host: str = Field("127.0.0.1", description="Address of the gRPC server.")
     grpc_port: int = Field(50_051, ge=0, le=65_535, description="0 takes a free port.")
-    api_keys: tuple[str, ...] = Field((), description="Accepted bearer tokens; empty means no authentication (loopback only).")
+    api_keys: tuple[str, ...] = Field(
+        (),
+        description="Accepted bearer tokens, or their entries (`pdserve keys hash`); each is a tenant of its own."
+        " No key here, in keys_file or in tenants means no authentication (loopback only).",
+    )
+    keys_file: str = Field("", description="More keys: lines of a tenant and an entry, as `pdserve keys new` prints them.")
+    tenants: dict[str, TenantConfig] = Field({}, description="By name; `default` is for keys without a tenant.")
+    admission: AdmissionConfig = AdmissionConfig()
     request_timeout_s: float = Field(600.0, gt=0, description="Budget of one request.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Budget for reaching a worker.")
     first_token_retries: int = Field(2, ge=0, description="Other workers tried when one dies before the first token.")
@@ -121,10 +191,34 @@ class RouterConfig(_Part):
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
 
+    @property
+    def authenticates(self) -> bool:
+        return bool(self.api_keys or self.keys_file or any(tenant.keys for tenant in self.tenants.values()))
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_key_in_the_clear(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(entry_of(key) for key in keys)
+
+    @field_validator("tenants")
+    @classmethod
+    def _names_are_plain(cls, tenants: dict[str, TenantConfig]) -> dict[str, TenantConfig]:
+        for name in tenants:
+            if not _TENANT_NAME.fullmatch(name):
+                raise ValueError(f"a tenant's name is up to 64 letters, digits, '.', '_' and '-', not {name[:80]!r}")
+        return tenants
+
+    @model_validator(mode="after")
+    def _no_key_twice(self) -> RouterConfig:
+        entries = [*self.api_keys, *(key for tenant in self.tenants.values() for key in tenant.keys)]
+        if len(set(entries)) < len(entries):
+            raise ValueError("an API key is given twice")
+        return self
+
     @model_validator(mode="after")
     def _keys_off_loopback(self) -> RouterConfig:
-        exposed = [host for host in (self.http_host, self.grpc_host) if host not in ("127.0.0.1", "localhost", "::1")]
-        if exposed and not self.api_keys:
+        exposed = [host for host in (self.http_host, self.grpc_host) if not is_loopback(host)]
+        if exposed and not self.authenticates:
             raise ValueError(f"binding to {exposed[0]} needs api_keys")
         return self
 
@@ -260,6 +354,9 @@ def _known_keys() -> list[str]:
         PrefillConfig,
         DecodeConfig,
         TransferConfig,
+        LimitsConfig,
+        TenantConfig,
+        AdmissionConfig,
         RouterConfig,
         RayConfig,
         LoggingConfig,

@@ -5,10 +5,12 @@
     │   ├── InvalidRequest            400  a field is wrong; `param` names it
     │   │   └── ContextLengthExceeded 400  the prompt does not fit; the message names the limit
     │   ├── AuthenticationFailed      401
+    │   ├── PermissionDenied          403  the key is good, but not for this
     │   ├── ModelNotFound             404
     │   └── PayloadTooLarge           413
     ├── CapacityError                 nothing is wrong with the request; come back later
     │   ├── Overloaded                429  shed on purpose
+    │   │   └── RateLimited           429  the caller has used up what it may
     │   └── NoWorkerAvailable         503  nobody can serve this model now
     ├── RequestEnded                  the request was ended from outside
     │   ├── RequestCancelled          499
@@ -78,6 +80,12 @@ class AuthenticationFailed(RequestError):
     openai_type = "AuthenticationError"
 
 
+class PermissionDenied(RequestError):
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
+    openai_type = "PermissionDeniedError"
+
+
 class ModelNotFound(RequestError):
     http_status = 404
     grpc_code = "NOT_FOUND"
@@ -101,6 +109,10 @@ class Overloaded(CapacityError):
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
     openai_type = "RateLimitError"
+
+
+class RateLimited(Overloaded):
+    pass
 
 
 class NoWorkerAvailable(CapacityError):

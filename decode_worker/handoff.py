@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from common.clock import Clock
@@ -28,7 +28,7 @@ from common.codec import (
     token_logprob_from_wire,
 )
 from common.config import TransferConfig
-from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch
+from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch, TransferBroken, WorkerLost
 from common.logs import get_logger
 from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
 from common.wire import worker_pb2
@@ -78,8 +78,9 @@ class PoolMemory:
 class _Peer:
     ref: WorkerRef
     rpc: PrefillPeer
-    connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
     transport: str = ""  # "" until the handshake succeeded
+    handshake: asyncio.Task[None] | None = None  # the one that is under way, for all who need it
+    num_waiting: int = 0  # for it
 
 
 @dataclass(slots=True)
@@ -132,6 +133,8 @@ class DecodeHandoff:
     async def close(self) -> None:
         await self._receiver.close()
         for peer in self._peers.values():
+            if peer.handshake is not None:
+                peer.handshake.cancel()
             await peer.rpc.close()
         self._peers.clear()
         if self._background:
@@ -139,7 +142,7 @@ class DecodeHandoff:
         self._region.close()
 
     def fetch(self, wanted: RemotePrefillWanted, report: Callable[[RemotePrefill | PdserveError], None]) -> asyncio.Task[None]:
-        """Starts a hand-off. `report` is called once with its outcome, unless the task is cancelled before."""
+        """Starts a hand-off. `report` is called once with its outcome, also if the task is cancelled."""
         progress = _Progress(wanted)
         task = asyncio.get_running_loop().create_task(self._fetch(progress, report), name="fetch")
 
@@ -148,7 +151,9 @@ class DecodeHandoff:
             self._background.discard(task)
             if progress.succeeded:
                 return
-            if not task.cancelled() and task.exception() is not None:
+            if task.cancelled():
+                report(WorkerLost("the hand-off was given up"))
+            elif task.exception() is not None:
                 report(EngineFailure(f"the hand-off failed: {type(task.exception()).__name__}"))
             self._spawn(self._drain(progress))
 
@@ -273,22 +278,41 @@ class DecodeHandoff:
         )
 
     async def _handshake(self, peer: _Peer) -> None:
-        async with peer.connecting:
-            if peer.transport:
-                return
-            message = worker_pb2.HandshakeRequest(
-                protocol_version=PROTOCOL_VERSION,
-                decode_worker_id=self._spec.worker_id,
-                decode_incarnation=self._spec.incarnation,
-                layout=layout_to_wire(self._layout),
-                offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
-                pool_blocks=self._region.num_blocks,
-            )
-            reply = await peer.rpc.handshake(message, self._config.handshake_timeout_s)
-            if (reply.prefill_worker_id, reply.prefill_incarnation) != (peer.ref.worker_id, peer.ref.incarnation):
-                raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
-            peer.transport = reply.transport
-            _log.info("linked", prefill=peer.ref.worker_id, incarnation=peer.ref.incarnation, transport=reply.transport)
+        """One at a time per peer, with one budget, shared by all who wait for it: its failure is the failure of each. It is given
+        up when the last of them no longer waits."""
+        if peer.transport:
+            return
+        shared = peer.handshake
+        if shared is None or shared.done():
+            shared = peer.handshake = self._spawn(self._shake_hands(peer))
+        peer.num_waiting += 1
+        try:
+            await asyncio.shield(shared)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise TransferBroken("this worker's KV transfer is closed") from None  # it is the shared one that was cancelled
+        finally:
+            peer.num_waiting -= 1
+            if peer.num_waiting == 0 and peer.handshake is not None:
+                peer.handshake.cancel()  # of no effect if it is done
+                peer.handshake = None
+
+    async def _shake_hands(self, peer: _Peer) -> None:
+        message = worker_pb2.HandshakeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            decode_worker_id=self._spec.worker_id,
+            decode_incarnation=self._spec.incarnation,
+            layout=layout_to_wire(self._layout),
+            offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
+            pool_blocks=self._region.num_blocks,
+        )
+        reply = await peer.rpc.handshake(message, self._config.handshake_timeout_s)
+        if (reply.prefill_worker_id, reply.prefill_incarnation) != (peer.ref.worker_id, peer.ref.incarnation):
+            raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
+        peer.transport = reply.transport
+        _log.info("linked", prefill=peer.ref.worker_id, incarnation=peer.ref.incarnation, transport=reply.transport)
 
     def _peer(self, ref: WorkerRef) -> _Peer:
         known = self._peers.get(ref.worker_id)
@@ -313,10 +337,11 @@ class DecodeHandoff:
             await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
         self._on_drained(progress.wanted.blocks)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
 
 def _seal(reply: worker_pb2.PrefillReply) -> Seal:

@@ -132,6 +132,8 @@ class DecodeStreams:
             if isinstance(outcome, RemotePrefill):
                 self._inbox.post(scheduler.remote_ready, key, outcome)
                 return
+            if key not in self._streams:
+                return  # it has ended, and the engine has heard so
             _log.warning("remote prefill failed", error=outcome.code, reason=outcome.message, prefill=wanted.prefill.worker_id)
             self._metrics.transferred("", outcome.code)
             self._inbox.post(scheduler.remote_failed, key, outcome)

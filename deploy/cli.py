@@ -1,4 +1,4 @@
-"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, version. Imports are late: it starts fast."""
+"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, keys, version. Imports are late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import version as distribution_version
 
 import typer
 
-from deploy.commands import config
+from deploy.commands import config, keys
 from deploy.commands.chat import chat
 from deploy.commands.control import down, scale, status
 from deploy.commands.doctor import doctor
@@ -24,6 +24,7 @@ app = typer.Typer(
 for command in (up, down, status, doctor, scale, chat, pull):
     app.command()(command)
 app.add_typer(config.app, name="config")
+app.add_typer(keys.app, name="keys")
 
 
 @app.command()

@@ -11,12 +11,12 @@ Does not know what is in the blocks, who computes it, or how control messages tr
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 
 from common.clock import Clock
 from common.errors import HandoffError, IllegalTransition, StartupError, TransferBroken
+from common.loopback import is_loopback
 from common.types import KVLayout, WorkerRef
 from kvtransfer.incoming import Incoming, PoolSide, ReceiverCounters
 from kvtransfer.layout import layer_bytes
@@ -88,7 +88,7 @@ class KVReceiver:
     async def start(self, kinds: Sequence[str], host: str, *, trusted_network: bool = False) -> list[TransportOffer]:
         """Opens an endpoint for each kind that this pool's memory can serve; returns the offers in the order of `kinds`.
         A host off loopback needs the caller's word (`trusted_network`): the links are authenticated, not encrypted."""
-        if not trusted_network and not _is_loopback(host):
+        if not trusted_network and not is_loopback(host):
             raise StartupError(f"KV transfer listens on {host} only if the network is trusted", param="host")
         credentials = LinkCredentials(self._name, self._layout.fingerprint, self._secret)
         offers = []
@@ -218,10 +218,3 @@ class KVReceiver:
     def _written_over(self, link: ReceiverLink, nonce: bytes) -> Incoming | None:
         incoming = self._incoming.get(nonce)
         return incoming if incoming is not None and incoming.link is link else None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

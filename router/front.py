@@ -1,6 +1,6 @@
-"""What the HTTP and the gRPC face share: one validator, one dispatcher, one account of what is in flight, one door to close.
+"""What the HTTP and the gRPC face share: a validator, a gate before the dispatcher, an account of what is in flight, one door.
 
-Made once by `router.server`. A face turns its own messages into a schema body, asks `admit` whether the router still takes work,
+Made once by `router.server`. A face turns its own messages into a schema body, asks `admit` whether the router takes its work,
 and writes the deltas of `generation` in its own format.
 """
 
@@ -9,9 +9,15 @@ from __future__ import annotations
 import uuid
 
 from common.clock import Clock
-from common.config import RouterConfig
+from common.config import Config
+from common.errors import InvalidRequest, RateLimited
 from common.metrics import RouterMetrics
 from common.types import Role
+from router.admission.bands import Band
+from router.admission.forecast import Forecast, PoolRoom
+from router.admission.gate import Admitted, Gate
+from router.admission.limits import Limiter
+from router.admission.tenants import Identity, Standing, standing_of
 from router.dispatch import Dispatcher
 from router.generation import Generation, InFlight
 from router.keys import KeyRing
@@ -23,31 +29,60 @@ MAX_REQUEST_ID_CHARS = 128
 
 class Front:
     def __init__(
-        self, config: RouterConfig, *, registry: Registry, dispatcher: Dispatcher, metrics: RouterMetrics, clock: Clock
+        self, config: Config, *, registry: Registry, dispatcher: Dispatcher, metrics: RouterMetrics, clock: Clock
     ) -> None:
-        self.config = config
+        self.config = config.router
         self.registry = registry
         self.metrics = metrics
         self.clock = clock
-        self.keys = KeyRing(config.api_keys)
-        self.validator = Validator(config, registry)
+        self.keys = KeyRing(config.router)
+        self.validator = Validator(config.router, registry)
         self.in_flight = InFlight()
-        self._dispatcher = dispatcher
+        self.limiter = Limiter()
+        self.gate = Gate(
+            config.router.admission,
+            dispatch=dispatcher,
+            forecast=_forecast(config, registry),
+            limiter=self.limiter,
+            metrics=metrics.admission,
+            clock=clock,
+        )
         metrics.read_inflight_from(lambda: dict(self.in_flight.by_model))
 
     @property
     def draining(self) -> bool:
         return self.in_flight.closed
 
-    def admit(self) -> None:
-        """Raises NoWorkerAvailable once the router is being drained: asked before work is put into a request."""
+    def admit(self, identity: Identity) -> None:
+        """At the door, before work is put into a request: counts it. Raises RateLimited, and NoWorkerAvailable once the router is
+        being drained."""
         self.in_flight.check_open()
+        reached = self.limiter.ask(identity, self.clock.monotonic_s())
+        if reached is not None:
+            self.metrics.admission.rejected_total.labels(reached.limit, "").inc()
+            whose = "this key" if reached.of_key else "this tenant"
+            raise RateLimited(
+                f"{whose} has reached its {reached.limit}", param=reached.limit, retry_after_s=max(1.0, reached.retry_after_s)
+            )
 
-    def generation(self, call: ValidCall, received_s: float) -> Generation:
+    def require_admin(self, identity: Identity) -> None:
+        """Before what administrates this router. Raises PermissionDenied."""
+        identity.require_admin()
+
+    def standing(self, identity: Identity, *priorities: str | None) -> Standing:
+        """`priorities` are what the call says in several places; they must agree. Raises InvalidRequest, PermissionDenied."""
+        given = {one for one in priorities if one is not None}
+        if len(given) > 1:
+            raise InvalidRequest("the header x-priority and the field priority differ", param="priority")
+        if given - set(Band):
+            raise InvalidRequest(f"priority must be one of {', '.join(Band)}", param="priority")
+        return standing_of(identity, Band(given.pop()) if given else None)
+
+    def generation(self, call: ValidCall, received_s: float, standing: Standing) -> Generation:
         return Generation(
             call,
             received_s=received_s,
-            dispatcher=self._dispatcher,
+            source=Admitted(self.gate, standing),
             in_flight=self.in_flight,
             metrics=self.metrics,
             clock=self.clock,
@@ -57,6 +92,11 @@ class Front:
         """Models with at least one ready decode worker; none while draining."""
         view = self.registry.view
         return () if self.draining else tuple(name for name in view.models if view.ready(name, Role.DECODE))
+
+
+def _forecast(config: Config, registry: Registry) -> Forecast:
+    models = {model.name: model for model in config.models}
+    return PoolRoom(config.router.admission, models, lambda model: len(registry.view.ready(model, Role.DECODE)))
 
 
 def request_id_or_new(given: str) -> str:

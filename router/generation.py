@@ -1,6 +1,6 @@
 """One call of a client from its validated requests to text deltas, the same for every front end.
 
-    requests --Dispatcher--> token chunks --ChoiceText--> deltas        usage and waterfall are there when the deltas are over
+    requests --Source--> token chunks --ChoiceText--> deltas        usage and waterfall are there when the deltas are over
 
 The requests of a call (one per prompt) run side by side and their deltas interleave. A request whose choices have all finished,
 perhaps early by a stop string, is closed at once, which cancels its stream at the worker. The call's metrics are counted here.
@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from common.clock import Clock
 from common.errors import NoWorkerAvailable, PdserveError, RequestCancelled
 from common.lifecycle import Waterfall
 from common.metrics import RouterMetrics
 from common.types import Request, TokenLogprob
-from router.dispatch import Admission, Dispatcher, DispatchEvent
+from router.dispatch import Admission, DispatchEvent
 from router.streaming import ChoiceDelta, ChoiceText
 from router.validate import ValidCall
 
@@ -77,6 +78,12 @@ class InFlight:
             self.idle.set()
 
 
+class Source(Protocol):
+    """Where the tokens of one call's requests come from: the dispatcher, with whatever stands before it."""
+
+    def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]: ...
+
+
 class Generation:
     """Made per call; `deltas` is iterated once, inside `aclosing`."""
 
@@ -85,14 +92,14 @@ class Generation:
         call: ValidCall,
         *,
         received_s: float,
-        dispatcher: Dispatcher,
+        source: Source,
         in_flight: InFlight,
         metrics: RouterMetrics,
         clock: Clock,
     ) -> None:
         self.call = call
         self._received_s = received_s
-        self._dispatcher = dispatcher
+        self._source = source
         self._in_flight = in_flight
         self._metrics = metrics
         self._clock = clock
@@ -161,7 +168,7 @@ class Generation:
         """The events of one request, until its choices need no more."""
         request = self.call.requests[index]
         mine = self._choices[index * request.num_choices : (index + 1) * request.num_choices]
-        async with aclosing(self._dispatcher.generate(request)) as events:
+        async with aclosing(self._source.generate(request)) as events:
             async for event in events:
                 yield index, event
                 if all(choice.finished for choice in mine):

@@ -24,6 +24,7 @@ from common.tokenizer import Tokenizer
 from common.types import TokenLogprob
 from common.wire import inference_pb2 as pb
 from common.wire import inference_pb2_grpc
+from router.admission.tenants import Identity
 from router.front import Front, request_id_or_new
 from router.generation import Generation
 from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
@@ -33,7 +34,7 @@ from router.validate import Caller, ValidCall
 log = get_logger(__name__)
 
 SERVICE = "pdserve.v1.Inference"
-_REQUEST_ID = "x-request-id"
+_REQUEST_ID, _PRIORITY = "x-request-id", "x-priority"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,7 +45,8 @@ class _Call:
 
     request_id: str
     received_s: float
-    cache_salt: str = field(default="", repr=False)
+    identity: Identity = field(repr=False)
+    priority: str | None
     model: str = ""
 
 
@@ -54,11 +56,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.InferenceRequest, context: Context) -> None:
         async with self._call(context, "Generate", request.request_id) as call:
-            self._front.admit()
-            caller = Caller(call.request_id, call.cache_salt, timeout_s=context.time_remaining())
+            self._front.admit(call.identity)
+            standing = self._front.standing(call.identity, call.priority)
+            caller = Caller(call.request_id, call.identity.tenant.cache_salt, timeout_s=context.time_remaining())
             valid = await self._validated(request, caller)
             call.model = valid.model.name
-            generation = self._front.generation(valid, call.received_s)
+            generation = self._front.generation(valid, call.received_s, standing)
             events = _Events(generation, call.request_id)
             # Written, not yielded: a call that the client cancels ends here at once, and closes what is below.
             async with aclosing(generation.deltas()) as deltas:
@@ -104,23 +107,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Around every handler: request id, API key, typed errors, count and log line."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         front = self._front
-        call = _Call(request_id_or_new(request_id or metadata.get(_REQUEST_ID, "")), front.clock.monotonic_s())
+        request_id = request_id_or_new(request_id or metadata.get(_REQUEST_ID, ""))
+        received_s = front.clock.monotonic_s()
+        call: _Call | None = None
         status = "499"  # unless it ends otherwise
-        with bind_request(call.request_id):
+        with bind_request(request_id):
             try:
                 async with typed_errors(context):
                     try:
-                        call.cache_salt = front.keys.cache_salt(metadata.get("authorization"))
-                        await context.send_initial_metadata(((_REQUEST_ID, call.request_id),))
+                        identity = await front.keys.identify(metadata.get("authorization"))
+                        call = _Call(request_id, received_s, identity, metadata.get(_PRIORITY))
+                        await context.send_initial_metadata(((_REQUEST_ID, request_id),))
                         yield call
                         status = "200"
                     except PdserveError as error:
                         status = str(error.http_status)
                         raise
             finally:
-                front.metrics.requests_total.labels(call.model, f"grpc/{method}", status).inc()
-                seconds = front.clock.monotonic_s() - call.received_s
-                log.info("request", method="gRPC", endpoint=method, status=status, model=call.model, seconds=seconds)
+                model = "" if call is None else call.model
+                front.metrics.requests_total.labels(model, f"grpc/{method}", status).inc()
+                seconds = front.clock.monotonic_s() - received_s
+                log.info("request", method="gRPC", endpoint=method, status=status, model=model, seconds=seconds)
 
 
 class _Events:

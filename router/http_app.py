@@ -7,6 +7,7 @@ The framework's own pages, validation and error shapes are switched off.
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
@@ -20,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PayloadTooLarge, PdserveError, RequestCancelled
+from router.admission.tenants import Standing
 from router.chat_format import ChatFormat
 from router.completion_format import CompletionFormat
 from router.event_stream import EventStream, until_disconnect
@@ -28,13 +30,15 @@ from router.http_edge import Edge, Json, error_response
 from router.openai_format import VERSION, Formatter, whole_choices
 from router.openai_format import Json as JsonObject
 from router.registry import ModelView
-from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody, parse
 from router.validate import Caller, ValidCall
 
 _BODY_TIMEOUT_S = 30.0
 # What is too large is still read, up to here, and thrown away: a client that is cut off while it sends may not see the answer.
 _DISCARDED_BYTES = 16 * 1024 * 1024
 _SLOW_CLIENT_S = 30.0  # beyond the request's own deadline, to take what is still being written
+_TIMEOUT_HEADER = "x-request-timeout-s"
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -46,14 +50,16 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        front.admit()
+        front.admit(request.state.identity)
         body = parse(ChatBody, await _read_json(request, front))
+        request.state.standing = standing(request, body)
         return await answer(request, await front.validator.chat(body, _caller(request)), ChatFormat)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        front.admit()
+        front.admit(request.state.identity)
         body = parse(CompletionBody, await _read_json(request, front))
+        request.state.standing = standing(request, body)
         return await answer(request, await front.validator.completion(body, _caller(request)), CompletionFormat)
 
     async def answer(request: Request, call: ValidCall, kind: type[ChatFormat] | type[CompletionFormat]) -> Response:
@@ -61,7 +67,7 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
         state.model = call.model.name
         if request.headers.get("x-pdserve-timings") == "1":
             call = replace(call, plan=replace(call.plan, timings=True))
-        generation = front.generation(call, state.received_s)
+        generation = front.generation(call, state.received_s, state.standing)
         formatter: Formatter = kind(generation, request_id=state.request_id, created_s=int(front.clock.wall_s()))
         timeout_s = front.config.request_timeout_s + _SLOW_CLIENT_S
         if call.plan.stream:
@@ -69,6 +75,9 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
         async with until_disconnect(request.receive, timeout_s), aclosing(generation.deltas()) as stream:
             deltas = [delta async for delta in stream]
         return Json(formatter.body(whole_choices(deltas, call.num_choices)))
+
+    def standing(request: Request, body: GenerationBody) -> Standing:
+        return front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -128,7 +137,12 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
 
 
 def _caller(request: Request) -> Caller:
-    return Caller(request.state.request_id, cache_salt=request.state.cache_salt)
+    given = request.headers.get(_TIMEOUT_HEADER)
+    # Not what `float` takes: "nan" and "1_0" are no times.
+    timeout_s = float(given) if given is not None and _SECONDS.fullmatch(given) else None
+    if given is not None and not timeout_s:
+        raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds above 0", param=_TIMEOUT_HEADER)
+    return Caller(request.state.request_id, request.state.identity.tenant.cache_salt, timeout_s)
 
 
 def _model(name: str, model: ModelView, front: Front) -> JsonObject:

@@ -23,7 +23,8 @@ from router.openai_format import error_body
 log = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"})
+_LIMITED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_COUNTED_PATHS = frozenset({*_LIMITED_PATHS, "/v1/models", "/tokenize", "/detokenize"})
 
 
 class Json(Response):
@@ -63,15 +64,18 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers_out = MutableHeaders(scope=message)
+                headers_out["X-Request-Id"] = request_id
+                if "identity" in state and scope["path"] in _LIMITED_PATHS:
+                    headers_out.update(self._front.limiter.headers(state["identity"], self._front.clock.monotonic_s()))
             await send(message)
 
         with bind_request(request_id):
             try:
                 if scope["path"] not in OPEN_PATHS:
-                    state["cache_salt"] = self._front.keys.cache_salt(headers.get("authorization"))
+                    state["identity"] = await self._front.keys.identify(headers.get("authorization"))
                 await self._app(scope, receive, send_with_id)
-            except AuthenticationFailed as error:
+            except (AuthenticationFailed, CapacityError) as error:
                 await error_response(error)(scope, receive, send_with_id)
             finally:
                 self._account(scope, state.get("outcome", status))

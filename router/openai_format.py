@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from common.errors import AuthenticationFailed, ContextLengthExceeded, ModelNotFound, Overloaded, PdserveError
+from common.errors import AuthenticationFailed, ContextLengthExceeded, ModelNotFound, Overloaded, PdserveError, RateLimited
 from common.types import FinishReason
 from router.generation import Generation, Timings
 from router.streaming import ChoiceDelta, ReportedToken
@@ -29,6 +29,7 @@ _OPENAI_CODES: dict[type[PdserveError], str] = {
     ModelNotFound: "model_not_found",
     AuthenticationFailed: "invalid_api_key",
     Overloaded: "rate_limit_exceeded",
+    RateLimited: "rate_limit_exceeded",
 }
 
 

@@ -100,6 +100,10 @@ def _bad_words(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _priority(value: object) -> object:
+    return None if type(value) is int and value == 0 else value  # what other servers take for the usual one
+
+
 def _content(value: object) -> object:
     """Text parts become one text, as chat templates want it; other kinds of part are refused."""
     if not isinstance(value, list):
@@ -169,6 +173,7 @@ class GenerationBody(_Body):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    priority: Annotated[Literal["interactive", "batch", "background"] | None, BeforeValidator(_priority)] = None
     pdserve_timings: bool = False
 
 
@@ -257,7 +262,6 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "logits_processors": _empty,
     "truncate_prompt_tokens": _never,
     "prompt_logprobs": _never,
-    "priority": _is(0),
     "cache_salt": _empty,
     "chat_template": _empty,
     "documents": _empty,

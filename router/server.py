@@ -36,6 +36,7 @@ log = get_logger(__name__)
 DRAIN_GRACE_S = 30.0
 _ABORTED_S = 5.0  # after the grace: for the typed errors of aborted streams to reach their clients
 _CLOSING_S = 1.0  # for the last bytes of what has ended, and for calls that never end, such as health watches
+_LONG_S = 3600.0
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65  # longer than the idle time of common load balancers
 
@@ -59,7 +60,7 @@ async def run(
     metrics = RouterMetrics(prometheus)
     registry = Registry(config, manager_address=manager_address, cluster_token=cluster_token, clock=clock)
     dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics)
-    front = Front(config.router, registry=registry, dispatcher=dispatcher, metrics=metrics, clock=clock)
+    front = Front(config, registry=registry, dispatcher=dispatcher, metrics=metrics, clock=clock)
     with _bound_socket(config.router) as listener:
         rpc = await start_server(
             lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), server),
@@ -73,6 +74,7 @@ async def run(
             router_id=uuid.uuid4().hex, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()
         )
         watching = asyncio.create_task(registry.run(announcement), name="watch registry")
+        following = asyncio.create_task(_follow(registry, front), name="room of workers")
         try:
             async with _http_server(build_app(front, prometheus), listener):
                 on_ready(http_address, rpc.address)
@@ -83,10 +85,18 @@ async def run(
                 await _drain(front, dispatcher, drain_grace_s)
         finally:
             await rpc.stop(_CLOSING_S)
+            await cancel_and_wait(following)
             await cancel_and_wait(watching)
             await registry.close()
             await dispatcher.close()
     log.info("router stopped")
+
+
+async def _follow(registry: Registry, front: Front) -> None:
+    """What waits for room hears of workers that come."""
+    while True:
+        await registry.wait_changed(_LONG_S)
+        front.gate.workers_changed()
 
 
 async def _drain(front: Front, dispatcher: Dispatcher, grace_s: float) -> None:
@@ -99,6 +109,7 @@ async def _drain(front: Front, dispatcher: Dispatcher, grace_s: float) -> None:
             await front.in_flight.idle.wait()
         return
     log.warning("grace is over, aborting", in_flight=dict(front.in_flight.by_model))
+    front.gate.abort_all()
     dispatcher.abort_all()
     with suppress(TimeoutError):
         async with asyncio.timeout(_ABORTED_S):

@@ -21,8 +21,9 @@ from common.codec import role_to_wire
 from common.config import pdserve_home
 from common.engine.core import SchedulerTotals
 from common.engine.engine import Engine, build_engine
-from common.errors import EngineFailure, InvalidRequest, ModelNotFound
+from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError
 from common.in_flight import InFlight
+from common.loopback import is_loopback
 from common.metrics import WorkerMetrics, WorkerReadings, start_metrics_server
 from common.model_store import resolve
 from common.rpc import RpcServer, start_server
@@ -58,6 +59,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._stop_metrics: Callable[[], None] | None = None
         self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._engine: Engine | None = None
+        self._not_serving: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -68,6 +70,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
     async def load(self, memory: Callable[[int, int], memoryview] | None) -> Engine:
         """Builds the engine in a thread. Raises a StartupError."""
         spec = self.spec
+        if not is_loopback(spec.host):  # every port of a worker is in the clear
+            raise StartupError(f"a worker does not listen on {spec.host}: only on loopback", param="host")
 
         def build() -> Engine:
             path = Path(spec.model_path)
@@ -97,6 +101,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             token=self.spec.cluster_token,
             services=(*services, "pdserve.v1.Worker"),
         )
+        if self.failed:  # while the ports were being opened
+            await self._rpc.set_serving(False)
         return WorkerRef(self.spec.worker_id, self.spec.incarnation, self._rpc.address)
 
     def check(self, request: Request) -> None:
@@ -127,6 +133,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self.in_flight.close()
         if not self._failure.done():
             self._failure.set_result(error)
+            if self._rpc is not None:
+                self._not_serving = asyncio.get_running_loop().create_task(self._rpc.set_serving(False), name="not serving")
 
     @property
     def failed(self) -> bool:
@@ -144,6 +152,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
 
     async def stop(self, grace_s: float) -> None:
         await self.drain(grace_s)
+        if self._not_serving is not None:
+            await self._not_serving
         if self._rpc is not None:
             await self._rpc.stop(0.0)
         if self._stop_metrics is not None:

@@ -38,6 +38,8 @@ def show(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> No
         loaded = load_config(config, overrides=overrides or ())
         values = loaded.model_dump(mode="json")
         values["router"]["api_keys"] = ["(hidden)"] * len(loaded.router.api_keys)
+        for name, tenant in loaded.router.tenants.items():
+            values["router"]["tenants"][name]["keys"] = ["(hidden)"] * len(tenant.keys)
         out.print(yaml.safe_dump(values, sort_keys=False), markup=False, end="")
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import mmap
 import secrets
 import socket
@@ -40,6 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from common.errors import HandoffError, HandshakeRefused, StartupError, TransferBroken
+from common.loopback import is_loopback
 from common.types import KVLayout
 from kvtransfer.digest import NONCE_BYTES, piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
@@ -75,7 +75,7 @@ class NixlTransport:
     ) -> Listener:
         await asyncio.to_thread(load_nixl)
         sock, address = listen_on(host)
-        return NixlListener(sock, address, landing, credentials, region, layout, same_host=_is_loopback(host))
+        return NixlListener(sock, address, landing, credentials, region, layout, same_host=is_loopback(host))
 
     async def connect(
         self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
@@ -88,7 +88,7 @@ class NixlTransport:
         sock = await dial(address)
         try:
             await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, layout.block_bytes))
-            same_host = _is_loopback(address.rpartition(":")[0])
+            same_host = is_loopback(address.rpartition(":")[0])
             agent = await asyncio.to_thread(NixlAgent, _agent_name(credentials.name), same_host=same_host)
             window_address, window_bytes, metadata = await _receive_window(sock)
             await asyncio.to_thread(agent.meet, metadata)
@@ -433,10 +433,3 @@ async def _receive(sock: socket.socket, size: int) -> bytes:
 def _agent_name(own: PeerName) -> str:
     """Of one end of one link, never of another."""
     return f"{own.worker_id}#{own.incarnation}-{secrets.token_hex(8)}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False

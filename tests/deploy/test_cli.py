@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from common.config import RouterConfig
+from deploy.commands import keys
+from router.keys import KeyRing
 
 CLI = (sys.executable, "-m", "deploy.cli")
 
@@ -22,7 +28,7 @@ def run(*arguments: str, home: Path, **environment: str) -> subprocess.Completed
 def test_help_names_every_command(tmp_path: Path) -> None:
     found = run("--help", home=tmp_path)
     assert found.returncode == 0
-    for command in ("up", "down", "status", "doctor", "scale", "chat", "pull", "config", "version"):
+    for command in ("up", "down", "status", "doctor", "scale", "chat", "pull", "config", "keys", "version"):
         assert command in found.stdout
 
 
@@ -82,6 +88,32 @@ def test_config_commands(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "wrong.yaml:5" in found.stderr
     assert "http_port" in found.stderr
+
+
+def test_keys_are_shown_once_and_known_by_their_entries(tmp_path: Path) -> None:
+    command = CliRunner()
+    made = command.invoke(keys.app, ["new", "--tenant", "acme"])
+    key, line = made.stdout.strip(), made.stderr.splitlines()[-1]
+    assert key not in made.stderr
+    hashed = command.invoke(keys.app, ["hash"], input="chosen\n")
+    assert "chosen" not in hashed.output
+    file = tmp_path / "keys"
+    file.write_text(f"{line}\n{hashed.stdout}")
+    ring = KeyRing(RouterConfig.model_validate({"keys_file": str(file), "tenants": {"acme": {}}}))
+    assert asyncio.run(ring.identify(f"Bearer {key}")).tenant.name == "acme"
+    assert asyncio.run(ring.identify("Bearer chosen")).tenant.label == "keys"
+    for text in ("", line.split()[1]):
+        refused = command.invoke(keys.app, ["hash"], input=f"{text}\n")
+        assert (refused.exit_code, refused.stdout) == (1, "")
+
+
+def test_the_configuration_is_shown_without_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    router = {"api_keys": ["one"], "tenants": {"acme": {"keys": ["two"], "weight": 3}}}
+    file.write_text(yaml.safe_dump({"models": [{"name": "m", "source": "m"}], "router": router}))
+    shown = run("config", "show", str(file), home=tmp_path)
+    assert "sha256" not in shown.stdout
+    assert yaml.safe_load(shown.stdout)["router"]["tenants"]["acme"]["weight"] == 3
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:

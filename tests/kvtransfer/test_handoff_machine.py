@@ -568,12 +568,33 @@ class TakesOverlaps(IncomingTransfer):
         return super().piece_arrived(name, digest, ok)
 
 
+class TakesAFirstLayerForTheBlock(IncomingTransfer):
+    def _layers(self, name: PieceName) -> int:
+        layers = super()._layers(name)
+        return self._all_layers if layers & 1 else layers
+
+
+class WaitsForASilentWriter(IncomingTransfer):
+    def expire(self, now_s: float) -> None:
+        self.heard(now_s)
+        super().expire(now_s)
+
+
 def without_nonce(data: memoryview, nonce: bytes, name: PieceName) -> bytes:
     return piece_digest(data, NONCE, *name)
 
 
 FIVE = [TakesAnyNonce, FreesOnAbort, EndsTheLeaseEarly, CountsArrivals, SkipsTheDigest]
-MORE = [UsesUnderAWriter, LetsInASecondWriter, BelievesAnySeal, KeepsTheLastError, ForgetsTheLease, TakesOverlaps]
+MORE = [
+    UsesUnderAWriter,
+    LetsInASecondWriter,
+    BelievesAnySeal,
+    KeepsTheLastError,
+    ForgetsTheLease,
+    TakesOverlaps,
+    TakesAFirstLayerForTheBlock,
+    WaitsForASilentWriter,
+]
 
 
 @pytest.mark.parametrize("mutant", [*FIVE, *MORE])

@@ -265,7 +265,7 @@ async def test_on_loopback_nixl_opens_no_socket_unless_told_to(pair: Pair, lane:
 
 async def test_as_between_two_hosts_ucx_chooses_among_all_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nixl_cu13")
-    monkeypatch.setattr(nixl, "_is_loopback", lambda host: False)
+    monkeypatch.setattr(nixl, "is_loopback", lambda host: False)
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
     pair = Pair()
     await pair.start()

@@ -210,7 +210,7 @@ def _by_a_bug(workers: Workers, plants: Plants, patch: pytest.MonkeyPatch) -> No
 
 
 def _computing(workers: Workers, plants: Plants, patch: pytest.MonkeyPatch) -> None:
-    workers.prefill[0]._loop.post(_refusing(RuntimeError("planted")))
+    patch.setattr(workers.prefill[0]._scheduler, "complete", _refusing(RuntimeError("planted")))
 
 
 def _pushing(workers: Workers, plants: Plants, patch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,6 @@ async def test_z25_a_worker_whose_engine_is_dead_says_so(model_path: Path, monke
         assert isinstance(await ending(workers, request(prompt_of(50, 125))), PdserveError)
 
 
-@pytest.mark.xfail(strict=True, reason="the health service is not told when the engine fails")
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 async def test_z25_the_health_service_says_so_too(model_path: Path, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
     """Z25, sglang#32652. Ours: who asks the standard health service hears the same."""
@@ -444,7 +443,6 @@ async def test_z29_a_call_that_nobody_handles_ends(model_path: Path, oracle: Ora
         await workers.assert_nothing_leaks()
 
 
-@pytest.mark.xfail(strict=True, reason="handshakes with one peer are made one after the other, each with the whole budget")
 async def test_z29_those_who_wait_for_a_silent_worker_wait_together(model_path: Path, plants: Plants) -> None:
     """Z29, dynamo#13088. Ours: the budget for the first contact with a worker is one for all who wait for it: with many requests
     on their way to one that says nothing, the last one does not wait many times as long as the first."""
@@ -464,3 +462,58 @@ async def test_z29_those_who_wait_for_a_silent_worker_wait_together(model_path: 
             assert all(isinstance(item, PdserveError) for item in found)
         await workers.assert_nothing_leaks()
         assert len(tries) < len(work)
+
+
+async def test_z29_a_first_contact_ends_with_the_last_who_waits_for_it(model_path: Path, oracle: Oracle, plants: Plants) -> None:
+    """Z29, dynamo#13088. Ours: while one still waits, the first contact goes on; when the last one has left it is given up, and
+    the next one begins anew; and a worker that is stopped does not wait for it."""
+    tries: list[str] = []
+
+    async def noted(call: Any, message: Any, timeout_s: float) -> Any:
+        tries.append("begun")
+        try:
+            return await call(message, timeout_s)
+        except asyncio.CancelledError:
+            tries.append("given up")
+            raise
+
+    plants.handshake = noted
+    config = TransferConfig(handshake_timeout_s=60.0)
+    async with (
+        running_workers(model_path, engine=UNCACHED, decode=REMOTE, transfer=config) as workers,
+        _address_of("silence", workers) as address,
+    ):
+        wrong = WorkerRef("tiny/prefill/9", 1, address)
+        peers = workers.decode._handoff._peers
+        calls = [workers.open(request(prompt_of(40, 129), request_id=f"w{index}"), prefill=[wrong]) for index in range(2)]
+        await until(lambda: wrong.worker_id in peers and peers[wrong.worker_id].num_waiting == 2, "both wait")
+        calls[0].cancel()
+        await until(lambda: peers[wrong.worker_id].num_waiting == 1, "one has left")
+        assert tries == ["begun"]
+        calls[1].cancel()
+        await until(lambda: tries == ["begun", "given up"], "nobody waits any more")
+        work = request(prompt_of(40, 129), max_tokens=3)
+        assert oracle.agrees(work, await within(workers.generate(work)))
+        await workers.assert_nothing_leaks()
+        again = asyncio.ensure_future(ending(workers, request(prompt_of(40, 129), request_id="again"), [wrong]))
+        await until(lambda: tries[-1] == "begun" and peers[wrong.worker_id].num_waiting == 1, "another tries it")
+        await within(workers.decode.stop(0.0))
+        assert isinstance(await again, PdserveError)
+        assert tries[-1] == "given up"
+
+
+async def test_z18_a_hand_off_that_is_given_up_is_reported(model_path: Path, plants: Plants) -> None:
+    """Z18, sglang#9726. Ours: a hand-off whose task is cancelled while its request lives is lost: the request hears of it."""
+    async with running_workers(
+        model_path, engine=UNCACHED, decode=REMOTE, prefill=SMALL_CHUNKS, transfer=for_ever("tcp")
+    ) as workers:
+        stall = Stall(workers.prefill[0], after_steps=2)
+        running = asyncio.ensure_future(ending(workers, request(prompt_of(100, 133))))
+        await until(lambda: stall.stalled, "it is under way")
+        (stream,) = workers.decode._streams._streams.values()
+        assert stream.fetch is not None
+        stream.fetch.cancel()
+        assert isinstance(await within(running), WorkerLost)
+        stall.release()
+        await workers.assert_nothing_leaks()
+        assert_no_ghosts(workers)

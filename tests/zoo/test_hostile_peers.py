@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from starlette.routing import Route
 
 from common.config import RouterConfig
-from common.errors import AuthenticationFailed, HandshakeRefused, PdserveError, StartupError, TransferBroken
+from common.errors import AuthenticationFailed, HandshakeRefused, StartupError, TransferBroken
 from common.rpc import connect
 from common.tokenizer import Tokenizer
-from common.types import KVLayout
+from common.types import KVLayout, Role
 from common.wire import inference_pb2, worker_pb2
 from decode_worker.server import DecodeWorker
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
@@ -40,6 +40,7 @@ from kvtransfer.transports.authentication import (
     prefill_proof,
 )
 from kvtransfer.transports.base import LinkCredentials, PeerName, PieceName
+from prefill_worker.server import PrefillWorker
 from router.http_app import build_app
 from router.http_edge import OPEN_PATHS
 from support.fake_cluster import fake_cluster, make_tokenizer_folder
@@ -472,8 +473,8 @@ async def test_z14_z37_every_route_is_known_and_asks_for_a_key(router_model: Pat
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 async def test_z35_nothing_listens_to_everybody_by_accident(model_path: Path, host: str) -> None:
     """Z35, CVE-2026-106037. There: the store's REST port was open on 0.0.0.0, without authentication.
-    Ours: off loopback the router does not start without keys, and a worker's pool is not offered at all unless somebody says that
-    the network can be trusted."""
+    Ours: off loopback the router does not start without keys, a worker does not start at all, and a pool is not offered unless
+    somebody says that the network can be trusted."""
     for field in ("http_host", "grpc_host"):
         with pytest.raises(ValidationError, match="needs api_keys"):
             RouterConfig.model_validate({field: host})
@@ -481,7 +482,8 @@ async def test_z35_nothing_listens_to_everybody_by_accident(model_path: Path, ho
         with pytest.raises(StartupError) as refused:
             await workers.decode._handoff._receiver.start(["tcp"], host)
         assert refused.value.param == "host"
-        exposed = DecodeWorker(replace(workers.decode._spec, worker_id="tiny/decode/8", host=host))
-        with pytest.raises(PdserveError):
-            await exposed.start()
-        exposed._handoff._region.close()
+        for kind, role in ((DecodeWorker, Role.DECODE), (PrefillWorker, Role.PREFILL)):
+            exposed = kind(replace(workers.decode._spec, worker_id=f"tiny/{role}/8", role=role, host=host))
+            with pytest.raises(StartupError) as refused:
+                await exposed.start()
+            assert refused.value.param == "host"

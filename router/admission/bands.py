@@ -1,0 +1,13 @@
+"""How urgent a request is. Bands are strict: what is queued in a higher one goes first."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Band(enum.StrEnum):
+    """From the most urgent to the least."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+    BACKGROUND = "background"
