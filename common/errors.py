@@ -11,7 +11,8 @@
     ├── CapacityError                 nothing is wrong with the request; come back later
     │   ├── Overloaded                429  shed on purpose
     │   │   └── RateLimited           429  the caller has used up what it may
-    │   └── NoWorkerAvailable         503  nobody can serve this model now
+    │   ├── NoWorkerAvailable         503  nobody can serve this model now
+    │   └── StoreUnavailable          503  the store of the caches cannot be reached; only its administration says so
     ├── RequestEnded                  the request was ended from outside
     │   ├── RequestCancelled          499
     │   └── DeadlineExceeded          504
@@ -22,6 +23,7 @@
     │   ├── TransferBroken                 the link went away
     │   ├── DigestMismatch                 a block's bytes are not what was sent
     │   └── SealMismatch                   the transfer's account does not add up
+    ├── AnswerNotCached               504  only the cache was to be asked, and it has no answer
     ├── WorkerLost                    503  a worker's process or link died
     ├── EngineFailure                 500  the engine raised; a bug or a broken machine
     └── StartupError                  never reaches a client
@@ -119,6 +121,10 @@ class NoWorkerAvailable(CapacityError):
     pass
 
 
+class StoreUnavailable(CapacityError):
+    pass
+
+
 class RequestEnded(PdserveError):
     pass
 
@@ -164,6 +170,12 @@ class DigestMismatch(HandoffError):
 
 class SealMismatch(HandoffError):
     pass
+
+
+class AnswerNotCached(PdserveError):
+    http_status = 504  # what HTTP says of only-if-cached
+    grpc_code = "FAILED_PRECONDITION"
+    openai_type = "AnswerNotCachedError"
 
 
 class WorkerLost(PdserveError):

@@ -26,6 +26,9 @@ _TOKEN_BUCKETS_S = (
     7.5, 10, 20, 40, 80,
 )  # fmt: skip
 _PHASE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 30, 60, 120, 600, 1800, 7680)
+_LOOKUP_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1, 0.5)
+_STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.05, 0.1, 0.5, 1)
+BREAKER_STATES = ("closed", "open", "half_open")
 _STEP_TOKEN_BUCKETS = tuple(2**exponent for exponent in range(15))
 
 
@@ -65,6 +68,16 @@ class RouterMetrics:
             "pdserve_router_migrations", "Answers that went on elsewhere after their worker was lost.", model, registry=registry
         )
         self.cancelled_total = Counter("pdserve_router_cancelled", "Requests whose client left.", model, registry=registry)
+        self.cache_requests = Counter(
+            "pdserve_cache_requests", "Requests by what the cache did.", ("model_name", "result", "reason"), registry=registry
+        )
+        self.cache_saved_tokens = Counter(
+            "pdserve_cache_saved_tokens", "Tokens that no worker computed.", ("model_name", "kind"), registry=registry
+        )
+        self.cache_lookup_s = Histogram(
+            "pdserve_cache_lookup_seconds", "Asking the cache.", ("stage",), buckets=_LOOKUP_BUCKETS_S, registry=registry
+        )
+        self.store = StoreMetrics(registry)
         self.admission = AdmissionMetrics(registry)
         self._inflight: Callable[[], dict[str, int]] = dict
         registry.register(_Gauges(self._read))
@@ -78,6 +91,55 @@ class RouterMetrics:
         for model, count in self._inflight().items():
             gauge.add_metric((model,), count)
         yield gauge
+
+
+class StoreMetrics:
+    """What the store behind the caches counts. Part of the router's metrics."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._operations = Counter(
+            "pdserve_store_operations", "Operations of the store by result.", ("operation", "result"), registry=registry
+        )
+        self._dropped = Counter("pdserve_store_dropped_writes", "Values that were not kept.", ("reason",), registry=registry)
+        self._operation_s = Histogram(
+            "pdserve_store_operation_seconds",
+            "Round trips to a shared store.",
+            ("operation",),
+            buckets=_STORE_BUCKETS_S,
+            registry=registry,
+        )
+        self._read_size: Callable[[], tuple[int, int]] | None = None
+        self._read_breaker: Callable[[], str] | None = None
+        registry.register(_Gauges(self._read))
+
+    def operation(self, name: str, result: str, seconds: float | None = None) -> None:
+        """`seconds` if it was a round trip."""
+        self._operations.labels(name, result).inc()
+        if seconds is not None:
+            self._operation_s.labels(name).observe(seconds)
+
+    def dropped(self, reason: str, count: int = 1) -> None:
+        self._dropped.labels(reason).inc(count)
+
+    def read_size_from(self, read: Callable[[], tuple[int, int]]) -> None:
+        """`read` returns entries and bytes of a store that is in this process; called at scrape time."""
+        self._read_size = read
+
+    def read_breaker_from(self, read: Callable[[], str]) -> None:
+        """`read` returns the state of the breaker before a shared store, one of BREAKER_STATES; called at scrape time."""
+        self._read_breaker = read
+
+    def _read(self) -> Iterable[Metric]:
+        if self._read_size is not None:
+            entries, size_bytes = self._read_size()
+            yield GaugeMetricFamily("pdserve_store_entries", "Values in the store of this process.", value=entries)
+            yield GaugeMetricFamily("pdserve_store_bytes", "Bytes they take.", value=size_bytes)
+        if self._read_breaker is not None:
+            now = self._read_breaker()
+            breaker = GaugeMetricFamily("pdserve_store_breaker", "1 for the state that the breaker is in.", labels=("state",))
+            for state in BREAKER_STATES:
+                breaker.add_metric((state,), float(state == now))
+            yield breaker
 
 
 @dataclass(frozen=True, slots=True)

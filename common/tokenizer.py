@@ -53,6 +53,8 @@ class Tokenizer:
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._added = backend.get_added_tokens_decoder()
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._special = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for, at most the vocabulary
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -80,6 +82,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exactly the bytes that the token stands for, even if they are only a part of a character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._look_up_bytes(token_id)
+        return known
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -91,8 +99,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out."""
-        added = self._added.get(token_id)
-        return added is not None and added.special
+        return token_id in self._special
 
     def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A fresh stream for what follows `prompt_ids`."""

@@ -99,6 +99,7 @@ class EventStream(Response):
                 async for event in events:
                     if not started:
                         started = True
+                        self.headers.update(self._generation.cache_headers)
                         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

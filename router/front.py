@@ -1,4 +1,4 @@
-"""What the HTTP and the gRPC face share: a validator, a gate before the dispatcher, an account of what is in flight, one door.
+"""What the HTTP and the gRPC face share: a validator, a cache, a gate before the dispatcher, an account of what is in flight.
 
 Made once by `router.server`. A face turns its own messages into a schema body, asks `admit` whether the router takes its work,
 and writes the deltas of `generation` in its own format.
@@ -7,6 +7,7 @@ and writes the deltas of `generation` in its own format.
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from common.clock import Clock
 from common.config import Config
@@ -18,10 +19,14 @@ from router.admission.forecast import Forecast, PoolRoom
 from router.admission.gate import Admitted, Gate
 from router.admission.limits import Limiter
 from router.admission.tenants import Identity, Standing, standing_of
+from router.cache.answers import AnswerCache
+from router.cache.control import CacheControl
+from router.cache.invalidation import invalidate
 from router.dispatch import Dispatcher
 from router.generation import Generation, InFlight
 from router.keys import KeyRing
 from router.registry import Registry
+from router.schemas import InvalidateBody
 from router.validate import Validator, ValidCall
 
 MAX_REQUEST_ID_CHARS = 128
@@ -29,7 +34,15 @@ MAX_REQUEST_ID_CHARS = 128
 
 class Front:
     def __init__(
-        self, config: Config, *, registry: Registry, dispatcher: Dispatcher, metrics: RouterMetrics, clock: Clock
+        self,
+        config: Config,
+        *,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        cache: AnswerCache,
+        in_flight: InFlight,
+        metrics: RouterMetrics,
+        clock: Clock,
     ) -> None:
         self.config = config.router
         self.registry = registry
@@ -37,7 +50,8 @@ class Front:
         self.clock = clock
         self.keys = KeyRing(config.router)
         self.validator = Validator(config.router, registry)
-        self.in_flight = InFlight()
+        self.in_flight = in_flight
+        self._cache = cache
         self.limiter = Limiter()
         self.gate = Gate(
             config.router.admission,
@@ -78,15 +92,21 @@ class Front:
             raise InvalidRequest(f"priority must be one of {', '.join(Band)}", param="priority")
         return standing_of(identity, Band(given.pop()) if given else None)
 
-    def generation(self, call: ValidCall, received_s: float, standing: Standing) -> Generation:
+    def generation(self, call: ValidCall, received_s: float, standing: Standing, cache_control: CacheControl) -> Generation:
         return Generation(
             call,
             received_s=received_s,
             source=Admitted(self.gate, standing),
+            cache=self._cache,
+            cache_control=cache_control,
             in_flight=self.in_flight,
             metrics=self.metrics,
             clock=self.clock,
         )
+
+    async def invalidate(self, body: InvalidateBody, identity: Identity) -> dict[str, Any]:
+        """Raises a retryable error if the answers may still be given somewhere."""
+        return await invalidate(body, self._cache, identity=identity, models=self.registry.names())
 
     def ready_models(self) -> tuple[str, ...]:
         """Models with at least one ready decode worker; none while draining."""

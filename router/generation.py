@@ -1,6 +1,6 @@
 """One call of a client from its validated requests to text deltas, the same for every front end.
 
-    requests --Source--> token chunks --ChoiceText--> deltas        usage and waterfall are there when the deltas are over
+    requests --AnswerCache--> token chunks --ChoiceText--> deltas       usage and waterfall are there when the deltas are over
 
 The requests of a call (one per prompt) run side by side and their deltas interleave. A request whose choices have all finished,
 perhaps early by a stop string, is closed at once, which cancels its stream at the worker. The call's metrics are counted here.
@@ -15,15 +15,19 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
 from common.clock import Clock
 from common.errors import NoWorkerAvailable, PdserveError, RequestCancelled
 from common.lifecycle import Waterfall
 from common.metrics import RouterMetrics
-from common.types import Request, TokenLogprob
+from common.types import TokenLogprob
+from router.cache.answers import AnswerCache
+from router.cache.control import CacheControl
+from router.cache.flight import TokenSource
+from router.cache.report import CacheReport, headers_of
+from router.choice_text import choice_text
 from router.dispatch import Admission, DispatchEvent
-from router.streaming import ChoiceDelta, ChoiceText
+from router.streaming import ChoiceDelta
 from router.validate import ValidCall
 
 _QUEUED_EVENTS = 64  # of a call with several prompts, while the client is slow
@@ -45,7 +49,8 @@ class Timings:
     """The waterfall of a call's first request, and who served it."""
 
     waterfall: Waterfall
-    decode_worker: str
+    decode_worker: str  # "" = none: the answer was there already, or another request's
+    cache: str  # what the cache did
     cached_tokens: int
     retries: int
 
@@ -78,12 +83,6 @@ class InFlight:
             self.idle.set()
 
 
-class Source(Protocol):
-    """Where the tokens of one call's requests come from: the dispatcher, with whatever stands before it."""
-
-    def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]: ...
-
-
 class Generation:
     """Made per call; `deltas` is iterated once, inside `aclosing`."""
 
@@ -92,7 +91,9 @@ class Generation:
         call: ValidCall,
         *,
         received_s: float,
-        source: Source,
+        source: TokenSource,
+        cache: AnswerCache,
+        cache_control: CacheControl,
         in_flight: InFlight,
         metrics: RouterMetrics,
         clock: Clock,
@@ -100,10 +101,13 @@ class Generation:
         self.call = call
         self._received_s = received_s
         self._source = source
+        self._cache = cache
+        self._cache_control = cache_control
+        self._cache_reports = [CacheReport() for _ in call.requests]
         self._in_flight = in_flight
         self._metrics = metrics
         self._clock = clock
-        self._choices = [self._choice_text(index) for index in range(call.num_choices)]
+        self._choices = [choice_text(call, index) for index in range(call.num_choices)]
         self._admissions: dict[int, Admission] = {}  # by request
         self._first_token_s: float | None = None
         self._last_token_s: dict[int, float] = {}  # by choice
@@ -132,7 +136,13 @@ class Generation:
             worker=admission.started.timings,
         )
         cached_tokens = admission.started.cached_tokens
-        return Timings(waterfall, admission.decode_worker.worker_id, cached_tokens, admission.retries)
+        worker, cache = admission.decode_worker.worker_id, str(self._cache_reports[0].result or "")
+        return Timings(waterfall, worker, cache, cached_tokens, admission.retries)
+
+    @property
+    def cache_headers(self) -> dict[str, str]:
+        """What the cache did, as headers of the answer; there from the first delta on."""
+        return headers_of(self._cache_reports)
 
     def prompt_logprobs(self, request: int) -> tuple[TokenLogprob | None, ...]:
         """One per prompt token, the first is None; empty if they were not asked for. There from the first delta on."""
@@ -168,7 +178,8 @@ class Generation:
         """The events of one request, until its choices need no more."""
         request = self.call.requests[index]
         mine = self._choices[index * request.num_choices : (index + 1) * request.num_choices]
-        async with aclosing(self._source.generate(request)) as events:
+        events_of = self._cache.events(self.call, index, self._cache_control, self._source, self._cache_reports[index])
+        async with aclosing(events_of) as events:
             async for event in events:
                 yield index, event
                 if all(choice.finished for choice in mine):
@@ -224,19 +235,6 @@ class Generation:
                 self._metrics.success_total.labels(self.call.model.name, str(delta.finish_reason)).inc()
             if first or not delta.empty:
                 yield ChoiceDelta(index, delta.text, delta.tokens, delta.finish_reason, delta.stop_reason)
-
-    def _choice_text(self, index: int) -> ChoiceText:
-        plan = self.call.plan
-        request: Request = self.call.requests[index // self.call.requests[0].num_choices]
-        return ChoiceText(
-            index,
-            self.call.model.tokenizer.stream(request.prompt_token_ids, skip_special_tokens=plan.skip_special_tokens),
-            stops=plan.stops,
-            include_stop=plan.include_stop,
-            min_tokens=plan.min_tokens,
-            client_stop_token_ids=plan.client_stop_token_ids,
-            discard_tokens=plan.discard_tokens,
-        )
 
     def _observe_latency(self, model: str) -> None:
         if not all(choice.finished for choice in self._choices) or self._ended_s is None:

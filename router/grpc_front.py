@@ -4,13 +4,13 @@ A message becomes the same body that HTTP parses (absent optionals are left out,
 through the same schemas, validator and generation, and fails with the same errors, as a status with an `ErrorDetail` trailer.
 With `echo` the prompt comes before the first generated text of a choice; its first token has no log-probability: NaN.
 
-The last event of a stream carries usage, and nothing else.
+The last event of a stream carries usage, and nothing else. What the cache did is told in trailing metadata.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from common.types import TokenLogprob
 from common.wire import inference_pb2 as pb
 from common.wire import inference_pb2_grpc
 from router.admission.tenants import Identity
+from router.cache.control import cache_control
 from router.front import Front, request_id_or_new
 from router.generation import Generation
 from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
@@ -45,6 +46,7 @@ class _Call:
 
     request_id: str
     received_s: float
+    metadata: Mapping[str, str] = field(repr=False)
     identity: Identity = field(repr=False)
     priority: str | None
     model: str = ""
@@ -57,17 +59,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.InferenceRequest, context: Context) -> None:
         async with self._call(context, "Generate", request.request_id) as call:
             self._front.admit(call.identity)
+            control = cache_control(lambda name: call.metadata.get(name, ""))
             standing = self._front.standing(call.identity, call.priority)
             caller = Caller(call.request_id, call.identity.tenant.cache_salt, timeout_s=context.time_remaining())
             valid = await self._validated(request, caller)
             call.model = valid.model.name
-            generation = self._front.generation(valid, call.received_s, standing)
+            generation = self._front.generation(valid, call.received_s, standing, control)
             events = _Events(generation, call.request_id)
             # Written, not yielded: a call that the client cancels ends here at once, and closes what is below.
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     await context.write(events.of(delta))
             await context.write(events.last())
+            context.set_trailing_metadata(tuple((name.lower(), value) for name, value in generation.cache_headers.items()))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsReply:
         async with self._call(context, "ListModels", ""):
@@ -116,7 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 async with typed_errors(context):
                     try:
                         identity = await front.keys.identify(metadata.get("authorization"))
-                        call = _Call(request_id, received_s, identity, metadata.get(_PRIORITY))
+                        call = _Call(request_id, received_s, metadata, identity, metadata.get(_PRIORITY))
                         await context.send_initial_metadata(((_REQUEST_ID, request_id),))
                         yield call
                         status = "200"

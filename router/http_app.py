@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PayloadTooLarge, PdserveError, RequestCancelled
 from router.admission.tenants import Standing
+from router.cache.control import CacheControl, cache_control
 from router.chat_format import ChatFormat
 from router.completion_format import CompletionFormat
 from router.event_stream import EventStream, until_disconnect
@@ -30,7 +31,7 @@ from router.http_edge import Edge, Json, error_response
 from router.openai_format import VERSION, Formatter, whole_choices
 from router.openai_format import Json as JsonObject
 from router.registry import ModelView
-from router.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody, parse
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, InvalidateBody, TokenizeBody, parse
 from router.validate import Caller, ValidCall
 
 _BODY_TIMEOUT_S = 30.0
@@ -51,30 +52,34 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         front.admit(request.state.identity)
+        control = _cache_control(request)
         body = parse(ChatBody, await _read_json(request, front))
         request.state.standing = standing(request, body)
-        return await answer(request, await front.validator.chat(body, _caller(request)), ChatFormat)
+        return await answer(request, await front.validator.chat(body, _caller(request)), control, ChatFormat)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         front.admit(request.state.identity)
+        control = _cache_control(request)
         body = parse(CompletionBody, await _read_json(request, front))
         request.state.standing = standing(request, body)
-        return await answer(request, await front.validator.completion(body, _caller(request)), CompletionFormat)
+        return await answer(request, await front.validator.completion(body, _caller(request)), control, CompletionFormat)
 
-    async def answer(request: Request, call: ValidCall, kind: type[ChatFormat] | type[CompletionFormat]) -> Response:
+    async def answer(
+        request: Request, call: ValidCall, control: CacheControl, kind: type[ChatFormat] | type[CompletionFormat]
+    ) -> Response:
         state = request.state
         state.model = call.model.name
         if request.headers.get("x-pdserve-timings") == "1":
             call = replace(call, plan=replace(call.plan, timings=True))
-        generation = front.generation(call, state.received_s, state.standing)
+        generation = front.generation(call, state.received_s, state.standing, control)
         formatter: Formatter = kind(generation, request_id=state.request_id, created_s=int(front.clock.wall_s()))
         timeout_s = front.config.request_timeout_s + _SLOW_CLIENT_S
         if call.plan.stream:
             return EventStream(generation, formatter, timeout_s=timeout_s)
         async with until_disconnect(request.receive, timeout_s), aclosing(generation.deltas()) as stream:
             deltas = [delta async for delta in stream]
-        return Json(formatter.body(whole_choices(deltas, call.num_choices)))
+        return Json(formatter.body(whole_choices(deltas, call.num_choices)), headers=generation.cache_headers)
 
     def standing(request: Request, body: GenerationBody) -> Standing:
         return front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
@@ -89,6 +94,11 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
             if name == model_id:
                 return Json(_model(name, view, front))
         raise ModelNotFound(f"The model {model_id[:256]!r} does not exist.", param="model")
+
+    @app.post("/v1/cache/invalidate")
+    async def invalidate(request: Request) -> Response:
+        body = parse(InvalidateBody, await _read_json(request, front))
+        return Json(await front.invalidate(body, request.state.identity))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -143,6 +153,10 @@ def _caller(request: Request) -> Caller:
     if given is not None and not timeout_s:
         raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds above 0", param=_TIMEOUT_HEADER)
     return Caller(request.state.request_id, request.state.identity.tenant.cache_salt, timeout_s)
+
+
+def _cache_control(request: Request) -> CacheControl:
+    return cache_control(lambda name: ",".join(request.headers.getlist(name)))
 
 
 def _model(name: str, model: ModelView, front: Front) -> JsonObject:

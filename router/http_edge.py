@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 _LIMITED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_COUNTED_PATHS = frozenset({*_LIMITED_PATHS, "/v1/models", "/tokenize", "/detokenize"})
+_COUNTED_PATHS = frozenset({*_LIMITED_PATHS, "/v1/models", "/tokenize", "/detokenize", "/v1/cache/invalidate"})
 
 
 class Json(Response):

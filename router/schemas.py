@@ -213,6 +213,15 @@ class DetokenizeBody(_Body):
     tokens: list[int]
 
 
+class InvalidateBody(_Body):
+    """What the answers that are to be forgotten have in common; of several, each is forgotten by itself."""
+
+    model: str | None = Field(None, min_length=1, max_length=256)
+    tags: list[str] = Field(default_factory=list)
+    tenant: Literal["self"] | None = None
+    id: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+
+
 BodyT = TypeVar("BodyT", bound=_Body)
 
 

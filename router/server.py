@@ -25,11 +25,15 @@ from common.logs import get_logger
 from common.metrics import RouterMetrics
 from common.rpc import cancel_and_wait, start_server
 from common.wire import inference_pb2_grpc, registry_pb2
+from router.cache.answers import AnswerCache
+from router.cache.semantic_port import NoSemantics
 from router.dispatch import Dispatcher
 from router.front import Front
+from router.generation import InFlight
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
 from router.registry import Registry
+from router.store.making import make_store
 
 log = get_logger(__name__)
 
@@ -58,9 +62,27 @@ async def run(
     clock = clock or SystemClock()
     prometheus = CollectorRegistry()
     metrics = RouterMetrics(prometheus)
+    store = make_store(config.cache, cluster_token=cluster_token, clock=clock, metrics=metrics.store)
     registry = Registry(config, manager_address=manager_address, cluster_token=cluster_token, clock=clock)
     dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics)
-    front = Front(config, registry=registry, dispatcher=dispatcher, metrics=metrics, clock=clock)
+    in_flight = InFlight()
+    cache = AnswerCache(
+        config.cache,
+        store=store,
+        semantics=NoSemantics(),
+        clock=clock,
+        metrics=metrics,
+        draining=lambda: in_flight.closed,
+    )
+    front = Front(
+        config,
+        registry=registry,
+        dispatcher=dispatcher,
+        cache=cache,
+        in_flight=in_flight,
+        metrics=metrics,
+        clock=clock,
+    )
     with _bound_socket(config.router) as listener:
         rpc = await start_server(
             lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), server),
@@ -74,6 +96,7 @@ async def run(
             router_id=uuid.uuid4().hex, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()
         )
         watching = asyncio.create_task(registry.run(announcement), name="watch registry")
+        storing = asyncio.create_task(store.run(), name="store")
         following = asyncio.create_task(_follow(registry, front), name="room of workers")
         try:
             async with _http_server(build_app(front, prometheus), listener):
@@ -88,7 +111,10 @@ async def run(
             await cancel_and_wait(following)
             await cancel_and_wait(watching)
             await registry.close()
+            await cache.close()
+            await cancel_and_wait(storing)
             await dispatcher.close()
+            await store.close()
     log.info("router stopped")
 
 

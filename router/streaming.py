@@ -42,6 +42,8 @@ class StopMatcher:
 
     def feed(self, piece: str) -> str:
         """What may be shown now. After a match, everything up to the stop string (or its end, if included)."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:

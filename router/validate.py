@@ -19,6 +19,7 @@ from common.config import RouterConfig
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.tokenizer import Tokenizer
 from common.types import Request, SamplingParams
+from router.sampling_class import SamplingClass
 from router.schemas import ChatBody, ChatMessage, CompletionBody, DetokenizeBody, GenerationBody, Prompt, TokenizeBody
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
@@ -83,6 +84,8 @@ class ValidCall:
     model: ServedModel
     requests: tuple[Request, ...]
     plan: OutputPlan
+    sampling_class: SamplingClass
+    body: GenerationBody  # as the client wrote it
 
     @property
     def num_choices(self) -> int:
@@ -141,7 +144,7 @@ class Validator:
         plan = self._plan(body, logprobs)
         words = await _words(body, model.tokenizer)
         sampling = self._sampling(body, model, words, max_tokens=room if limit is None else limit, logprobs=logprobs)
-        return ValidCall(model, self._requests(model, [prompt], body, [sampling], caller), plan)
+        return self._call(model, [prompt], body, [sampling], plan, caller)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> ValidCall:
         model = await self._directory.model(body.model)
@@ -168,7 +171,7 @@ class Validator:
                 for text in body.prompt
             )
             plan = replace(plan, echo=True, prompt_texts=texts, discard_tokens=discard)
-        return ValidCall(model, self._requests(model, prompts, body, samplings, caller), plan)
+        return self._call(model, prompts, body, samplings, plan, caller)
 
     async def tokenize(self, body: TokenizeBody) -> TokenizedText:
         model = await self._directory.model(body.model)
@@ -236,6 +239,17 @@ class Validator:
             timings=body.pdserve_timings,
         )
 
+    def _call(
+        self,
+        model: ServedModel,
+        prompts: Sequence[tuple[int, ...]],
+        body: GenerationBody,
+        samplings: Sequence[SamplingParams],
+        plan: OutputPlan,
+        caller: Caller,
+    ) -> ValidCall:
+        return ValidCall(model, self._requests(model, prompts, body, samplings, caller), plan, _sampling_class(body), body)
+
     def _requests(
         self,
         model: ServedModel,
@@ -261,6 +275,14 @@ class Validator:
             )
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
         )
+
+
+def _sampling_class(body: GenerationBody) -> SamplingClass:
+    if body.temperature == 0:
+        return SamplingClass.GREEDY
+    if body.seed is not None:
+        return SamplingClass.SEEDED
+    return SamplingClass.SAMPLED if "temperature" in body.model_fields_set else SamplingClass.UNSET
 
 
 def _room(model: ServedModel, prompt: Sequence[int], *, param: str) -> int:

@@ -29,7 +29,9 @@ def draw(timings: dict[str, Any], console: Console) -> None:
         start_ms += duration_ms
     line(f"  {'first token':<17} {' ' * _WIDTH} {timings['ttft_ms']:8.1f} ms", style="default")
     line(f"  {'per token after':<17} {' ' * _WIDTH} {timings['tpot_ms']:8.1f} ms", style="default")
-    if timings["transport"]:
+    if timings["decode_worker"] is None:
+        line(f"  no worker was asked: {timings['cache']}")
+    elif timings["transport"]:
         mib = timings["transfer_bytes"] / 2**20
         road = f"{timings['prefill_worker']} -> {timings['decode_worker']} over {timings['transport']}"
         load = f"{timings['transfer_blocks']} blocks, {mib:.1f} MiB, {timings['transfer_hidden_ms']:.1f} ms of it hidden"

@@ -262,5 +262,9 @@ class Admitted:
         self._gate = gate
         self._standing = standing
 
+    @property
+    def lane(self) -> str:
+        return self._standing.band
+
     def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
         return self._gate.generate(request, self._standing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
+from rich.console import Console
+
+from deploy.commands.waterfall import draw
 
 TIMINGS = {
     "ttft_ms": 40.0,
@@ -105,6 +109,16 @@ def test_the_waterfall_starts_each_stage_where_the_last_one_ended(server: Thread
     assert "40.0 ms" in lines["first token"]
     assert "m/prefill/0 -> m/decode/0 over shm: 6 blocks, 2.0 MiB, 3.5 ms of it hidden; 16 tokens cached" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_an_answer_that_was_there_already_has_a_short_waterfall() -> None:
+    stages = {"router": 2.0, "network": 0.5, "prefill": 0.0}
+    timings = {"stages_ms": stages, "ttft_ms": 2.5, "tpot_ms": 0.0, "transport": None, "decode_worker": None}
+    timings["cache"] = "hit-exact"
+    written = io.StringIO()
+    draw(timings, Console(file=written, width=120))
+    assert written.getvalue().splitlines()[-1].strip() == "no worker was asked: hit-exact"
+    assert "2.5 ms" in written.getvalue()
 
 
 def test_a_conversation_remembers_until_it_is_cleared_and_survives_errors(server: ThreadingHTTPServer) -> None:

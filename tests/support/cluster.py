@@ -83,6 +83,7 @@ def launched(
             }
         ],
         "router": {"http_port": 0, "grpc_port": 0},
+        "cache": {"exact": {"enabled": False}},  # an answer that is given again says nothing about workers
         **(settings or {}),
     }
     path = folder / "config.yaml"

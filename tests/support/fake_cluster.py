@@ -212,6 +212,7 @@ class FakeCluster:
     model_path: Path
     manager: FakeManager
     workers: list[FakeDecodeWorker]
+    fingerprint: str = "f1"
     manager_address: str = ""
     http_url: str = ""
     grpc_address: str = ""
@@ -233,7 +234,13 @@ class FakeCluster:
         return registry_pb2.ClusterSnapshot(
             cluster="test",
             models=[
-                registry_pb2.ModelInfo(name=MODEL, path=str(self.model_path), context_tokens=CONTEXT, created_s=1_700_000_000)
+                registry_pb2.ModelInfo(
+                    name=MODEL,
+                    path=str(self.model_path),
+                    context_tokens=CONTEXT,
+                    created_s=1_700_000_000,
+                    layout_fingerprint=self.fingerprint,
+                )
             ],
             workers=[worker.info(states.get(worker.worker_id, "ready")) for worker in self.workers] + prefill_infos,
         )
@@ -254,9 +261,11 @@ class FakeCluster:
         return found
 
 
-def router_config(**router: Any) -> Config:
+def router_config(*, cache: dict[str, Any] | None = None, **router: Any) -> Config:
+    """Without `cache` equal requests are not taken together: most tests count what reaches the workers."""
     return Config.model_validate(
         {
+            "cache": {"exact": {"enabled": False}} if cache is None else cache,
             "models": [{"name": MODEL, "source": "tiny", "aliases": ("small",)}, {"name": "absent", "source": "absent"}],
             "router": {"http_port": 0, "grpc_port": 0, "request_timeout_s": 20.0, **router},
         }

@@ -283,7 +283,11 @@ async def running_sweep(zygote: Zygote, model_path: Path) -> AsyncIterator[Sweep
     sweep = Sweep(zygote, model_path)
     manager_address = await sweep.start()
     config = Config.model_validate(
-        {"models": [{"name": "tiny", "source": str(model_path)}], "router": {"http_port": 0, "grpc_port": 0}}
+        {
+            "models": [{"name": "tiny", "source": str(model_path)}],
+            "router": {"http_port": 0, "grpc_port": 0},
+            "cache": {"exact": {"enabled": False}},  # an answer that is given again says nothing about workers
+        }
     )
     stop = asyncio.Event()
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -1,0 +1,40 @@
+"""Validated calls without a router, for tests of what names an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.tokenizer import Tokenizer
+from router.cache.digest import AnswerKey, answer_key
+from router.schemas import ChatBody, CompletionBody, parse
+from router.validate import Caller, ServedModel, Validator, ValidCall
+from support.fake_cluster import CONTEXT, MODEL, router_config
+
+
+class OneModel:
+    """A directory of one model under two names."""
+
+    def __init__(self, tokenizer: Tokenizer, fingerprint: str = "f1") -> None:
+        self._tokenizer, self._fingerprint = tokenizer, fingerprint
+
+    async def model(self, name: str) -> ServedModel:
+        return ServedModel("other" if name == "other" else MODEL, self._tokenizer, CONTEXT, 0, self._fingerprint)
+
+
+class Calls:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    async def chat(self, body: dict[str, Any], *, tenant: str = "t", fingerprint: str = "f1", request_id: str = "r") -> ValidCall:
+        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint))
+        return await validator.chat(parse(ChatBody, {"model": MODEL, **body}), Caller(request_id, cache_salt=tenant))
+
+    async def completion(self, body: dict[str, Any], *, tenant: str = "t", fingerprint: str = "f1") -> ValidCall:
+        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint))
+        return await validator.completion(parse(CompletionBody, {"model": MODEL, **body}), Caller("r", cache_salt=tenant))
+
+    async def chat_key(self, body: dict[str, Any], names: tuple[str, ...] = (), **more: Any) -> AnswerKey:
+        return answer_key(await self.chat(body, **more), 0, names)
+
+    async def completion_key(self, body: dict[str, Any], names: tuple[str, ...] = (), **more: Any) -> AnswerKey:
+        return answer_key(await self.completion(body, **more), 0, names)
