@@ -72,6 +72,34 @@ class PrefillConfig(_Part):
     )
 
 
+class SpeculationConfig(_Part):
+    """Guessing tokens ahead and checking several in one step. Answers are the same with it and without."""
+
+    method: Literal["off", "ngram", "draft"] = Field(
+        "ngram",
+        description="ngram: what follows the last tokens wherever they stood before, in prompt, answer or the tenant's answers."
+        " draft: what a small model says.",
+    )
+    max_draft_tokens: int = Field(
+        8, ge=1, le=64, description="Most tokens guessed per sequence and step; how many are tried is measured, not configured."
+    )
+    min_match_tokens: int = Field(2, ge=1, le=16, description="ngram: so many tokens must agree for a guess.")
+    shared_tokens: int = Field(
+        16_384, ge=0, description="ngram: tokens of finished answers to look in, per tenant; 0 = only the request's own."
+    )
+    draft_model: str = Field(
+        "",
+        description="draft: a model with the same tokenizer, named as in `source`; it has to be on this machine.",
+    )
+    draft_kv_pool_tokens: int = Field(16_384, ge=16, description="draft: capacity of the small model's own KV pool, in tokens.")
+
+    @model_validator(mode="after")
+    def _has_a_draft_model(self) -> SpeculationConfig:
+        if self.method == "draft" and not self.draft_model:
+            raise ValueError("method draft needs draft_model")
+        return self
+
+
 class DecodeConfig(_Part):
     replicas: int = Field(1, ge=0, description="Decode workers of this model.")
     max_running: int = Field(64, ge=1, description="Most sequences in one step.")
@@ -85,6 +113,7 @@ class DecodeConfig(_Part):
     )
     local_prefill_tokens: int = Field(32, ge=0, description="auto prefills locally up to so many uncached prompt tokens.")
     watermark_blocks: int = Field(2, ge=0, description="Free blocks kept back for growth when a new request is admitted.")
+    speculation: SpeculationConfig = SpeculationConfig()
 
 
 class ModelConfig(_Part):
@@ -412,6 +441,7 @@ def _known_keys() -> list[str]:
         ModelConfig,
         EngineConfig,
         PrefillConfig,
+        SpeculationConfig,
         DecodeConfig,
         TransferConfig,
         LimitsConfig,

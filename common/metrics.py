@@ -8,6 +8,7 @@ No metric carries a prompt, a request id or an API key.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _TTFT_BUCKETS_S = (
@@ -238,6 +239,9 @@ class WorkerReadings:
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+    drafted_tokens: int
+    accepted_tokens: int
+    steps_by_accepted: tuple[int, ...]
 
 
 class WorkerMetrics:
@@ -298,10 +302,20 @@ class WorkerMetrics:
             ("vllm:num_preemptions", "Sequences that lost their blocks.", now.preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed and checked.", now.drafted_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", now.accepted_tokens),
+            ("pdserve_speculation_wasted_rows", "Rows computed for wrong guesses.", now.drafted_tokens - now.accepted_tokens),
         ):
             counter = CounterMetricFamily(name, text, labels=("model_name", "engine"))
             counter.add_metric(self._values, total)
             yield counter
+        accepted = HistogramMetricFamily(
+            "pdserve_speculation_accepted_tokens", "Right guesses in a step of one sequence.", labels=("model_name", "engine")
+        )
+        totals = tuple(itertools.accumulate(now.steps_by_accepted))
+        buckets = [*((f"{length}.0", total) for length, total in enumerate(totals)), ("+Inf", totals[-1] if totals else 0)]
+        accepted.add_metric(self._values, buckets, now.accepted_tokens)
+        yield accepted
         blocks = GaugeMetricFamily("pdserve_kv_blocks", "KV blocks by state.", labels=("model_name", "engine", "state"))
         for state, count in (
             ("free", now.blocks_free),

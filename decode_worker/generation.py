@@ -14,6 +14,7 @@ Owned by the scheduler, on the engine's thread. It knows neither tensors nor tra
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from common.clock import Clock
 from common.engine.batch import SampleSpec
@@ -22,6 +23,7 @@ from common.engine.token_rules import TokenRules
 from common.errors import IllegalTransition
 from common.lifecycle import Lifecycle, Phase
 from common.types import FinishReason, Request, SampledToken, StageTimings, TokenChunk, TokenLogprob, WorkerRef
+from decode_worker.speculation.proposer import ChoiceKey
 
 
 class ChoiceState(enum.Enum):
@@ -55,27 +57,57 @@ class Choice:
             raise IllegalTransition(f"choice: {self.state.name} -> {state.name}")
         self.state = state
 
-    def next_sample(self) -> SampleSpec:
-        tokens = self.sequence.tokens
-        return SampleSpec.for_next_token(
-            self.generation.request.sampling,
-            choice=self.index,
-            position=len(tokens),
-            rules=None if self._rules is None else self._rules.for_next(tokens),
-        )
+    @property
+    def key(self) -> ChoiceKey:
+        return ChoiceKey(self.generation.request.request_id, self.index)
 
-    def accept(self, sampled: SampledToken) -> TokenChunk:
-        """Appends a sampled token and says what the client is to see of it. The caller acts on `finish_reason`."""
+    @property
+    def most_drafts(self) -> int:
+        """How many guesses the next step may hold: the one draw after the last of them must still be wanted."""
+        return self.generation.request.sampling.max_tokens - self.num_generated - 1
+
+    def next_samples(self, drafts: Sequence[int] = ()) -> tuple[SampleSpec, ...]:
+        """How to draw the next token, and the one after each draft. Fewer, if a draft is one that cannot come or ends the answer:
+        then it and what follows it are no use."""
+        sampling, tokens = self.generation.request.sampling, self.sequence.tokens
+        num_known = len(tokens)
+        specs: list[SampleSpec] = []
+        for place in range(len(drafts) + 1):
+            rules = None if self._rules is None else self._rules.for_next(tokens)
+            specs.append(SampleSpec.for_next_token(sampling, choice=self.index, position=num_known + place, rules=rules))
+            if place == len(drafts) or drafts[place] in sampling.stop_token_ids:
+                break
+            if rules is not None and not rules.allow(drafts[place]):
+                break
+            if self._rules is not None:
+                tokens.append(drafts[place])  # until all rules are known
+        del tokens[num_known:]
+        return tuple(specs)
+
+    def accept(self, sampled: Sequence[SampledToken]) -> TokenChunk:
+        """Appends sampled tokens and says what the client is to see of them. The caller acts on `finish_reason`."""
         sampling = self.generation.request.sampling
-        if sampled.token_id in sampling.stop_token_ids:
-            return TokenChunk(self.index, (), finish_reason=FinishReason.STOP, stop_token_id=sampled.token_id)
-        self.sequence.tokens.append(sampled.token_id)
-        self.num_generated += 1
+        accepted: list[SampledToken] = []
+        finish_reason: FinishReason | None = None
+        stop_token_id: int | None = None
+        if self._rules is not None:
+            self._rules.rewind(len(self.sequence.tokens))  # what was guessed; what comes is counted when it is asked about
+        for token in sampled:
+            if token.token_id in sampling.stop_token_ids:
+                finish_reason, stop_token_id = FinishReason.STOP, token.token_id
+                break
+            accepted.append(token)
+            self.sequence.tokens.append(token.token_id)
+            self.num_generated += 1
+            if self.num_generated >= sampling.max_tokens:
+                finish_reason = FinishReason.LENGTH
+                break
         return TokenChunk(
             self.index,
-            (sampled.token_id,),
-            logprobs=(sampled.logprob,) if sampled.logprob is not None else (),
-            finish_reason=FinishReason.LENGTH if self.num_generated >= sampling.max_tokens else None,
+            tuple(token.token_id for token in accepted),
+            logprobs=tuple(token.logprob for token in accepted if token.logprob is not None),
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
         )
 
 

@@ -8,6 +8,8 @@
 
 Order is by arrival throughout: the oldest is admitted first, the youngest is preempted first, and a preempted sequence waits at
 the head. A step takes one token of every decoding sequence, then chunks of prompts that are prefilled here, under one budget.
+What is left of it goes to drafts: guesses of what follows (`decode_worker.speculation`), which the step checks on the way. They
+take blocks only if nobody has to give any up for them, and give back at once what a wrong guess did not fill.
 
 `schedule` and `complete` alternate; everything else may be called between them. It owns the block manager's references of all
 its sequences. It knows no tensor, no socket, no peer; `StepPlan.copies` is what it asks of memory, `take_events` what it tells.
@@ -31,6 +33,8 @@ from common.lifecycle import Phase
 from common.types import KVLayout, Request, SampledToken, StageTimings, Started, TokenChunk, TokenLogprob, WorkerRef
 from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.generation import Choice, ChoiceState, Generation
+from decode_worker.speculation.proposer import Wanted
+from decode_worker.speculation.speculator import Speculator
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class RemotePrefill:
 class _Share:
     choice: Choice
     count: int
+    num_drafts: int
     is_prompt_end: bool
 
 
@@ -92,11 +97,16 @@ class StepPlan:
 
 
 class DecodeScheduler:
-    def __init__(self, config: DecodeConfig, layout: KVLayout, blocks: BlockManager, clock: Clock) -> None:
+    def __init__(
+        self, config: DecodeConfig, layout: KVLayout, blocks: BlockManager, clock: Clock, speculator: Speculator | None = None
+    ) -> None:
+        """`speculator` is None when nobody guesses."""
         self._config = config
         self._layout = layout
         self._blocks = blocks
         self._clock = clock
+        self._speculator = speculator
+        self._step_started_s = 0.0
         self._generations: dict[str, Generation] = {}
         self._waiting: deque[Choice] = deque()
         self._remote: dict[str, Choice] = {}
@@ -188,35 +198,39 @@ class DecodeScheduler:
         """The next step. Its batch is empty when nothing can be computed now."""
         self._admit()
         budget = max(self._config.step_tokens, len(self._running))
-        shares: list[_Share] = []
-        slices: list[SequenceSlice] = []
-
+        counts: list[tuple[Choice, int]] = []
         for choice in list(self._running):
             if choice.state is ChoiceState.RUNNING and choice.sequence.remaining == 1 and self._make_room(choice):
-                shares.append(self._share(choice, 1, slices))
+                counts.append((choice, 1))
                 budget -= 1
         for choice in self._running:
             count = min(choice.sequence.remaining, budget)
             if choice.sequence.remaining > 1 and count > 0:
-                shares.append(self._share(choice, count, slices))
+                counts.append((choice, count))
                 budget -= count
+        drafts = self._draft(counts, budget)
+        slices: list[SequenceSlice] = []
+        shares = [self._share(choice, count, drafts.get(choice, ()), slices) for choice, count in counts]
 
         copies, self._copies = tuple(self._copies), []
+        self._step_started_s = self._clock.monotonic_s()
         return StepPlan(copies, ScheduledBatch(tuple(slices)), tuple(shares))
 
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
         """Accounts for a computed step, in which every share of the plan is still running."""
+        if self._speculator is not None:
+            self._speculator.observe_step(plan.batch.num_tokens, self._clock.monotonic_s() - self._step_started_s)
         outputs: dict[str, list[TokenChunk]] = {}
         for share, computed in zip(plan.shares, result.slices, strict=True):
             choice, generation = share.choice, share.choice.generation
-            choice.sequence.advance(share.count, self._blocks)
-            self.totals.computed_tokens += share.count
+            if not computed.tokens or share.is_prompt_end:
+                self._advance(choice, share.count)
             if not generation.prompt_in_kv:
                 generation.prompt_logprobs.extend(computed.prompt_logprobs)
                 if share.is_prompt_end:
                     self._begin_decoding(generation, computed.tokens)
             elif computed.tokens:
-                chunk = self._accept(choice, computed.tokens[0])
+                chunk = self._accept(choice, computed.tokens, share)
                 outputs.setdefault(generation.request.request_id, []).append(chunk)
         for request_id, chunks in outputs.items():
             self._emit(self._generations[request_id], None, chunks)
@@ -289,13 +303,43 @@ class DecodeScheduler:
             error = NoWorkerAvailable("no prefill worker can be reached", retry_after_s=1.0)
             self._events.append(Failed(generation.request.request_id, error))
 
-    def _share(self, choice: Choice, count: int, slices: list[SequenceSlice]) -> _Share:
+    def _draft(self, counts: Sequence[tuple[Choice, int]], spare_rows: int) -> dict[Choice, Sequence[int]]:
+        """Guesses for those that decode, as far as there are rows and blocks that nobody needs."""
+        decoding = [choice for choice, _ in counts if choice.sequence.remaining == 1 and choice.generation.prompt_in_kv]
+        if self._speculator is None or not decoding:
+            return {}
+        wanted = [
+            Wanted(choice.key, request.cache_salt, choice.sequence.tokens, request.sampling, choice.most_drafts)
+            for choice in decoding
+            for request in (choice.generation.request,)
+        ]
+        offered = self._speculator.draft(wanted, num_rows=sum(count for _, count in counts), most_rows=spare_rows)
+        drafts: dict[Choice, Sequence[int]] = {}
+        for choice, draft in zip(decoding, offered, strict=True):
+            taken = draft[: max(0, min(choice.most_drafts, spare_rows, self._room_for_drafts(choice)))]
+            if taken:
+                sequence = choice.sequence
+                missing = sequence.missing_blocks(len(sequence.tokens) + len(taken))
+                sequence.blocks.extend(self._blocks.allocate(missing))
+                drafts[choice] = taken
+                spare_rows -= len(taken)
+        return drafts
+
+    def _room_for_drafts(self, choice: Choice) -> int:
+        """Tokens that fit behind the choice's last one without taking a block from anybody."""
+        sequence = choice.sequence
+        spare = max(0, self._blocks.num_available - self._config.watermark_blocks)
+        return (len(sequence.blocks) + spare) * self._layout.block_tokens - len(sequence.tokens)
+
+    def _share(self, choice: Choice, count: int, drafts: Sequence[int], slices: list[SequenceSlice]) -> _Share:
         generation, sequence = choice.generation, choice.sequence
         if not generation.prompt_in_kv and generation.lifecycle.phase is Phase.RESERVED:
             generation.lifecycle.enter(Phase.PREFILLING)
         at_end = count == sequence.remaining
         if generation.prompt_in_kv:
-            slices.append(sequence.slice(count, (choice.next_sample(),) if at_end else ()))
+            samples = choice.next_samples(drafts) if at_end else ()
+            drafts = drafts[: max(0, len(samples) - 1)]
+            slices.append(sequence.slice(count, samples, drafts=drafts))
         else:
             slices.append(
                 sequence.slice(
@@ -304,7 +348,7 @@ class DecodeScheduler:
                     prompt_logprobs=generation.request.sampling.prompt_logprobs,
                 )
             )
-        return _Share(choice, count, is_prompt_end=at_end and not generation.prompt_in_kv)
+        return _Share(choice, count, len(drafts), is_prompt_end=at_end and not generation.prompt_in_kv)
 
     def _make_room(self, choice: Choice) -> bool:
         """A block for the choice's next token, at the cost of younger ones. False: the choice itself was preempted."""
@@ -343,7 +387,7 @@ class DecodeScheduler:
         else:
             generation.timings = generation.local_timings()
         self._fork(generation)
-        chunks = [self._accept(choice, token) for choice, token in zip(list(generation.choices), first_tokens, strict=True)]
+        chunks = [self._accept(choice, (token,)) for choice, token in zip(list(generation.choices), first_tokens, strict=True)]
         reported: tuple[TokenLogprob | None, ...] = (
             (None, *generation.prompt_logprobs) if generation.wants_prompt_logprobs else ()
         )
@@ -374,9 +418,23 @@ class DecodeScheduler:
             choice.enter(ChoiceState.RUNNING)
             self._enlist(choice)
 
-    def _accept(self, choice: Choice, token: SampledToken) -> TokenChunk:
-        chunk = choice.accept(token)
-        self.totals.generated_tokens += 1
+    def _advance(self, choice: Choice, count: int) -> None:
+        choice.sequence.advance(count, self._blocks)
+        self.totals.computed_tokens += count
+
+    def _accept(self, choice: Choice, tokens: Sequence[SampledToken], share: _Share | None = None) -> TokenChunk:
+        """What was drawn becomes part of the answer; `share` is the choice's part of the step, unless its prompt was computed."""
+        chunk = choice.accept(tokens)
+        sequence, num_said = choice.sequence, len(chunk.token_ids)
+        self.totals.generated_tokens += num_said + (chunk.stop_token_id is not None)
+        if share is not None:
+            num_right = min(len(tokens) - 1, num_said)  # drafts that the sequence now has, and whose KV is in place
+            self._advance(choice, share.count + num_right)
+            self._blocks.release(sequence.trim(len(sequence.tokens)))
+            if share.num_drafts:
+                self.totals.drafted(share.num_drafts, num_right)
+            if self._speculator is not None:
+                self._speculator.settle(choice.key, [token.token_id for token in tokens])
         if chunk.finish_reason is not None:
             self._finish(choice)
         return chunk
@@ -404,6 +462,10 @@ class DecodeScheduler:
         if choice.state is not ChoiceState.FINISHED:
             self._give_back(choice)
             choice.enter(ChoiceState.FINISHED)
+            if self._speculator is not None:
+                request = choice.generation.request
+                num_given = request.num_prompt_tokens - request.num_resumed_tokens
+                self._speculator.end(choice.key, request.cache_salt, choice.sequence.tokens, num_given)
 
     def _give_back(self, choice: Choice) -> None:
         """The choice's blocks, and with them the copies that were still to be made into them."""

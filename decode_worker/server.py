@@ -25,6 +25,7 @@ from common.worker import WorkerSpec
 from decode_worker.handoff import DecodeHandoff, PoolMemory
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from decode_worker.scheduler import DecodeScheduler, Event
+from decode_worker.speculation.choice import create_speculator
 from decode_worker.streams import DecodeStreams
 
 _log = get_logger(__name__)
@@ -48,7 +49,15 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         engine = await host.load(memory.allocate)
         if memory.region is None:
             raise StartupError("the engine did not take the shared memory for its pool")
-        self._scheduler = scheduler = DecodeScheduler(spec.model.decode, engine.layout, engine.blocks, self._clock)
+        speculator = await asyncio.to_thread(
+            create_speculator,
+            spec.model.decode.speculation,
+            self._clock,
+            engine=spec.model.engine,
+            threads=spec.threads,
+            tokenizer_digest=engine.layout.tokenizer_digest,
+        )
+        self._scheduler = scheduler = DecodeScheduler(spec.model.decode, engine.layout, engine.blocks, self._clock, speculator)
         self._loop = loop = EngineLoop[Event](Core(engine, scheduler, host.metrics, self._clock), name="engine")
         self._handoff = DecodeHandoff(
             spec,

@@ -7,7 +7,15 @@ prefill or decode phase in here: each sequence has tokens, some of them already 
                0         start                start + len(token_ids)
 
 Decode is the case of one token at the end; a chunk of a prompt is the case of many. A slice samples iff `samples` is not empty,
-and then from the logits of its last token. Nothing here owns memory: block tables name blocks that the block manager owns, and
+and then from the logits of its last token.
+
+Speculation is the case of a token and guesses of what follows it, the drafts. One token is drawn after each of them, and a draft
+that equals the draw before it was right; so a slice gives its draws up to the first that differs, which is itself the next token:
+
+    token_ids   last token | draft 0 | draft 1 | draft 2        num_drafts = 3, four samples
+    draws       = draft 0    = draft 1  another                 three tokens; the KV of draft 2 is worthless
+
+Nothing here owns memory: block tables name blocks that the block manager owns, and
 the scheduler guarantees that `block_table` covers `start + len(token_ids)` tokens and no two slices write one block.
 """
 
@@ -74,6 +82,7 @@ class SequenceSlice:
     next_token_ids: Sequence[
         int
     ] = ()  # with prompt_logprobs: the tokens whose log-probability is reported, one per position that has one
+    num_drafts: int = 0  # so many of token_ids, at their end, are guesses; there is one sample more
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,7 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True)
 class SliceResult:
-    tokens: tuple[SampledToken, ...] = ()  # one per SampleSpec
+    tokens: tuple[SampledToken, ...] = ()  # one per SampleSpec; with drafts, up to the first that is not the draft
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one per next_token_id
 
 

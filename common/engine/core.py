@@ -10,7 +10,7 @@ neither requests nor gRPC nor KV transfer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from common.clock import Clock
@@ -29,6 +29,16 @@ class SchedulerTotals:
     prefix_hits: int = 0  # of them found
     computed_tokens: int = 0  # tokens written to KV here
     generated_tokens: int = 0  # tokens drawn here
+    drafted_tokens: int = 0  # rows that were spent on guesses
+    accepted_tokens: int = 0  # guesses that were right, and were used
+    steps_by_accepted: list[int] = field(default_factory=list)  # steps of a sequence that had drafts, by how many were right
+
+    def drafted(self, num_drafts: int, num_accepted: int) -> None:
+        self.drafted_tokens += num_drafts
+        self.accepted_tokens += num_accepted
+        while len(self.steps_by_accepted) <= num_accepted:
+            self.steps_by_accepted.append(0)
+        self.steps_by_accepted[num_accepted] += 1
 
 
 class Plan(Protocol):

@@ -215,4 +215,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             preemptions=totals.preemptions,
             prefix_queries=totals.prefix_queries,
             prefix_hits=totals.prefix_hits,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
+            steps_by_accepted=tuple(totals.steps_by_accepted),
         )

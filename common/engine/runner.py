@@ -2,8 +2,9 @@
 
     batch -> step input -> model forward (KV goes to the pool) -> logits of the rows that need them -> tokens, log-probabilities
 
-Rows that need logits are the last row of a slice that samples, and every row whose next token's log-probability was asked for;
-the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary floats at once.
+Rows that need logits are the last row of a slice that samples, the rows of its drafts, and every row whose next token's
+log-probability was asked for; the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary
+floats at once.
 
 One thread uses a runner. It trusts the scheduler about blocks, and it knows neither requests nor who shares what.
 """
@@ -15,12 +16,13 @@ from typing import Protocol
 import torch
 
 from common.engine.attention import create_attention
-from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
-from common.engine.sampler import report_logprobs, sample
+from common.engine.sampler import report_logprobs
 from common.engine.step_input import StepBuffers, StepInput
+from common.engine.verification import draw, num_sampled_rows
 from common.errors import EngineFailure
 from common.types import SampledToken, TokenLogprob
 
@@ -82,19 +84,13 @@ class ModelRunner:
         return step, self._model.forward(step, self._pool, self._attention, layer_done)
 
     def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
-        specs: list[SampleSpec] = []
         rows: list[int] = []
-        row_of_spec: list[int] = []
         for item, span in zip(batch.slices, step.spans, strict=True):
-            if item.samples:
-                rows.append(span.first_row + span.num_rows - 1)
-                specs.extend(item.samples)
-                row_of_spec.extend([len(rows) - 1] * len(item.samples))
-        if not specs:
+            end = span.first_row + span.num_rows
+            rows.extend(range(end - num_sampled_rows(item), end))
+        if not rows:
             return [() for _ in batch.slices]
-        logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
-        drawn = iter(sample(logits, specs, row_of_spec))
-        return [tuple(next(drawn) for _ in item.samples) for item in batch.slices]
+        return draw(self._model.logits(hidden[torch.tensor(rows, device=hidden.device)]), batch.slices)
 
     def _prompt_logprobs(self, item: SequenceSlice, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
         if item.prompt_logprobs is None:
@@ -113,3 +109,5 @@ def _check(batch: ScheduledBatch) -> None:
             raise EngineFailure("a scheduled slice has no tokens")
         if len(item.next_token_ids) > len(item.token_ids):
             raise EngineFailure("a scheduled slice asks for more prompt log-probabilities than it has tokens")
+        if item.num_drafts and not item.num_drafts + 1 == len(item.samples) <= len(item.token_ids):
+            raise EngineFailure("a scheduled slice with drafts does not sample once after each and before the first")

@@ -138,13 +138,13 @@ def _among_best(values: npt.NDArray[np.floating[Any]], last: float, count: int) 
 def _argmax(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
     if logits.device.type == "cpu":  # numpy is ten times as fast here; where the two meet NaN, both say where it is
         on_host = logits.numpy()
-        token_ids = [int(token_id) for token_id in on_host.argmax(axis=-1)]
-        best = [float(row[token_id]) for row, token_id in zip(on_host, token_ids, strict=True)]
+        token_ids = {row: int(on_host[row].argmax()) for row in set(rows)}
+        best = {row: float(on_host[row, token_id]) for row, token_id in token_ids.items()}
     else:
         values, found = logits.max(dim=-1)
         # One copy; token ids are exact in fp64.
-        best, places = torch.stack((values.double(), found.double())).tolist()
-        token_ids = [int(place) for place in places]
+        all_best, places = torch.stack((values.double(), found.double())).tolist()
+        best, token_ids = dict(enumerate(all_best)), {row: int(place) for row, place in enumerate(places)}
     _check_finite([best[row] for row in rows])
     return [token_ids[row] for row in rows]
 

@@ -54,21 +54,30 @@ class PagedSequence:
         count: int,
         samples: tuple[SampleSpec, ...] = (),
         *,
+        drafts: Sequence[int] = (),
         prompt_logprobs: int | None = None,
     ) -> SequenceSlice:
-        """The next `count` tokens as a share of a step."""
+        """The next `count` tokens as a share of a step; `drafts` are guesses of what follows the last token there is."""
         start, end = self.num_computed, self.num_computed + count
         return SequenceSlice(
-            token_ids=self.tokens[start:end],
+            token_ids=[*self.tokens[start:end], *drafts],
             start=start,
-            block_table=self.blocks[: num_blocks(end, self._block_tokens)],
+            block_table=self.blocks[: num_blocks(end + len(drafts), self._block_tokens)],
             samples=samples,
+            num_drafts=len(drafts),
             prompt_logprobs=prompt_logprobs,
             next_token_ids=self.tokens[start + 1 : end + 1] if prompt_logprobs is not None else (),
         )
 
+    def trim(self, num_tokens: int) -> list[int]:
+        """Gives the references to the blocks back to the caller that it does not take to hold `num_tokens` tokens."""
+        kept = num_blocks(num_tokens, self._block_tokens)
+        self.blocks, spare = self.blocks[:kept], self.blocks[kept:]
+        return spare
+
     def advance(self, count: int, manager: BlockManager) -> None:
-        """After a step computed `count` more tokens: full blocks become findable by their content."""
+        """After a step computed `count` more tokens: full blocks become findable by their content. Only what is in `tokens`
+        counts: the KV of a draft that was wrong is written over by the next step, before anybody reads it."""
         self.num_computed += count
         while (self._num_hashed + 1) * self._block_tokens <= self.num_computed:
             start = self._num_hashed * self._block_tokens

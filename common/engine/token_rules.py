@@ -3,8 +3,9 @@
     Request --TokenRules.of--> TokenRules, one per choice --for_next(tokens)--> RowRules, one per draw --> logit_rules
 
 A `RowRules` is a pure function of the request and of the sequence's tokens. What a `TokenRules` keeps between calls, how often it
-has seen each token, is a cache of that function and only grows with the sequence: a choice that was preempted, forked, moved
-to another worker, or whose first token was drawn elsewhere, counts the same tokens again and comes to the same rules.
+has seen each token, is a cache of that function: a choice that was preempted, forked, moved to another worker, or whose first
+token was drawn elsewhere, counts the same tokens again and comes to the same rules. It may be asked about tokens that are only
+guessed; `rewind` then makes it forget those that did not come.
 
 Requests that ask for none of this have no `TokenRules`. It knows neither logits nor tensors.
 """
@@ -52,9 +53,15 @@ class RowRules:
     allowed_token_ids: Ids | None = None  # each once; None = all
     banned_token_ids: Ids = field(default_factory=lambda: _NO_IDS)
 
+    def allow(self, token_id: int) -> bool:
+        """Whether this token may come. Used to find guesses that are wrong for sure; what is drawn is decided over logits."""
+        allowed = self.allowed_token_ids
+        return not (self.banned_token_ids == token_id).any() and (allowed is None or bool((allowed == token_id).any()))
+
 
 class TokenRules:
-    """The rules of one choice. Owned by whoever owns the choice; calls of `for_next` are in the order of the sequence."""
+    """The rules of one choice. Owned by whoever owns the choice; calls of `for_next` are in the order of the sequence, which
+    `rewind` shortens."""
 
     def __init__(self, request: Request) -> None:
         sampling = request.sampling
@@ -110,6 +117,12 @@ class TokenRules:
             return None
         return RowRules(self._bias, penalties, allowed, banned)
 
+    def rewind(self, num_tokens: int) -> None:
+        """Only the first `num_tokens` of the tokens that it was asked about are still in the sequence. Rules that were given out
+        for later places must not be used any more."""
+        if self._seen is not None:
+            self._seen.rewind(num_tokens)
+
     def _completing(self, tokens: Sequence[int], num_generated: int) -> list[int]:
         """The tokens that would complete a bad word of several tokens, all of them generated."""
         return [
@@ -143,23 +156,33 @@ class _Seen:
         self._token_ids = np.concatenate((distinct, np.zeros(64, dtype=np.int64)))
         self._counts = np.zeros(len(self._token_ids), dtype=np.float32)
         self._place = {token_id: place for place, token_id in enumerate(distinct.tolist())}
-        self._num_counted = len(prompt)
+        self._num_given = len(distinct)
+        self._num_prompt_tokens = len(prompt)
+        self._counted: list[int] = []  # the places of the generated tokens, in order
 
     @property
     def token_ids(self) -> Ids:
-        return self._token_ids[: self.size]  # never changes: what was appended stays
+        return self._token_ids[: self.size]  # does not change while the sequence grows: what was appended stays
 
     @property
     def counts(self) -> Values:
         return self._counts[: self.size].copy()
 
     def count_up_to(self, tokens: Sequence[int]) -> None:
-        for token_id in tokens[self._num_counted :]:
+        for token_id in tokens[self._num_prompt_tokens + len(self._counted) :]:
             place = self._place.get(token_id)
             if place is None:
                 place = self._append(token_id)
             self._counts[place] += 1
-        self._num_counted = len(tokens)
+            self._counted.append(place)
+
+    def rewind(self, num_tokens: int) -> None:
+        while self._counted and self._num_prompt_tokens + len(self._counted) > num_tokens:
+            place = self._counted.pop()
+            self._counts[place] -= 1
+            if self._counts[place] == 0 and place >= self._num_given:  # then it was appended last
+                self.size -= 1
+                del self._place[int(self._token_ids[place])]
 
     def _append(self, token_id: int) -> int:
         if self.size == len(self._token_ids):

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.blocks import num_blocks as blocks_for
 from common.blocks import root_hash
 from common.clock import ManualClock
 from common.config import DecodeConfig
-from common.engine.batch import ForwardResult, SliceResult
+from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
 from common.engine.block_manager import BlockManager
 from common.errors import Overloaded, WorkerLost
 from common.types import FinishReason, KVLayout, Request, SampledToken, SamplingParams, StageTimings, WorkerRef
 from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.scheduler import DecodeScheduler, Failed, Output, RemotePrefill, RemotePrefillWanted, StepPlan
+from decode_worker.speculation.proposer import ChoiceKey, Wanted
 
 BLOCK_TOKENS = 4
 LAYOUT = KVLayout("m", "t", 1, 1, 8, BLOCK_TOKENS, "float32", True)
@@ -36,13 +38,48 @@ def expected_output(prompt: Sequence[int], choice: int, count: int) -> list[int]
     return tokens[len(prompt) :]
 
 
+class Guessing:
+    """A speculator that is right as often as it is told, and pays no heed to what fits."""
+
+    def __init__(self, seed: int, *, right: float, longest: int) -> None:
+        self._random = random.Random(seed)
+        self._right = right
+        self._longest = longest
+        self.known: set[ChoiceKey] = set()
+        self.ended: list[ChoiceKey] = []
+
+    def draft(self, wanted: Sequence[Wanted], *, num_rows: int, most_rows: int) -> list[Sequence[int]]:
+        assert num_rows >= len(wanted)
+        assert most_rows >= 0
+        self.known.update(item.key for item in wanted)
+        return [self._guess(item) for item in wanted]
+
+    def _guess(self, item: Wanted) -> list[int]:
+        guess: list[int] = []
+        for _ in range(self._random.randint(0, self._longest)):
+            right = next_token([*item.tokens, *guess], item.key.choice)
+            guess.append(right if self._random.random() < self._right else self._random.randrange(10, 1000))
+        return guess
+
+    def settle(self, key: ChoiceKey, came: Sequence[int]) -> None:
+        assert key in self.known or came
+        assert key not in self.ended
+
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        assert num_rows > 0
+
+    def end(self, key: ChoiceKey, salt: str, tokens: Sequence[int], num_prompt_tokens: int) -> None:
+        self.ended.append(key)
+
+
 class Driver:
     """Runs a scheduler with the fake model; keeps, per block, which tokens were written to it, as real KV would."""
 
-    def __init__(self, config: DecodeConfig, num_blocks: int) -> None:
+    def __init__(self, config: DecodeConfig, num_blocks: int, guessing: Guessing | None = None) -> None:
         self.clock = ManualClock()
         self.blocks = BlockManager(num_blocks, BLOCK_TOKENS, lambda salt: root_hash(LAYOUT.fingerprint, salt))
-        self.scheduler = DecodeScheduler(config, LAYOUT, self.blocks, self.clock)
+        self.scheduler = DecodeScheduler(config, LAYOUT, self.blocks, self.clock, guessing)
+        self.guessing = guessing
         self.memory: dict[int, list[int]] = {block: [0] * BLOCK_TOKENS for block in range(num_blocks)}
         self.outputs: dict[str, dict[int, list[int]]] = {}
         self.finished: dict[str, dict[int, FinishReason]] = {}
@@ -63,18 +100,31 @@ class Driver:
         results = []
         for item in plan.batch.slices:
             context = self._read(item.block_table, item.start) + list(item.token_ids)
+            assert len(item.block_table) == blocks_for(len(context), BLOCK_TOKENS)
             for offset, token in enumerate(item.token_ids):
                 place = (item.block_table[(item.start + offset) // BLOCK_TOKENS], (item.start + offset) % BLOCK_TOKENS)
                 assert place not in written, "two slices write one slot"
                 written.add(place)
                 self.memory[place[0]][place[1]] = token
-            results.append(SliceResult(tuple(SampledToken(next_token(context, spec.choice)) for spec in item.samples)))
-            for spec in item.samples:
-                assert spec.position == len(context)
+            results.append(SliceResult(tuple(self._drawn(item, context))))
         if plan.batch.slices:
             self.scheduler.complete(plan, ForwardResult(tuple(results)))
+            for share in plan.shares:
+                sequence = share.choice.sequence
+                assert len(sequence.blocks) <= blocks_for(len(sequence.tokens), BLOCK_TOKENS), "a block for drafts was kept"
         self._take_events()
         return bool(plan.batch.slices)
+
+    def _drawn(self, item: SequenceSlice, context: list[int]) -> list[SampledToken]:
+        drawn: list[SampledToken] = []
+        assert not item.num_drafts or len(item.samples) == item.num_drafts + 1
+        for place, spec in enumerate(item.samples):
+            known = context[: len(context) - item.num_drafts + place] if item.num_drafts else context
+            assert spec.position == len(known)
+            drawn.append(SampledToken(next_token(known, spec.choice)))
+            if place < item.num_drafts and drawn[-1].token_id != context[len(known)]:
+                break
+        return drawn
 
     def _read(self, table: Sequence[int], count: int) -> list[int]:
         return [self.memory[table[index // BLOCK_TOKENS]][index % BLOCK_TOKENS] for index in range(count)]
@@ -113,6 +163,9 @@ class Driver:
         assert self.blocks.num_in_transfer == 0
         assert self.scheduler.num_running == 0
         assert self.scheduler.num_waiting == 0
+        if self.guessing is not None:
+            assert len(set(self.guessing.ended)) == len(self.guessing.ended)
+            assert self.guessing.known <= set(self.guessing.ended)
 
 
 def make_request(
@@ -124,14 +177,17 @@ def make_request(
 def assert_right(driver: Driver, request: Request) -> None:
     for choice in range(request.num_choices):
         expected = expected_output(request.prompt_token_ids, choice, request.sampling.max_tokens)
-        assert driver.outputs[request.request_id][choice] == expected
-        assert driver.finished[request.request_id][choice] is FinishReason.LENGTH
+        stop = next((place for place, token in enumerate(expected) if token in request.sampling.stop_token_ids), None)
+        assert driver.outputs[request.request_id][choice] == expected[:stop]
+        reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
+        assert driver.finished[request.request_id][choice] is reason
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObject) -> None:
-    """Random prompts (with shared prefixes), choices, remote prefills that succeed, fail or hang, aborts, a small pool."""
+    """Random prompts (with shared prefixes), choices, remote prefills that succeed, fail or hang, aborts, a small pool, and
+    perhaps somebody who guesses: well, badly, and more than fits."""
     config = DecodeConfig(
         local_prefill=data.draw(st.sampled_from(["auto", "always"])),
         local_prefill_tokens=data.draw(st.integers(0, 6)),
@@ -139,7 +195,11 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
         max_running=data.draw(st.integers(1, 6)),
         watermark_blocks=data.draw(st.integers(0, 2)),
     )
-    driver = Driver(config, num_blocks=data.draw(st.integers(12, 40)))
+    guessing = None
+    if data.draw(st.booleans()):
+        right = data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+        guessing = Guessing(data.draw(st.integers(0, 1000)), right=right, longest=data.draw(st.sampled_from([1, 4, 20])))
+    driver = Driver(config, num_blocks=data.draw(st.integers(12, 40)), guessing=guessing)
     shared = list(range(100, 120))
     aborted: set[str] = set()
     undrained: list[tuple[int, ...]] = []
@@ -151,9 +211,9 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
             prompt = [*shared[: data.draw(st.integers(0, 16))], *range(200 + number, 200 + number + length)][:24]
             candidates = (PREFILL,) * data.draw(st.integers(0, 2))
             choices = data.draw(st.sampled_from([1, 1, 1, 2, 3]))
-            driver.submit(
-                make_request(str(number), prompt, max_tokens=data.draw(st.integers(1, 10)), choices=choices), candidates
-            )
+            longest = data.draw(st.integers(1, 10))
+            stop = (expected_output(prompt, 0, longest)[-1],) if data.draw(st.integers(0, 4)) == 0 else ()
+            driver.submit(make_request(str(number), prompt, max_tokens=longest, choices=choices, stop=stop), candidates)
             number += 1
         elif action == "step":
             driver.step()
@@ -215,6 +275,93 @@ def test_decodes_come_before_prompt_chunks_and_the_budget_holds() -> None:
     assert [len(item.token_ids) for item in plan.batch.slices] == [1, 5]
     assert plan.batch.slices[0].samples
     assert not plan.batch.slices[1].samples
+
+
+def run_alone(driver: Driver, request: Request) -> list[int]:
+    """The tokens computed in each step, until the request is done."""
+    driver.submit(request)
+    rows: list[int] = []
+    while not driver.scheduler.is_idle:
+        before = driver.scheduler.totals.computed_tokens
+        assert driver.step()
+        rows.append(driver.scheduler.totals.computed_tokens - before)
+    return rows
+
+
+def test_right_guesses_make_few_steps_and_wrong_ones_none_more() -> None:
+    request = make_request("a", range(10, 20), max_tokens=13)
+    for right, steps in ((1.0, 4), (0.0, 13)):
+        guessing = Guessing(0, right=right, longest=3)
+        guessing._random.randint = lambda low, high: high  # type: ignore[method-assign]
+        driver = Driver(DecodeConfig(local_prefill="always"), num_blocks=32, guessing=guessing)
+        # The prompt gives one token; then each step three right guesses and the draw after them.
+        assert len(run_alone(driver, request)) == steps
+        assert_right(driver, request)
+        totals = driver.scheduler.totals
+        assert totals.computed_tokens == 10 + 12, "wrong guesses do not count as computed"
+        assert totals.generated_tokens == 13
+        assert totals.accepted_tokens == (9 if right else 0)
+        assert totals.drafted_tokens == (9 if right else 3 * 9 + 2 + 1)  # never more than could still be said
+        assert totals.steps_by_accepted == ([0, 0, 0, 3] if right else [11])
+        driver.assert_idle()
+
+
+def test_a_draft_takes_no_block_from_anybody() -> None:
+    """Three sequences whose ends need the whole pool: with the worst of guesses nobody is preempted, as without any."""
+    for guessing in (None, Guessing(3, right=0.0, longest=40), Guessing(3, right=1.0, longest=40)):
+        driver = Driver(DecodeConfig(local_prefill="always", watermark_blocks=0), num_blocks=3 * 5, guessing=guessing)
+        work = [make_request(str(number), range(10 * number + 10, 10 * number + 17), max_tokens=13) for number in range(3)]
+        for request in work:
+            driver.submit(request)
+        while driver.step():
+            pass
+        assert driver.scheduler.totals.preemptions == 0
+        for request in work:
+            assert_right(driver, request)
+        driver.assert_idle()
+
+
+def test_drafts_leave_the_watermark_alone_and_prompts_their_rows() -> None:
+    config = DecodeConfig(local_prefill="always", step_tokens=8, watermark_blocks=4)
+    driver = Driver(config, num_blocks=6, guessing=Guessing(1, right=0.0, longest=400))
+    driver.guessing._random.randint = lambda low, high: high  # type: ignore[union-attr, method-assign]
+    driver.submit(make_request("a", range(10, 13), max_tokens=14))
+    driver.step()
+    # One block is full with the first token; behind it are five, four of which stay free.
+    plan = driver.scheduler.schedule()
+    assert [(len(item.token_ids), item.num_drafts) for item in plan.batch.slices] == [(5, 4)]
+    roomy = Driver(config, num_blocks=60, guessing=driver.guessing)
+    roomy.submit(make_request("a", range(10, 13), max_tokens=30))
+    roomy.step()
+    roomy.submit(make_request("b", range(20, 24)))
+    plan = roomy.scheduler.schedule()
+    assert [(len(item.token_ids), item.num_drafts) for item in plan.batch.slices] == [(4, 3), (4, 0)]
+
+
+def test_what_a_wrong_guess_left_is_never_found_by_others() -> None:
+    """Blocks are registered with what was said, also when a wrong guess had filled them before."""
+    driver = Driver(DecodeConfig(local_prefill="always"), num_blocks=64, guessing=Guessing(5, right=0.6, longest=11))
+    first = make_request("a", range(10, 19), max_tokens=30)
+    run_alone(driver, first)
+    whole = [*first.prompt_token_ids, *expected_output(first.prompt_token_ids, 0, 30)]
+    for name, length in (("b", 20), ("c", 28), ("d", 38)):
+        again = make_request(name, whole[:length], max_tokens=20)
+        before = driver.scheduler.totals.prefix_hits
+        run_alone(driver, again)
+        assert driver.scheduler.totals.prefix_hits - before == (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert_right(driver, again)
+
+
+def test_a_guess_ends_where_the_answer_would() -> None:
+    """What stands behind a stop token in a guess is not computed."""
+    prompt = list(range(10, 20))
+    said = expected_output(prompt, 0, 6)
+    driver = Driver(DecodeConfig(local_prefill="always"), num_blocks=32, guessing=Guessing(1, right=1.0, longest=8))
+    driver.guessing._random.randint = lambda low, high: high  # type: ignore[union-attr, method-assign]
+    driver.submit(make_request("a", prompt, max_tokens=20, stop=(said[3],)))
+    driver.step()
+    plan = driver.scheduler.schedule()
+    assert list(plan.batch.slices[0].token_ids) == said[:3]
 
 
 def test_quarantined_blocks_are_not_handed_out_until_drained() -> None:

@@ -155,6 +155,39 @@ def test_what_was_counted_step_by_step_is_what_is_counted_anew(
     assert torch.equal(changed(row, rest.for_next([*prompt, *answer])), step)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    sampling=params,
+    prompt=prompts,
+    steps=st.lists(st.tuples(st.lists(texts, max_size=5), st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=6),
+)
+def test_what_was_only_guessed_is_forgotten(
+    sampling: SamplingParams, prompt: list[int], steps: list[tuple[list[int], list[int]]]
+) -> None:
+    """Asked about guesses, at every place, and rewound to what came: the same rules as if nobody had guessed."""
+    rules = TokenRules.of(request(sampling, prompt))
+    assume(rules is not None)
+    row = torch.linspace(-3.0, 3.0, VOCAB)
+    answer: list[int] = []
+    for guess, came in steps:
+        for count in range(len(guess) + 1):
+            guessed = [*answer, *guess[:count]]
+            ruled = changed(row, rules.for_next([*prompt, *guessed]))
+            assert torch.equal(ruled, changed(row, rules_after(sampling, prompt, guessed)))
+        rules.rewind(len(prompt) + len(answer))
+        answer += came
+    assert torch.equal(changed(row, rules.for_next([*prompt, *answer])), changed(row, rules_after(sampling, prompt, answer)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sampling=params, prompt=prompts, answer=answers)
+def test_whether_a_token_may_come_is_what_the_logits_say(sampling: SamplingParams, prompt: list[int], answer: list[int]) -> None:
+    rules = rules_after(sampling, prompt, answer)
+    assume(rules is not None)
+    left = changed(torch.zeros(VOCAB), rules)
+    assert [rules.allow(token_id) for token_id in range(VOCAB)] == torch.isfinite(left).tolist()
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer", "banned"),
     [([9], [], [7]), ([9], [1], [2, 7]), ([9], [1, 2], [3, 7]), ([1], [2], [7]), ([9, 1, 2], [], [7]), ([9], [1, 2, 9], [7])],

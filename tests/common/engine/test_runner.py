@@ -12,7 +12,9 @@ from common.config import EngineConfig
 from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
 from common.engine.kv_pool import FIRST_BLOCK, NULL_BLOCK
+from common.engine.native.model import NativeModel
 from common.errors import ConfigError, EngineFailure, ModelLoadError
+from common.types import SampledToken
 from support.tiny_models import make_tiny_model
 
 GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
@@ -97,6 +99,42 @@ def test_mixed_batches_equal_sequences_alone(engine: Engine) -> None:
     torch.testing.assert_close(got, expected[[end - 1 for end in ends]], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("wrong_at", [None, 0, 2, 5])
+def test_drafts_are_checked_as_if_nobody_had_guessed(engine: Engine, wrong_at: int | None) -> None:
+    """Six drafts over a block border, beside another sequence: the draws up to the first wrong draft and the one there, bit by
+    bit those of one token at a time where rows do not depend on their batch. What a wrong draft left in KV changes nothing."""
+    bitwise = engine.layout.exact or isinstance(engine.runner._model, NativeModel)
+    spec = replace(GREEDY, logprobs=3)
+
+    other = engine.blocks.allocate(3)
+
+    def execute(tokens: list[int], start: int, table: list[int], num_drafts: int = 0) -> list[SampledToken]:
+        samples = tuple(replace(spec, position=start + len(tokens) - num_drafts + i) for i in range(num_drafts + 1))
+        item = SequenceSlice(tokens, start, table, samples, num_drafts=num_drafts)
+        return list(engine.runner.execute(ScheduledBatch((SequenceSlice(TOKENS[:33], 0, other), item))).slices[1].tokens)
+
+    table = engine.blocks.allocate(3)
+    alone = execute(TOKENS[:13], 0, table)
+    while len(alone) < 12:
+        alone += execute([alone[-1].token_id], 12 + len(alone), table)
+    said = [token.token_id for token in alone]
+
+    again = engine.blocks.allocate(3)
+    found = execute(TOKENS[:13], 0, again)
+    drafts = said[1:7]
+    if wrong_at is not None:
+        drafts[wrong_at] = (drafts[wrong_at] + 1) % 300
+    found += execute([said[0], *drafts], 13, again, num_drafts=6)
+    assert len(found) == 1 + (7 if wrong_at is None else wrong_at + 1)
+    while len(found) < 12:
+        found += execute([found[-1].token_id], 12 + len(found), again)
+    assert [token.token_id for token in found] == said
+    if bitwise:
+        assert found == alone
+    else:
+        assert [token.logprob.logprob for token in found] == pytest.approx([token.logprob.logprob for token in alone], abs=1e-4)
+
+
 def test_a_step_touches_only_its_own_blocks(engine: Engine) -> None:
     engine.pool.tensor[FIRST_BLOCK:] = torch.nan
     blocks = engine.blocks.allocate(3)
@@ -131,6 +169,8 @@ def test_no_token_comes_from_broken_kv(engine: Engine) -> None:
     [
         SequenceSlice([], 0, [1], (GREEDY,)),
         SequenceSlice([3], 0, [1], (), 1, [4, 5]),
+        SequenceSlice([3, 4], 0, [1], (GREEDY,), num_drafts=1),
+        SequenceSlice([3, 4], 0, [1], (GREEDY, GREEDY, GREEDY), num_drafts=2),
     ],
 )
 def test_slices_that_make_no_sense_are_refused(engine: Engine, share: SequenceSlice) -> None:

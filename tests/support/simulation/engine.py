@@ -137,14 +137,28 @@ class StandInEngine:
     def _sample(self, item: SequenceSlice) -> SliceResult:
         if not item.samples:
             return SliceResult()
-        content, end = self._memory.bytes, item.start + len(item.token_ids)
+        end = item.start + len(item.token_ids)
+        if not item.num_drafts:
+            all_kv = self._all_kv(item, end)
+            return SliceResult(
+                tuple([SampledToken(draw(all_kv, spec.seed, spec.choice, spec.position)) for spec in item.samples])
+            )
+        tokens: list[SampledToken] = []
+        for place, spec in enumerate(item.samples):
+            known = end - item.num_drafts + place
+            tokens.append(SampledToken(draw(self._all_kv(item, known), spec.seed, spec.choice, spec.position)))
+            if place < item.num_drafts and tokens[-1].token_id != item.token_ids[known - item.start]:
+                break
+        return SliceResult(tuple(tokens))
+
+    def _all_kv(self, item: SequenceSlice, end: int) -> bytes:
+        content = self._memory.bytes
         parts = [content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] for block in item.block_table[: end // BLOCK_TOKENS]]
         if rest := end % BLOCK_TOKENS:
             begin = item.block_table[end // BLOCK_TOKENS] * BLOCK_BYTES
             for layer in range(NUM_LAYERS):
                 parts.append(content[begin + layer * LAYER_BYTES : begin + layer * LAYER_BYTES + rest * TOKEN_BYTES])
-        all_kv = b"".join(parts)
-        return SliceResult(tuple([SampledToken(draw(all_kv, spec.seed, spec.choice, spec.position)) for spec in item.samples]))
+        return b"".join(parts)
 
     def _copy(self, source: int, destination: int) -> None:
         content = self._memory.bytes

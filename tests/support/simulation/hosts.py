@@ -14,6 +14,7 @@ import asyncio
 import functools
 from collections.abc import Callable
 from contextlib import aclosing
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -42,6 +43,7 @@ from router.registry import Registry
 from support.simulation import oracle, rpc
 from support.simulation.data_links import SIM_TRANSPORTS, SimSenderLink
 from support.simulation.engine import BLOCK_BYTES, StandInEngine
+from support.simulation.guesses import HalfRight
 from support.simulation.network import Point
 from support.simulation.pool import Memory, WatchedBlocks
 from support.simulation.virtual_loop import ProcessLoop
@@ -285,7 +287,11 @@ class DecodeProcess(WorkerProcess):
         spec = self._spec()
         blocks = self._build_pool(scenario.decode_blocks)
         region = BlockRegion(self.memory.view, BLOCK_BYTES, scenario.decode_blocks)
-        self.scheduler = DecodeScheduler(spec.model.decode, LAYOUT, blocks, self.clock)
+        self.guesses: HalfRight | None = None
+        if scenario.guesses:
+            random = Random(f"{scenario.seed} {self.loop.name}")
+            self.guesses = HalfRight(scenario.requests, random, lambda text: self.network.complain(f"{self.loop.name}: {text}"))
+        self.scheduler = DecodeScheduler(spec.model.decode, LAYOUT, blocks, self.clock, self.guesses)
         self.engine = self._engine(lambda events: self.streams.deliver(events), watched=False)
         options: dict[str, Any] = {"credit_bytes": 0} if scenario.narrow_window else {}
         self.handoff = DecodeHandoff(
@@ -301,6 +307,10 @@ class DecodeProcess(WorkerProcess):
         self.streams = DecodeStreams(self.scheduler, self.engine, self.handoff, metrics=_worker_metrics(), clock=self.clock)
         self.server = rpc.SimServer(self.network, self.loop, {}, {"Generate": self._generate})
         self.network.servers[self.ref.address] = self.server
+
+    def leftovers(self) -> list[str]:
+        kept = 0 if self.guesses is None else self.guesses.num_alive
+        return [*super().leftovers(), *([f"{self.loop.name}: {kept} choices that are guessed for"] if kept else [])]
 
     async def stop(self) -> None:
         await self.handoff.close()

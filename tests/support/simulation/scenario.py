@@ -76,6 +76,7 @@ class Scenario:
     disorder: Disorder
     requests: tuple[RequestPlan, ...]
     faults: tuple[Fault, ...] = field(default=())
+    guesses: bool = False  # decode workers check guesses, half of them wrong
 
     @property
     def calm(self) -> bool:
@@ -117,6 +118,8 @@ class Scenario:
                 )
         if self.long_turns:
             yield "without long turns", replace(self, long_turns=0.0)
+        if self.guesses:
+            yield "without guesses", replace(self, guesses=False)
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -146,6 +149,7 @@ def draw_scenario(seed: int) -> Scenario:
         disorder=_disorder(random),
         requests=requests,
         faults=(*(_stale_run(random) if stale else ()), *_faults(random, workers)),
+        guesses=Random(seed ^ 0x6E55).random() < 0.5,
     )
 
 

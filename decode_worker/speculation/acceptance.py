@@ -1,0 +1,80 @@
+"""How often guesses are right: the first token of a guess, and each further one after a right one.
+
+Both are counted per class of evidence, over all sequences, and per sequence and class; a sequence counts for more the more it
+has shown. What is old fades: counts are halved when they are full. Every guess is counted by what came, used or not, so nothing
+has to be risked to learn that guesses have become better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_PRIOR = 0.4  # of a class nobody has seen, worth
+_PRIOR_TRIALS = 2.0
+_CLASS_TRIALS = 4.0  # what the class is worth against the sequence's own trials
+_MOST_TRIALS = 24.0  # of a sequence
+_MOST_CLASS_TRIALS = 256.0
+_CERTAIN = 0.98
+
+
+class _Counts:
+    __slots__ = ("right", "trials")
+
+    def __init__(self) -> None:
+        self.trials = self.right = 0.0
+
+    def add(self, trials: int, right: int, most: float) -> None:
+        self.trials += trials
+        self.right += right
+        if self.trials > most:
+            self.trials /= 2
+            self.right /= 2
+
+    def rate(self, expected: float, weight: float) -> float:
+        return (self.right + weight * expected) / (self.trials + weight)
+
+
+class _Record:
+    """One class of evidence."""
+
+    __slots__ = ("first", "further")
+
+    def __init__(self) -> None:
+        self.first, self.further = _Counts(), _Counts()
+
+
+class History:
+    """Of one sequence, or of all."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, _Record] = {}
+
+    def record(self, evidence: int) -> _Record:
+        record = self.records.get(evidence)
+        if record is None:
+            record = self.records[evidence] = _Record()
+        return record
+
+
+class Acceptance:
+    def __init__(self) -> None:
+        self._all = History()
+
+    def observe(self, history: History, evidence: int, guess: Sequence[int], came: Sequence[int]) -> None:
+        """A guess, and the tokens that came in its place; only as far as both go."""
+        compared = min(len(guess), len(came))
+        if not compared:
+            return
+        right = next((place for place in range(compared) if guess[place] != came[place]), compared)
+        first, trials = int(right > 0), min(right, compared - 1)  # a further token is tried after a right one
+        for record, most in ((history.record(evidence), _MOST_TRIALS), (self._all.record(evidence), _MOST_CLASS_TRIALS)):
+            record.first.add(1, first, most)
+            if trials:
+                record.further.add(trials, right - 1, most)
+
+    def rates(self, history: History, evidence: int) -> tuple[float, float]:
+        """The probability that the first token of such a guess is right, and that of each further one after a right one."""
+        everybody, own = self._all.record(evidence), history.record(evidence)
+        first = own.first.rate(everybody.first.rate(_PRIOR, _PRIOR_TRIALS), _CLASS_TRIALS)
+        further = own.further.rate(everybody.further.rate(_PRIOR, _PRIOR_TRIALS), _CLASS_TRIALS)
+        return min(first, _CERTAIN), min(further, _CERTAIN)

@@ -1,0 +1,53 @@
+"""What guesses: the protocol that every proposer keeps.
+
+A proposer lives on the engine's thread, between two steps. It sees the tokens of sequences and nothing else. It may guess
+anything, as long as it is a token of the model; a wrong guess costs a row of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceKey:
+    """One choice of one request, from its first guess until `end`."""
+
+    request_id: str
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A sequence whose continuation is to be guessed."""
+
+    key: ChoiceKey
+    salt: str  # the tenant's partition: what one tenant said is no guess for another
+    tokens: Sequence[int]  # prompt and answer so far. The scheduler's own list: read it now, keep no reference. It only grows.
+    sampling: SamplingParams  # how the answer is drawn
+    most_tokens: int  # more of a guess is of no use
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    token_ids: tuple[int, ...] = ()
+    evidence: int = 0  # a class of guesses that are right about equally often; small integers of the proposer's choice
+
+
+class Proposer(Protocol):
+    @property
+    def makes_steps(self) -> bool:
+        """Whether each token of a guess takes a step of its own, so that it has to pay before it is made."""
+        ...
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[Guess]:
+        """One guess for each, empty if there is none. Who was asked about before has more tokens now."""
+        ...
+
+    def end(self, key: ChoiceKey, salt: str, tokens: Sequence[int], num_prompt_tokens: int) -> None:
+        """The choice is over, with these tokens. Keys that were never asked about are ended as well."""
+        ...
