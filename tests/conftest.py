@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-LONG = ("chaos", "model_checking", "simulation", "workers", "zoo", "kvtransfer/test_nixl.py")
+LONG = (
+    "chaos",
+    "model_checking",
+    "simulation",
+    "workers",
+    "zoo",
+    "kvtransfer/test_nixl.py",
+    "router/store/test_redis_faults.py",
+    "router/store/test_replicas.py",
+)
 """What takes minutes together: real workers, faults in real processes, searches. Marked `long`, so that the rest stays quick."""
 
 

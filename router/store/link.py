@@ -63,9 +63,8 @@ class Link:
         finally:
             self._is_broken = True
             for call in self._pending:
-                if not call.answer.done():
-                    call.answer.set_exception(ConnectionError("the connection to the store is lost"))
-                    call.answer.exception()  # nobody may be waiting for it
+                call.answer.set_exception(ConnectionError("the connection to the store is lost"))
+                call.answer.exception()  # nobody may be waiting for it
             self._pending.clear()
 
     async def close(self) -> None:
@@ -73,7 +72,7 @@ class Link:
         await self._connection.disconnect(nowait=True)
 
     def call(self, commands: Sequence[Command]) -> asyncio.Future[list[Reply]]:
-        """One reply for each command. Wait with `answer_within`; the future fails with ConnectionError when the link does."""
+        """One reply for each command, or ConnectionError when the link ends. To be waited for with `answer_within` alone."""
         answer: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
         if self._is_broken or len(self._pending) >= _MAX_PENDING:
             answer.set_exception(ConnectionError("the connection to the store is lost or far behind"))
@@ -121,8 +120,7 @@ class Link:
             call.replies.append(reply)
             if len(call.replies) == len(call.commands):
                 self._pending.popleft()
-                if not call.answer.done():
-                    call.answer.set_result(call.replies)
+                call.answer.set_result(call.replies)
 
 
 async def answer_within(answer: asyncio.Future[list[Reply]], timeout_s: float) -> list[Reply]:

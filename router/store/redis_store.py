@@ -91,7 +91,7 @@ class RedisStore:
         self._values = f"{config.namespace}:v:".encode()
         self._epoch_keys = EpochKeys(config.namespace)
         self._log = ChangeLog(config.namespace, max_entries=config.log_entries, timeout_s=config.write_timeout_s, metrics=metrics)
-        self._breaker = Breaker(clock=clock, slow_s=config.operation_timeout_s / 2, jitter=jitter)
+        self._breaker = Breaker(clock=clock, budget_s=config.operation_timeout_s, jitter=jitter)
         self._breaker_moved = asyncio.Event()
         self._session: _Session | None = None
         self._queue: deque[_Write] = deque()
@@ -171,6 +171,23 @@ class RedisStore:
 
     def subscribe(self, listener: Listener) -> None:
         self._log.subscribe(listener)
+
+    async def ask(self, operation: str, commands: Sequence[Command]) -> list[Reply] | None:
+        """For what shares this connection, under the same budget and breaker. None if there is no answer."""
+        session = self._passing()
+        if session is None:
+            self._metrics.operation(operation, "away")
+            return None
+        start_s = self._clock.monotonic_s()
+        replies: list[Reply] | None = None
+        try:
+            replies = await self._answer(session, commands, start_s + self._config.operation_timeout_s)
+        except (TimeoutError, ConnectionError):
+            self._failed()
+        else:
+            self._answered(self._clock.monotonic_s() - start_s)
+        self._metrics.operation(operation, "late" if replies is None else "ok", self._clock.monotonic_s() - start_s)
+        return replies
 
     async def run(self) -> None:
         backoff_s, reported = _BACKOFF_FIRST_S, False
@@ -269,7 +286,8 @@ class RedisStore:
             was_up = self._session is not None
             self._session = None
             self._breaker.lost()
-            self._metrics.dropped("away", len(self._queue))
+            if self._queue:
+                self._metrics.dropped("away", len(self._queue))
             self._queue.clear()
             self._queued_bytes = 0
             for link in links:

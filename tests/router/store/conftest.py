@@ -48,7 +48,7 @@ StartRedis = Callable[..., AbstractContextManager[RedisServer]]
 
 
 @pytest.fixture
-def start_redis() -> StartRedis:
+def redis_of_my_own() -> StartRedis:
     """A server that a test has for itself, to kill, stop or fill it."""
     path = any_binary()
     if path is None:
