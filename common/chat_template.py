@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from common.errors import InvalidRequest, ModelLoadError
@@ -40,7 +41,9 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ModelLoadError(f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}")
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ModelLoadError(f"the model's chat template does not compile: {error}", param="chat_template") from error
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from common.errors import ERRORS_BY_CODE, InvalidRequest, PdserveError, error_from_code
 from common.types import (
     FinishReason,
+    Grammar,
+    GrammarKind,
     KVLayout,
     Request,
     Role,
@@ -25,6 +27,13 @@ from common.wire import types_pb2 as pb
 
 _FINISH_TO_WIRE = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+_GRAMMAR_TO_WIRE = {
+    GrammarKind.JSON_SCHEMA: pb.GRAMMAR_KIND_JSON_SCHEMA,
+    GrammarKind.REGEX: pb.GRAMMAR_KIND_REGEX,
+    GrammarKind.CHOICE: pb.GRAMMAR_KIND_CHOICE,
+    GrammarKind.LARK: pb.GRAMMAR_KIND_LARK,
+}
+_GRAMMAR_FROM_WIRE = {wire: kind for kind, wire in _GRAMMAR_TO_WIRE.items()}
 _ROLE_TO_WIRE = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 _ROLE_FROM_WIRE = {wire: role for role, wire in _ROLE_TO_WIRE.items()}
 
@@ -37,6 +46,16 @@ def role_from_wire(wire: pb.Role) -> Role:
     if wire not in _ROLE_FROM_WIRE:
         raise InvalidRequest(f"unknown role {int(wire)}", param="role")
     return _ROLE_FROM_WIRE[wire]
+
+
+def grammar_to_wire(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=_GRAMMAR_TO_WIRE[grammar.kind], text=grammar.text)
+
+
+def grammar_from_wire(message: pb.Grammar) -> Grammar:
+    if message.kind not in _GRAMMAR_FROM_WIRE:
+        raise InvalidRequest(f"unknown kind of grammar {int(message.kind)}", param="grammar")
+    return Grammar(_GRAMMAR_FROM_WIRE[message.kind], message.text)
 
 
 def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
@@ -57,6 +76,7 @@ def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
         logit_bias=[pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
         allowed_token_ids=sampling.allowed_token_ids,
         bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
+        grammar=grammar_to_wire(sampling.grammar) if sampling.grammar is not None else None,
     )
 
 
@@ -78,6 +98,7 @@ def sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
         logit_bias=tuple((item.token_id, item.bias) for item in message.logit_bias),
         allowed_token_ids=tuple(message.allowed_token_ids),
         bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
+        grammar=grammar_from_wire(message.grammar) if message.HasField("grammar") else None,
     )
 
 

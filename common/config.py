@@ -219,6 +219,9 @@ class RouterConfig(_Part):
     migration_wait_s: float = Field(30.0, ge=0, description="How long such an answer waits for a worker that can take it over.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
+    grammar_timeout_s: float = Field(
+        1.0, gt=0, description="How long a JSON schema, regular expression or grammar may take to compile before it is refused."
+    )
 
     @property
     def authenticates(self) -> bool:

@@ -48,6 +48,23 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class GrammarKind(enum.StrEnum):
+    """In which language a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON list of strings, one of which is the answer
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer must look like. Written by the router's validator, which has seen it compile."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick tokens. Written by the router's validator; every default there is explicit here."""
@@ -68,6 +85,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value), ids ascending; -100 = never, 100 = nothing but these
     allowed_token_ids: tuple[int, ...] = ()  # empty = all
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
+    grammar: Grammar | None = None  # the answer's text is one of its sentences, or the beginning of one where it is cut
 
     @property
     def greedy(self) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from common.clock import Clock
 from common.engine.batch import SampleSpec
+from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
 from common.engine.token_rules import TokenRules
 from common.errors import IllegalTransition
@@ -50,7 +51,7 @@ class Choice:
         self.sequence = sequence
         self.num_generated = generation.request.num_resumed_tokens
         self.state = ChoiceState.WAITING
-        self._rules = TokenRules.of(generation.request)
+        self._rules = TokenRules.of(generation.request, generation.grammar)
 
     def enter(self, state: ChoiceState) -> None:
         if state not in _LEGAL[self.state]:
@@ -99,6 +100,9 @@ class Choice:
             accepted.append(token)
             self.sequence.tokens.append(token.token_id)
             self.num_generated += 1
+            if self._rules is not None and self._rules.is_over(self.sequence.tokens):
+                finish_reason = FinishReason.STOP  # the grammar leaves nothing to add: no end token has to be drawn
+                break
             if self.num_generated >= sampling.max_tokens:
                 finish_reason = FinishReason.LENGTH
                 break
@@ -114,8 +118,16 @@ class Choice:
 class Generation:
     """One request. Lives in the scheduler from `submit` until its last choice has finished, it failed or was aborted."""
 
-    def __init__(self, request: Request, candidates: tuple[WorkerRef, ...], prompt: PagedSequence, clock: Clock) -> None:
+    def __init__(
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...],
+        prompt: PagedSequence,
+        clock: Clock,
+        grammar: CompiledGrammar | None = None,
+    ) -> None:
         self.request = request
+        self.grammar = grammar  # the request's own, compiled
         self.candidates = list(candidates)  # prefill workers still to try, best first
         self.lifecycle = Lifecycle(clock)
         self.attempt = 0  # hand-offs begun; part of a ticket's identity

@@ -27,6 +27,7 @@ from common.config import DecodeConfig
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
+from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
 from common.errors import NoWorkerAvailable, Overloaded, PdserveError
 from common.lifecycle import Phase
@@ -133,10 +134,11 @@ class DecodeScheduler:
 
     # Commands, in the order of a request's life.
 
-    def submit(self, request: Request, candidates: tuple[WorkerRef, ...]) -> None:
+    def submit(self, request: Request, candidates: tuple[WorkerRef, ...], grammar: CompiledGrammar | None = None) -> None:
+        """`grammar` is the request's own, compiled."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         prompt = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
-        generation = Generation(request, candidates, prompt, self._clock)
+        generation = Generation(request, candidates, prompt, self._clock, grammar)
         if len(self._waiting) >= self._config.max_waiting:
             self._events.append(Failed(request.request_id, Overloaded("too many requests are waiting", retry_after_s=1.0)))
             return
@@ -223,6 +225,13 @@ class DecodeScheduler:
         outputs: dict[str, list[TokenChunk]] = {}
         for share, computed in zip(plan.shares, result.slices, strict=True):
             choice, generation = share.choice, share.choice.generation
+            if generation.lifecycle.phase is Phase.FAILED:
+                continue  # by another choice, a moment ago
+            if computed.error is not None:
+                self._end(generation, Phase.FAILED)
+                outputs.pop(generation.request.request_id, None)
+                self._events.append(Failed(generation.request.request_id, computed.error))
+                continue
             if not computed.tokens or share.is_prompt_end:
                 self._advance(choice, share.count)
             if not generation.prompt_in_kv:
@@ -344,7 +353,7 @@ class DecodeScheduler:
             slices.append(
                 sequence.slice(
                     count,
-                    first_samples(generation.request) if at_end else (),
+                    first_samples(generation.request, generation.grammar) if at_end else (),
                     prompt_logprobs=generation.request.sampling.prompt_logprobs,
                 )
             )

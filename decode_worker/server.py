@@ -100,11 +100,12 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             candidates = tuple(worker_ref_from_wire(ref) for ref in request.prefill)
             with self._host.in_flight.entered(), bind_request(work.request_id):
                 self._host.check(work)
+                grammar = await self._host.compile_grammar(work)
                 try:
                     # The stream has a deadline of its own; this one is for a client that does not take what it asked for.
                     async with (
                         asyncio.timeout(work.timeout_s),
-                        aclosing(self._streams.generate(work, candidates)) as outputs,
+                        aclosing(self._streams.generate(work, candidates, grammar)) as outputs,
                     ):
                         async for output in outputs:
                             if output.done:

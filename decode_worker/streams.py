@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from common.clock import Clock
+from common.engine.grammar import CompiledGrammar
 from common.engine.loop import Inbox
 from common.errors import DeadlineExceeded, EngineFailure, PdserveError
 from common.logs import get_logger
@@ -53,7 +54,9 @@ class DecodeStreams:
         self._streams: dict[str, _Stream] = {}
         self._failed = False
 
-    async def generate(self, request: Request, candidates: tuple[WorkerRef, ...]) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: Request, candidates: tuple[WorkerRef, ...], grammar: CompiledGrammar | None = None
+    ) -> AsyncGenerator[Output, None]:
         """Ends after the output that says `done`, or raises a PdserveError. Closing it aborts the request."""
         if self._failed:
             raise EngineFailure("the decode engine failed")
@@ -61,7 +64,7 @@ class DecodeStreams:
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
         stream = self._streams[key] = _Stream(request)
-        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates)
+        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates, grammar)
         started_s = first_token_s = self._clock.monotonic_s()
         try:
             while True:

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from common.clock import Clock
 from common.codec import request_from_wire, sampled_token_to_wire, ticket_from_wire, token_logprob_to_wire
+from common.engine.grammar import CompiledGrammar
 from common.engine.loop import Inbox
 from common.errors import DeadlineExceeded, EngineFailure, PdserveError, TicketRefused
 from common.metrics import WorkerMetrics
 from common.types import Request, Ticket
 from common.wire import worker_pb2
 from prefill_worker.handoff import PrefillHandoff, Push
-from prefill_worker.scheduler import Event, LayersComputed, PrefillScheduler, PromptComputed
+from prefill_worker.scheduler import Event, LayersComputed, PrefillScheduler, PromptComputed, PromptFailed
 
 
 class PrefillRuns:
@@ -38,6 +39,7 @@ class PrefillRuns:
         handoff: PrefillHandoff,
         *,
         check: Callable[[Request], None],
+        compile_grammar: Callable[[Request], Awaitable[CompiledGrammar | None]],
         metrics: WorkerMetrics,
         clock: Clock,
     ) -> None:
@@ -45,6 +47,7 @@ class PrefillRuns:
         self._inbox = inbox
         self._handoff = handoff
         self._check = check
+        self._compile_grammar = compile_grammar
         self._metrics = metrics
         self._clock = clock
         self._serial = itertools.count()
@@ -87,12 +90,13 @@ class PrefillRuns:
         self._check(request)
         if ticket.request_id != request.request_id or ticket.num_tokens != request.num_prompt_tokens:
             raise TicketRefused("the ticket is for another prompt", param="request_id")
+        grammar = await self._compile_grammar(request)
         push = self._handoff.begin(ticket)
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
         news: asyncio.Queue[Event | PdserveError] = asyncio.Queue()
         self._news[key] = news
-        self._inbox.post(self._scheduler.submit, replace(request, request_id=key))
+        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), grammar)
         try:
             computed = await self._push_while_computing(news, push)
             computed_s = self._clock.monotonic_s()
@@ -127,6 +131,8 @@ class PrefillRuns:
                     await push.computed(event.num_tokens, event.blocks, event.first_layer, event.end_layer)
                 case PromptComputed():
                     return event
+                case PromptFailed():
+                    raise event.error
                 case PdserveError():
                     raise event
 

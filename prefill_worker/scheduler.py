@@ -19,8 +19,9 @@ from common.config import PrefillConfig
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
+from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
-from common.errors import IllegalTransition
+from common.errors import IllegalTransition, PdserveError
 from common.types import KVLayout, Request, SampledToken, TokenLogprob
 
 
@@ -48,7 +49,15 @@ class PromptComputed:
     prefill_s: float
 
 
-Event = LayersComputed | PromptComputed
+@dataclass(frozen=True, slots=True)
+class PromptFailed:
+    """The prompt is in KV, but no first token can be drawn. The blocks stay until `release`."""
+
+    request_id: str
+    error: PdserveError
+
+
+Event = LayersComputed | PromptComputed | PromptFailed
 
 
 class _State(enum.Enum):
@@ -61,8 +70,11 @@ _LEGAL = {_State.WAITING: {_State.RUNNING, _State.HELD}, _State.RUNNING: {_State
 
 
 class _Prompt:
-    def __init__(self, request: Request, sequence: PagedSequence, received_s: float) -> None:
+    def __init__(
+        self, request: Request, sequence: PagedSequence, received_s: float, grammar: CompiledGrammar | None = None
+    ) -> None:
         self.request = request
+        self.grammar = grammar
         self.sequence = sequence
         self.state = _State.WAITING
         self.cached_tokens = 0
@@ -112,10 +124,11 @@ class PrefillScheduler:
         events, self._events = self._events, []
         return events
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
+        """`grammar` is the request's own, compiled."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         sequence = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
-        prompt = _Prompt(request, sequence, self._clock.monotonic_s())
+        prompt = _Prompt(request, sequence, self._clock.monotonic_s(), grammar)
         self._prompts[request.request_id] = prompt
         self._waiting.append(prompt)
 
@@ -150,7 +163,7 @@ class PrefillScheduler:
                 break
             if prompt.started_s is None:
                 prompt.started_s = self._clock.monotonic_s()
-            samples = first_samples(prompt.request) if count == prompt.sequence.remaining else ()
+            samples = first_samples(prompt.request, prompt.grammar) if count == prompt.sequence.remaining else ()
             slices.append(prompt.sequence.slice(count, samples, prompt_logprobs=prompt.request.sampling.prompt_logprobs))
             shares.append((prompt, count))
             budget -= count
@@ -180,6 +193,9 @@ class PrefillScheduler:
             prompt.logprobs.extend(computed.prompt_logprobs)
             if sequence.remaining == 0:
                 self.stop(request_id)
+                if computed.error is not None:
+                    self._events.append(PromptFailed(request_id, computed.error))
+                    continue
                 self.totals.generated_tokens += len(computed.tokens)
                 started_s = now_s if prompt.started_s is None else prompt.started_s
                 self._events.append(

@@ -44,7 +44,13 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         self._loop = EngineLoop[Event](core, name="engine")
         self._handoff = PrefillHandoff(self._spec, engine.layout, engine.pool.buffer, self._clock)
         self._runs = PrefillRuns(
-            self._scheduler, self._loop, self._handoff, check=host.check, metrics=host.metrics, clock=self._clock
+            self._scheduler,
+            self._loop,
+            self._handoff,
+            check=host.check,
+            compile_grammar=host.compile_grammar,
+            metrics=host.metrics,
+            clock=self._clock,
         )
         self._loop.start(deliver=self._runs.deliver, on_failure=self._engine_failed)
         ref = await host.serve(

@@ -27,6 +27,7 @@ from router.generation import Generation, InFlight
 from router.keys import KeyRing
 from router.registry import Registry
 from router.schemas import InvalidateBody
+from router.structured.examination import Examination
 from router.validate import Validator, ValidCall
 
 MAX_REQUEST_ID_CHARS = 128
@@ -49,7 +50,8 @@ class Front:
         self.metrics = metrics
         self.clock = clock
         self.keys = KeyRing(config.router)
-        self.validator = Validator(config.router, registry)
+        self.examination = Examination(config.router.grammar_timeout_s)
+        self.validator = Validator(config.router, registry, self.examination)
         self.in_flight = in_flight
         self._cache = cache
         self.limiter = Limiter()

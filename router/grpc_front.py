@@ -30,6 +30,9 @@ from router.front import Front, request_id_or_new
 from router.generation import Generation
 from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
 from router.streaming import ChoiceDelta
+from router.structured.wanted import parsed_schema
+from router.tools.naming import draw_call_id, finish_reason
+from router.tools.reading import CallArguments, CallBegins, Content, Reader
 from router.validate import Caller, ValidCall
 
 log = get_logger(__name__)
@@ -142,10 +145,12 @@ class _Events:
         self._request_id = request_id
         self._tokenizer: Tokenizer = generation.call.model.tokenizer
         self._started: set[int] = set()
+        self._readers: dict[int, Reader] = {}  # by choice
+        self._called: set[int] = set()  # choices with calls
 
     def of(self, delta: ChoiceDelta) -> pb.InferenceEvent:
         plan = self._generation.call.plan
-        text = delta.text
+        text, calls = self._read(delta)
         reports = [self._report(token.token_id, token.logprob) for token in delta.tokens if token.logprob is not None]
         if plan.echo and delta.choice not in self._started:
             text = plan.prompt_texts[0] + text
@@ -159,9 +164,31 @@ class _Events:
             text=text,
             token_ids=[token.token_id for token in delta.tokens],
             logprobs=reports,
-            finish_reason=delta.finish_reason or "",
+            finish_reason=finish_reason(delta.finish_reason, called=delta.choice in self._called) or "",
             stop_reason="" if delta.stop_reason is None else str(delta.stop_reason),
+            tool_calls=calls,
         )
+
+    def _read(self, delta: ChoiceDelta) -> tuple[str, list[pb.ToolCallDelta]]:
+        """The delta's text without its tool calls, and those."""
+        tools = self._generation.call.plan.tools
+        if tools is None:
+            return delta.text, []
+        reader = self._readers.get(delta.choice)
+        if reader is None:
+            reader = self._readers[delta.choice] = tools.reader()
+        pieces = reader.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += reader.finish()
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        calls: list[pb.ToolCallDelta] = []
+        for piece in pieces:
+            if isinstance(piece, CallBegins):
+                self._called.add(delta.choice)
+                calls.append(pb.ToolCallDelta(index=piece.index, id=draw_call_id(), name=piece.name))
+            elif isinstance(piece, CallArguments):
+                calls.append(pb.ToolCallDelta(index=piece.index, arguments=piece.text))
+        return text, calls
 
     def last(self) -> pb.InferenceEvent:
         usage = self._generation.usage
@@ -206,10 +233,15 @@ def _body(request: pb.InferenceRequest) -> dict[str, Any]:
     data.update({name: list(getattr(request, name)) for name in _LISTS if getattr(request, name)})
     if request.logit_bias:
         data["logit_bias"] = dict(request.logit_bias)
+    form = request.structured_outputs.WhichOneof("form")
+    if form is not None:
+        value = getattr(request.structured_outputs, form)
+        data["structured_outputs"] = {form: list(value.texts) if form == "choice" else value}
     if request.HasField("echo"):
         data["echo"] = request.echo
     if request.HasField("chat"):
         data["messages"] = _messages(request.chat)
+        data.update(_tools(request))
         if request.HasField("logprobs"):
             data.update(logprobs=True, top_logprobs=request.logprobs)
         return data
@@ -222,8 +254,41 @@ def _body(request: pb.InferenceRequest) -> dict[str, Any]:
     return data
 
 
-def _messages(chat: pb.ChatMessages) -> list[dict[str, str]]:
-    return [
-        {"role": message.role, "content": message.content, **({"name": message.name} if message.name else {})}
-        for message in chat.messages
-    ]
+def _tools(request: pb.InferenceRequest) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if request.tools:
+        data["tools"] = [{"type": "function", "function": _function(tool)} for tool in request.tools]
+    if request.tool_choice:
+        data["tool_choice"] = request.tool_choice
+    if request.called_tool:
+        data["tool_choice"] = {"type": "function", "function": {"name": request.called_tool}}
+    if request.HasField("parallel_tool_calls"):
+        data["parallel_tool_calls"] = request.parallel_tool_calls
+    return data
+
+
+def _function(tool: pb.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters:
+        function["parameters"] = parsed_schema(tool.parameters, f"tools[{tool.name[:64]}].parameters")
+    return function
+
+
+def _messages(chat: pb.ChatMessages) -> list[dict[str, Any]]:
+    return [_message(message) for message in chat.messages]
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    data: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        data["name"] = message.name
+    if message.tool_call_id:
+        data["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        data["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return data

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,6 +21,8 @@ from pydantic_core import PydanticCustomError
 from common.errors import InvalidRequest
 from common.logs import get_logger
 from common.types import BANNING_BIAS, FORCING_BIAS
+from router.structured.wanted import FORM_FIELDS, Wanted, wanted
+from router.tools.definitions import Toolbox, toolbox
 
 log = get_logger(__name__)
 
@@ -34,6 +37,7 @@ MAX_BIASED_TOKENS = 1024
 MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_BYTES = 128
+MAX_CALLS_IN_MESSAGE = 128
 
 Prompt = str | tuple[int, ...]
 
@@ -141,10 +145,23 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool | None = None
 
 
+class CalledFunction(_Body):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str = ""
+
+
+class MessageToolCall(_Body):
+    id: str = Field("", max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_content)] = None
     name: str | None = Field(None, max_length=256)
+    tool_calls: list[MessageToolCall] | None = Field(None, max_length=MAX_CALLS_IN_MESSAGE)
+    tool_call_id: str | None = Field(None, max_length=256)
 
 
 class GenerationBody(_Body):
@@ -174,7 +191,18 @@ class GenerationBody(_Body):
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     priority: Annotated[Literal["interactive", "batch", "background"] | None, BeforeValidator(_priority)] = None
+    # What the text must look like; `router.structured.wanted` reads these, and `form` is what it found.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     pdserve_timings: bool = False
+
+    @cached_property
+    def form(self) -> Wanted | None:
+        return wanted({name: getattr(self, name) for name in FORM_FIELDS})
 
 
 class ChatBody(GenerationBody):
@@ -186,6 +214,14 @@ class ChatBody(GenerationBody):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_arguments)] = Field(default_factory=dict)
+    # `router.tools.definitions` reads these.
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @cached_property
+    def toolbox(self) -> Toolbox | None:
+        return toolbox(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 class CompletionBody(GenerationBody):
@@ -236,9 +272,14 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
     if unknown:
         log.debug("unknown request fields ignored", fields=[name[:64] for name in unknown[:16]])
     try:
-        return kind.model_validate(given)
+        body = kind.model_validate(given)
     except ValidationError as error:
         raise _explained(error) from None
+    if isinstance(body, GenerationBody):
+        _ = body.form  # these two raise InvalidRequest by themselves
+    if isinstance(body, ChatBody):
+        _ = body.toolbox
+    return body
 
 
 def _empty(value: object) -> bool:
@@ -259,13 +300,12 @@ _INTERNAL_PREFIX = "bootstrap_"
 
 # What this version does not do yet, with the test for a value that asks for nothing.
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
+    "tools": _empty,
     "tool_choice": _is("none", "auto"),
     "functions": _empty,
     "function_call": _is("none", "auto"),
     "length_penalty": _is(1),
     "use_beam_search": _is(False),
-    "structured_outputs": _empty,
     "suffix": _empty,
     "prompt_embeds": _empty,
     "logits_processors": _empty,
@@ -293,7 +333,7 @@ _HARMLESS = frozenset(
     {
         *_UNSUPPORTED,
         "best_of", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "request_id",
-        "rid", "safety_identifier", "service_tier", "session_id", "store", "stream_interval", "tools", "user",
+        "rid", "safety_identifier", "service_tier", "session_id", "store", "stream_interval", "user",
     }
 )  # fmt: skip
 
@@ -302,15 +342,13 @@ def _refuse(given: Mapping[str, Any], kind: type[GenerationBody]) -> None:
     for name, value in given.items():
         if name in _INTERNAL or name.startswith(_INTERNAL_PREFIX):
             raise InvalidRequest(f"{name} is internal to the cluster and cannot be given by a client", param=name)
-        if name.startswith(_UNSUPPORTED_PREFIX) and not _empty(value):
-            raise InvalidRequest(f"{name} is not supported", param=name)
         if name in kind.model_fields:
             continue
+        if name.startswith(_UNSUPPORTED_PREFIX) and not _empty(value):
+            raise InvalidRequest(f"{name} is not supported", param=name)
         neutral = _UNSUPPORTED.get(name)
         if neutral is not None and not neutral(value):
             raise InvalidRequest(f"{name} is not supported, or not with this value", param=name)
-    if given.get("tools") and given.get("tool_choice") != "none":
-        raise InvalidRequest("tools are not supported unless tool_choice is 'none'", param="tools")
     best_of, choices = given.get("best_of"), given.get("n", 1)
     if best_of is not None and (isinstance(best_of, bool) or best_of != choices):
         raise InvalidRequest("best_of is not supported unless it equals n", param="best_of")
@@ -324,7 +362,7 @@ def _refuse_in_chat(given: Mapping[str, Any]) -> None:
             raise InvalidRequest(f"{name} is not supported for chat", param=name)
     messages = given.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if isinstance(message, dict) and message.get(name):
                 raise InvalidRequest(f"messages with {name} are not supported", param=f"messages[{index}].{name}")
 

@@ -114,6 +114,7 @@ async def run(
             await cache.close()
             await cancel_and_wait(storing)
             await dispatcher.close()
+            await front.examination.close()
             await store.close()
     log.info("router stopped")
 

@@ -18,9 +18,15 @@ from typing import Any, Protocol, TypeVar
 from common.config import RouterConfig
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.tokenizer import Tokenizer
-from common.types import Request, SamplingParams
+from common.types import GrammarKind, Request, SamplingParams
 from router.sampling_class import SamplingClass
 from router.schemas import ChatBody, ChatMessage, CompletionBody, DetokenizeBody, GenerationBody, Prompt, TokenizeBody
+from router.structured.examination import Examination
+from router.structured.wanted import Wanted
+from router.tools.definitions import Toolbox
+from router.tools.families import Family, calls_grammar, family_of
+from router.tools.reading import CertainReader, FreeReader, Reader
+from router.tools.rendering import as_plain_messages, for_template
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_TOTAL_CHOICES = 256
@@ -56,6 +62,20 @@ class Caller:
     timeout_s: float | None = None  # the client's own deadline
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ToolPlan:
+    """How tool calls are read out of an answer."""
+
+    family: Family
+    toolbox: Toolbox
+
+    def reader(self) -> Reader:
+        """For one choice."""
+        if self.toolbox.must_call:
+            return CertainReader(self.family, self.toolbox.names)
+        return FreeReader(self.family, self.toolbox.names)
+
+
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
     """How the tokens of a call become its answer. Written here, read by `router.generation` and the front ends."""
@@ -74,6 +94,7 @@ class OutputPlan:
     include_usage: bool = False
     usage_on_every_chunk: bool = False
     timings: bool = False
+    tools: ToolPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +139,14 @@ class Validator:
         self,
         config: RouterConfig,
         directory: ModelDirectory,
+        examination: Examination,
         *,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
         draw_suffix: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
         self._config = config
         self._directory = directory
+        self._examination = examination
         self._draw_seed = draw_seed
         self._draw_suffix = draw_suffix
 
@@ -133,7 +156,13 @@ class Validator:
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        prompt = await _rendered(model, body, add_special_tokens=body.add_special_tokens)
+        tools, form = body.toolbox, body.form
+        family = family_of(model.tokenizer.chat_template)
+        if tools is not None and tools.must_call:
+            if form is not None:
+                raise InvalidRequest("an answer that must call a tool has no other form", param=form.param)
+            form = Wanted(GrammarKind.LARK, calls_grammar(family, tools), "tools")
+        prompt = await _rendered(model, body, add_special_tokens=body.add_special_tokens, tools=tools)
         limit_field = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if limit == 0:
@@ -142,8 +171,12 @@ class Validator:
         if limit is not None:
             _check_fits(model, prompt, limit, param=limit_field)
         plan = self._plan(body, logprobs)
+        if tools is not None:
+            skip = body.skip_special_tokens and not family.special_markers
+            plan = replace(plan, tools=ToolPlan(family, tools), skip_special_tokens=skip)
         words = await _words(body, model.tokenizer)
         sampling = self._sampling(body, model, words, max_tokens=room if limit is None else limit, logprobs=logprobs)
+        sampling = replace(sampling, grammar=None if form is None else await self._examination.examine(form))
         return self._call(model, [prompt], body, [sampling], plan, caller)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> ValidCall:
@@ -154,6 +187,7 @@ class Validator:
         discard = body.max_tokens == 0
         if discard and not body.echo:
             raise InvalidRequest("max_tokens may be 0 only together with echo", param="max_tokens")
+        form = body.form
         prompts = await _encoded(model.tokenizer, body.prompt, body.add_special_tokens)
         words = await _words(body, model.tokenizer)
         samplings = []
@@ -164,6 +198,9 @@ class Validator:
             wanted = COMPLETION_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
             sampling = self._sampling(body, model, words, max_tokens=min(wanted, room), logprobs=body.logprobs)
             samplings.append(replace(sampling, prompt_logprobs=body.logprobs) if body.echo else sampling)
+        if form is not None:
+            grammar = await self._examination.examine(form)
+            samplings = [replace(sampling, grammar=grammar) for sampling in samplings]
         plan = self._plan(body, body.logprobs)
         if body.echo:
             texts = tuple(
@@ -353,7 +390,9 @@ async def _encoded(tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_
     return await _off_loop(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode)
 
 
-async def _rendered(model: ServedModel, body: ChatBody | TokenizeBody, *, add_special_tokens: bool) -> tuple[int, ...]:
+async def _rendered(
+    model: ServedModel, body: ChatBody | TokenizeBody, *, add_special_tokens: bool, tools: Toolbox | None = None
+) -> tuple[int, ...]:
     template = model.tokenizer.chat_template
     if template is None:
         raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
@@ -363,9 +402,11 @@ async def _rendered(model: ServedModel, body: ChatBody | TokenizeBody, *, add_sp
         )
     generation_prompt = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     messages = [_message(message, index) for index, message in enumerate(body.messages or ())]
+    messages = for_template(messages) if template.knows_tools else as_plain_messages(messages, tools)
+    definitions = [tool.definition for tool in tools.tools] if tools is not None and template.knows_tools else None
 
     def render() -> tuple[int, ...]:
-        text = template.render(messages, add_generation_prompt=generation_prompt, **body.chat_template_kwargs)
+        text = template.render(messages, add_generation_prompt=generation_prompt, tools=definitions, **body.chat_template_kwargs)
         if body.continue_final_message:
             text = _without_turn_end(text, messages[-1]["content"])
         return tuple(model.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -381,6 +422,12 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
     rendered: dict[str, Any] = {"role": role, "content": message.content or ""}
     if message.name is not None:
         rendered["name"] = message.name
+    if message.tool_calls:
+        if message.role != "assistant":
+            raise InvalidRequest("only an assistant calls tools", param=f"messages[{index}].tool_calls")
+        rendered["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    if message.role == "tool" and message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
     return rendered
 
 

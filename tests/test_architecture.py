@@ -63,6 +63,14 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         {"common.engine": When.ALWAYS, "deploy": When.LAZILY},
         "torch lives in common/engine: the others start fast and fit in a small image",
     ),
+    "llguidance": (
+        {
+            "common/grammar/compiling.py": When.ALWAYS,
+            "common/grammar/examiner.py": When.ALWAYS,
+            "common/engine/grammar.py": When.ALWAYS,
+        },
+        "grammars are compiled in workers and in a process that may be killed, never in the router's own",
+    ),
     "nixl_cu13": ({"kvtransfer": When.LAZILY}, "one transport among others, and an extra"),
     "triton": ({"common.engine": When.LAZILY}, "only kernels need triton, and only where there is a GPU"),
     "safetensors": ({"common.engine": When.ALWAYS}, "weights are the engine's business"),

@@ -24,7 +24,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.engine.grammar import CompiledGrammar
 from common.engine.token_rules import RowRules, TokenRules
+from common.errors import PdserveError
 from common.types import Request, SampledToken, SamplingParams, TokenLogprob
 
 
@@ -40,7 +42,7 @@ class SampleSpec:
     top_p: float
     min_p: float
     logprobs: int | None
-    rules: RowRules | None = None  # penalties, bias, bans
+    rules: RowRules | None = None  # penalties, bias, bans, grammar
 
     @classmethod
     def for_next_token(cls, sampling: SamplingParams, *, choice: int, position: int, rules: RowRules | None) -> SampleSpec:
@@ -58,9 +60,9 @@ class SampleSpec:
         )
 
 
-def first_samples(request: Request) -> tuple[SampleSpec, ...]:
+def first_samples(request: Request, grammar: CompiledGrammar | None = None) -> tuple[SampleSpec, ...]:
     """One draw per choice from the prompt's last logits. On whichever worker computes the prompt, so it needs all the rules."""
-    rules = TokenRules.of(request)
+    rules = TokenRules.of(request, grammar)
     first = None if rules is None else rules.for_next(request.prompt_token_ids)
     return tuple(
         SampleSpec.for_next_token(
@@ -98,6 +100,7 @@ class ScheduledBatch:
 class SliceResult:
     tokens: tuple[SampledToken, ...] = ()  # one per SampleSpec; with drafts, up to the first that is not the draft
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one per next_token_id
+    error: PdserveError | None = None  # the request's rules leave no token to draw: there are no tokens, and it ends in this
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from common.codec import role_to_wire
 from common.config import pdserve_home
 from common.engine.core import SchedulerTotals
 from common.engine.engine import Engine, build_engine
+from common.engine.grammar import CompiledGrammar, GrammarCompiler
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError
 from common.in_flight import InFlight
 from common.loopback import is_loopback
@@ -31,6 +33,10 @@ from common.tokenizer import Tokenizer
 from common.types import Request, WorkerRef, WorkerState
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import WorkerSpec
+
+_COMPILE_S = (
+    5.0  # the router gives a new grammar less, but the model's tokens may be more work than its bytes, and the machine busy
+)
 
 
 class SchedulerReadings(Protocol):
@@ -59,6 +65,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._stop_metrics: Callable[[], None] | None = None
         self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._engine: Engine | None = None
+        self._grammars: GrammarCompiler | None = None
+        self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile grammar")
         self._not_serving: asyncio.Task[None] | None = None
 
     @property
@@ -72,19 +80,21 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         spec = self.spec
         if not is_loopback(spec.host):  # every port of a worker is in the clear
             raise StartupError(f"a worker does not listen on {spec.host}: only on loopback", param="host")
+        path = Path(spec.model_path)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, path)
 
         def build() -> Engine:
-            path = Path(spec.model_path)
             return build_engine(
                 path,
                 spec.model.engine,
                 threads=spec.threads,
                 model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
-                tokenizer_digest=Tokenizer.load(path).digest,
+                tokenizer_digest=tokenizer.digest,
                 memory=memory,
             )
 
         self._engine = await asyncio.to_thread(build)
+        self._grammars = GrammarCompiler(tokenizer, self._engine.architecture.vocab_size)
         return self._engine
 
     async def serve(self, register: Callable[[grpc.aio.Server], None], services: Sequence[str]) -> WorkerRef:
@@ -125,6 +135,23 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         if not sampling.leaves_a_token(vocab_size):
             raise InvalidRequest("all tokens that may come are banned", param="sampling")
 
+    async def compile_grammar(self, request: Request) -> CompiledGrammar | None:
+        """The request's grammar over the model's tokens, ready for the engine; None if it has none. Raises InvalidRequest."""
+        grammar, compiler = request.sampling.grammar, self._grammars
+        if grammar is None:
+            return None
+        if compiler is None:
+            raise EngineFailure("the engine is not loaded yet")
+        found = compiler.cached(grammar)
+        if found is not None:
+            return found
+        try:
+            # What takes too long ends by its own limits, in a thread that nobody waits for any more.
+            async with asyncio.timeout(_COMPILE_S):
+                return await asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, grammar)
+        except TimeoutError:
+            raise InvalidRequest(f"the grammar takes more than {_COMPILE_S:g} s to compile", param="grammar") from None
+
     def count_served(self) -> None:
         self._served += 1
 
@@ -156,6 +183,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             await self._not_serving
         if self._rpc is not None:
             await self._rpc.stop(0.0)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
 

@@ -1,6 +1,7 @@
 """Computes steps: `ScheduledBatch` in, `ForwardResult` out.
 
     batch -> step input -> model forward (KV goes to the pool) -> logits of the rows that need them -> tokens, log-probabilities
+       +----> masks of grammars, in a thread beside the forward -----------------------------------------+
 
 Rows that need logits are the last row of a slice that samples, the rows of its drafts, and every row whose next token's
 log-probability was asked for; the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary
@@ -17,12 +18,13 @@ import torch
 
 from common.engine.attention import create_attention
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.grammar import MaskThread, NextMask
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
 from common.engine.sampler import report_logprobs
 from common.engine.step_input import StepBuffers, StepInput
-from common.engine.verification import draw, num_sampled_rows
+from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
 from common.types import SampledToken, TokenLogprob
 
@@ -46,6 +48,7 @@ class ModelRunner:
         self._pool = pool
         self._attention = create_attention(numerics.attention, pool, num_heads)
         self._buffers = StepBuffers(pool)
+        self._mask_thread = MaskThread()
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:
@@ -53,13 +56,19 @@ class ModelRunner:
         if not batch.slices:
             return ForwardResult()
         _check(batch)
+        masks = [mask for item in batch.slices for mask in _masks(item)]
+        working_out = self._mask_thread.begin(masks)
         step, hidden = self._forward(batch, layer_done)
         prompt_logprobs = [
             self._prompt_logprobs(item, hidden[span.first_row : span.first_row + span.num_rows])
             for item, span in zip(batch.slices, step.spans, strict=True)
         ]
+        # A thread that found no core so far would be waited for: this one has nothing else to do.
+        if working_out is not None and not working_out.cancel():
+            working_out.result()
         tokens = self._sample(batch, step, hidden)
-        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, strict=True)))
+        errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
+        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, strict=True)))
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor:
@@ -101,6 +110,11 @@ class ModelRunner:
             logits = self._model.logits(hidden[start : start + len(following)])
             reports.extend(report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
         return tuple(reports)
+
+
+def _masks(item: SequenceSlice) -> list[NextMask]:
+    """Choices that draw from one row may share a mask."""
+    return [spec.rules.mask for spec in item.samples if spec.rules is not None and spec.rules.mask is not None]
 
 
 def _check(batch: ScheduledBatch) -> None:

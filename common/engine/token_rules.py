@@ -1,6 +1,7 @@
 """What a request says about which token may come next, worked out for one draw.
 
     Request --TokenRules.of--> TokenRules, one per choice --for_next(tokens)--> RowRules, one per draw --> logit_rules
+    CompiledGrammar, if it has one ---^
 
 A `RowRules` is a pure function of the request and of the sequence's tokens. What a `TokenRules` keeps between calls, how often it
 has seen each token, is a cache of that function: a choice that was preempted, forked, moved to another worker, or whose first
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from common.engine.grammar import CompiledGrammar, GrammarState, NextMask, Restriction
+from common.errors import EngineFailure
 from common.types import FORCING_BIAS, Request
 
 Ids = npt.NDArray[np.int64]
@@ -52,9 +55,12 @@ class RowRules:
     penalties: Penalties | None = None
     allowed_token_ids: Ids | None = None  # each once; None = all
     banned_token_ids: Ids = field(default_factory=lambda: _NO_IDS)
+    mask: NextMask | None = None  # of a grammar; says what the two above would say as well
 
     def allow(self, token_id: int) -> bool:
         """Whether this token may come. Used to find guesses that are wrong for sure; what is drawn is decided over logits."""
+        if self.mask is not None:
+            return self.mask.allow(token_id)
         allowed = self.allowed_token_ids
         return not (self.banned_token_ids == token_id).any() and (allowed is None or bool((allowed == token_id).any()))
 
@@ -63,10 +69,14 @@ class TokenRules:
     """The rules of one choice. Owned by whoever owns the choice; calls of `for_next` are in the order of the sequence, which
     `rewind` shortens."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
         sampling = request.sampling
+        if sampling.grammar is not None and grammar is None:
+            raise EngineFailure("the request has a grammar that was not compiled")
+        self._grammar = None if grammar is None else grammar.start()
         self._sampling = sampling
         self._num_prompt_tokens = request.num_prompt_tokens - request.num_resumed_tokens  # what was generated before is generated
+        self._num_certain = request.num_resumed_tokens  # of the answer; what is beyond may be guessed
         single = [word[0] for word in sampling.bad_words if len(word) == 1]
         self._banned = _ids([*sampling.banned_by_bias, *single])
         self._banned_before_min_tokens = _ids([*self._banned.tolist(), *sampling.stop_token_ids])
@@ -86,8 +96,8 @@ class TokenRules:
         self._seen: _Seen | None = None
 
     @classmethod
-    def of(cls, request: Request) -> TokenRules | None:
-        """None if the request leaves the logits as they are."""
+    def of(cls, request: Request, grammar: CompiledGrammar | None = None) -> TokenRules | None:
+        """None if the request leaves the logits as they are. `grammar` is the request's own."""
         sampling = request.sampling
         wanted = (
             (sampling.min_tokens and sampling.stop_token_ids)
@@ -97,8 +107,9 @@ class TokenRules:
             or sampling.logit_bias
             or sampling.allowed_token_ids
             or sampling.bad_words
+            or sampling.grammar
         )
-        return cls(request) if wanted else None
+        return cls(request, grammar) if wanted else None
 
     def for_next(self, tokens: Sequence[int]) -> RowRules | None:
         """The rules for what follows `tokens`, all of the sequence; None if there are none at this place."""
@@ -106,6 +117,8 @@ class TokenRules:
         banned = self._banned if num_generated >= self._sampling.min_tokens else self._banned_before_min_tokens
         if self._bad_endings and num_generated:
             banned = _ids([*banned.tolist(), *self._completing(tokens, num_generated)])
+        if self._grammar is not None:
+            return self._with_mask(self._grammar, tokens, banned)
         allowed = self._allowed
         if len(self._forced):
             # A forced token that must not come now forces nothing.
@@ -117,11 +130,36 @@ class TokenRules:
             return None
         return RowRules(self._bias, penalties, allowed, banned)
 
+    def is_over(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer, which ends with the last of `tokens`, is whole, and nothing may follow. None of them is a guess."""
+        if self._grammar is None:
+            return False
+        self._advance(self._grammar, tokens)
+        self._num_certain = len(tokens) - self._num_prompt_tokens
+        return self._grammar.is_over
+
     def rewind(self, num_tokens: int) -> None:
         """Only the first `num_tokens` of the tokens that it was asked about are still in the sequence. Rules that were given out
         for later places must not be used any more."""
         if self._seen is not None:
             self._seen.rewind(num_tokens)
+        if self._grammar is not None:
+            self._grammar.rewind(max(0, num_tokens - self._num_prompt_tokens))
+
+    def _advance(self, grammar: GrammarState, tokens: Sequence[int]) -> None:
+        grammar.consume(tokens[self._num_prompt_tokens + grammar.num_consumed :])
+
+    def _with_mask(self, grammar: GrammarState, tokens: Sequence[int], banned: Ids) -> RowRules:
+        """All that is about which tokens may come is in the mask, so that nothing is left undecided between them."""
+        self._advance(grammar, tokens)
+        restriction = Restriction(
+            stop_token_ids=self._sampling.stop_token_ids,
+            allowed_token_ids=self._allowed,
+            forced_token_ids=self._forced if len(self._forced) else None,
+            banned_token_ids=banned if len(banned) else None,
+        )
+        penalties = self._penalties(tokens) if self._penalised else None
+        return RowRules(self._bias, penalties, mask=grammar.next_mask(restriction, num_certain=self._num_certain))
 
     def _completing(self, tokens: Sequence[int], num_generated: int) -> list[int]:
         """The tokens that would complete a bad word of several tokens, all of them generated."""

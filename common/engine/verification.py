@@ -19,6 +19,7 @@ import torch
 
 from common.engine.batch import SampleSpec, SequenceSlice
 from common.engine.sampler import sample
+from common.errors import PdserveError
 from common.types import SampledToken
 
 
@@ -28,7 +29,10 @@ def num_sampled_rows(item: SequenceSlice) -> int:
 
 
 def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice]) -> list[tuple[SampledToken, ...]]:
-    """The tokens of each slice; `logits` are its `num_sampled_rows` rows, slice by slice."""
+    """The tokens of each slice; `logits` are its `num_sampled_rows` rows, slice by slice.
+
+    None for a slice whose first draw cannot be made (`refusal` says why). If a later one cannot, those before it: the next step
+    finds that one first."""
     drawn: list[list[SampledToken]] = [[] for _ in slices]
     first_rows, row = [], 0
     for item in slices:
@@ -36,6 +40,7 @@ def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice]) -> list[tuple[Sa
         row += num_sampled_rows(item)
     awaited = [index for index, item in enumerate(slices) if item.samples]
     while awaited:
+        awaited = [index for index in awaited if refusal(slices[index], len(drawn[index])) is None]
         specs: list[SampleSpec] = []
         rows: list[int] = []
         for index in awaited:
@@ -43,13 +48,20 @@ def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice]) -> list[tuple[Sa
             end = len(item.samples) if _at_once(item) else begin + 1
             specs.extend(item.samples[begin:end])
             rows.extend(first_rows[index] + (position if item.num_drafts else 0) for position in range(begin, end))
-        tokens = iter(sample(logits, specs, rows))
+        tokens = iter(sample(logits, specs, rows) if specs else ())
         for index in awaited:
             item = slices[index]
             missing = len(item.samples) if _at_once(item) else 1
             drawn[index].extend(next(tokens) for _ in range(missing))
         awaited = [index for index in awaited if _goes_on(slices[index], drawn[index])]
     return [_right(item, tokens) for item, tokens in zip(slices, drawn, strict=True)]
+
+
+def refusal(item: SequenceSlice, place: int = 0) -> PdserveError | None:
+    """Why nothing can be drawn at this place, or, without drafts, for one of the choices."""
+    specs = item.samples[place : place + 1] if item.num_drafts else item.samples
+    masks = (spec.rules.mask for spec in specs if spec.rules is not None and spec.rules.mask is not None)
+    return next((mask.error for mask in masks if mask.error is not None), None)
 
 
 def _at_once(item: SequenceSlice) -> bool:
@@ -65,7 +77,7 @@ def _goes_on(item: SequenceSlice, drawn: Sequence[SampledToken]) -> bool:
 
 def _right(item: SequenceSlice, drawn: Sequence[SampledToken]) -> tuple[SampledToken, ...]:
     """The draws up to the first that is not the draft."""
-    for place in range(item.num_drafts):
+    for place in range(min(item.num_drafts, len(drawn))):
         if drawn[place].token_id != _draft(item, place):
             return tuple(drawn[: place + 1])
     return tuple(drawn)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ommon/wire/inference.proto\x12\npdserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\"\x83\x07\n\x10InferenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x30\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\x05H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\x05\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\x05H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\n\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x11 \x01(\x08H\x0b\x88\x01\x01\x12\x12\n\nrequest_id\x18\x12 \x01(\t\x12\x1d\n\x10presence_penalty\x18\x13 \x01(\x01H\x0c\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x14 \x01(\x01H\r\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x15 \x01(\x01H\x0e\x88\x01\x01\x12?\n\nlogit_bias\x18\x16 \x03(\x0b\x32+.pdserve.v1.InferenceRequest.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x17 \x03(\x05\x12\x11\n\tbad_words\x18\x18 \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x07\n\x05_echoB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\"S\n\x10TokenAlternative\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\x12\x10\n\x08token_id\x18\x04 \x01(\r\"y\n\x0bTokenReport\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12)\n\x03top\x18\x05 \x03(\x0b\x32\x1c.pdserve.v1.TokenAlternative\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"\xcd\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.pdserve.v1.TokenReport\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.pdserve.v1.Usage\"\x13\n\x11ListModelsRequest\"P\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x10\n\x08owned_by\x18\x03 \x01(\t\x12\x18\n\x10max_model_tokens\x18\x04 \x01(\r\"4\n\x0fListModelsReply\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"\x9d\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x18\n\x10max_model_tokens\x18\x02 \x01(\r2\xe1\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.pdserve.v1.InferenceRequest\x1a\x1a.pdserve.v1.InferenceEvent0\x01\x12H\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1b.pdserve.v1.ListModelsReply\x12\x42\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x19.pdserve.v1.TokenizeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ommon/wire/inference.proto\x12\npdserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.pdserve.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x8d\x01\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x13.pdserve.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x66orm\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\"\xc3\x08\n\x10InferenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x30\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\x05H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\x05\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\x05H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\n\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x11 \x01(\x08H\x0b\x88\x01\x01\x12\x12\n\nrequest_id\x18\x12 \x01(\t\x12\x1d\n\x10presence_penalty\x18\x13 \x01(\x01H\x0c\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x14 \x01(\x01H\r\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x15 \x01(\x01H\x0e\x88\x01\x01\x12?\n\nlogit_bias\x18\x16 \x03(\x0b\x32+.pdserve.v1.InferenceRequest.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x17 \x03(\x05\x12\x11\n\tbad_words\x18\x18 \x03(\t\x12\x39\n\x12structured_outputs\x18\x19 \x01(\x0b\x32\x1d.pdserve.v1.StructuredOutputs\x12\x1f\n\x05tools\x18\x1a \x03(\x0b\x32\x10.pdserve.v1.Tool\x12\x13\n\x0btool_choice\x18\x1b \x01(\t\x12\x13\n\x0b\x63\x61lled_tool\x18\x1c \x01(\t\x12 \n\x13parallel_tool_calls\x18\x1d \x01(\x08H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x07\n\x05_echoB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x16\n\x14_parallel_tool_calls\"S\n\x10TokenAlternative\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\x12\x10\n\x08token_id\x18\x04 \x01(\r\"y\n\x0bTokenReport\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12)\n\x03top\x18\x05 \x03(\x0b\x32\x1c.pdserve.v1.TokenAlternative\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\xfc\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.pdserve.v1.TokenReport\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12-\n\ntool_calls\x18\t \x03(\x0b\x32\x19.pdserve.v1.ToolCallDelta\"\x13\n\x11ListModelsRequest\"P\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x10\n\x08owned_by\x18\x03 \x01(\t\x12\x18\n\x10max_model_tokens\x18\x04 \x01(\r\"4\n\x0fListModelsReply\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"\x9d\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x18\n\x10max_model_tokens\x18\x02 \x01(\r2\xe1\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.pdserve.v1.InferenceRequest\x1a\x1a.pdserve.v1.InferenceEvent0\x01\x12H\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1b.pdserve.v1.ListModelsReply\x12\x42\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x19.pdserve.v1.TokenizeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=43
   _globals['_TOKENIDS']._serialized_end=66
   _globals['_CHATMESSAGE']._serialized_start=68
-  _globals['_CHATMESSAGE']._serialized_end=126
-  _globals['_CHATMESSAGES']._serialized_start=128
-  _globals['_CHATMESSAGES']._serialized_end=185
-  _globals['_INFERENCEREQUEST']._serialized_start=188
-  _globals['_INFERENCEREQUEST']._serialized_end=1087
-  _globals['_INFERENCEREQUEST_LOGITBIASENTRY']._serialized_start=836
-  _globals['_INFERENCEREQUEST_LOGITBIASENTRY']._serialized_end=884
-  _globals['_TOKENALTERNATIVE']._serialized_start=1089
-  _globals['_TOKENALTERNATIVE']._serialized_end=1172
-  _globals['_TOKENREPORT']._serialized_start=1174
-  _globals['_TOKENREPORT']._serialized_end=1295
-  _globals['_USAGE']._serialized_start=1297
-  _globals['_USAGE']._serialized_end=1399
-  _globals['_INFERENCEEVENT']._serialized_start=1402
-  _globals['_INFERENCEEVENT']._serialized_end=1607
-  _globals['_LISTMODELSREQUEST']._serialized_start=1609
-  _globals['_LISTMODELSREQUEST']._serialized_end=1628
-  _globals['_MODEL']._serialized_start=1630
-  _globals['_MODEL']._serialized_end=1710
-  _globals['_LISTMODELSREPLY']._serialized_start=1712
-  _globals['_LISTMODELSREPLY']._serialized_end=1764
-  _globals['_TOKENIZEREQUEST']._serialized_start=1767
-  _globals['_TOKENIZEREQUEST']._serialized_end=1924
-  _globals['_TOKENIZEREPLY']._serialized_start=1926
-  _globals['_TOKENIZEREPLY']._serialized_end=1986
-  _globals['_INFERENCE']._serialized_start=1989
-  _globals['_INFERENCE']._serialized_end=2214
+  _globals['_CHATMESSAGE']._serialized_end=190
+  _globals['_TOOLCALL']._serialized_start=192
+  _globals['_TOOLCALL']._serialized_end=247
+  _globals['_TOOL']._serialized_start=249
+  _globals['_TOOL']._serialized_end=310
+  _globals['_CHOICES']._serialized_start=312
+  _globals['_CHOICES']._serialized_end=336
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=339
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=480
+  _globals['_CHATMESSAGES']._serialized_start=482
+  _globals['_CHATMESSAGES']._serialized_end=539
+  _globals['_INFERENCEREQUEST']._serialized_start=542
+  _globals['_INFERENCEREQUEST']._serialized_end=1633
+  _globals['_INFERENCEREQUEST_LOGITBIASENTRY']._serialized_start=1358
+  _globals['_INFERENCEREQUEST_LOGITBIASENTRY']._serialized_end=1406
+  _globals['_TOKENALTERNATIVE']._serialized_start=1635
+  _globals['_TOKENALTERNATIVE']._serialized_end=1718
+  _globals['_TOKENREPORT']._serialized_start=1720
+  _globals['_TOKENREPORT']._serialized_end=1841
+  _globals['_USAGE']._serialized_start=1843
+  _globals['_USAGE']._serialized_end=1945
+  _globals['_TOOLCALLDELTA']._serialized_start=1947
+  _globals['_TOOLCALLDELTA']._serialized_end=2022
+  _globals['_INFERENCEEVENT']._serialized_start=2025
+  _globals['_INFERENCEEVENT']._serialized_end=2277
+  _globals['_LISTMODELSREQUEST']._serialized_start=2279
+  _globals['_LISTMODELSREQUEST']._serialized_end=2298
+  _globals['_MODEL']._serialized_start=2300
+  _globals['_MODEL']._serialized_end=2380
+  _globals['_LISTMODELSREPLY']._serialized_start=2382
+  _globals['_LISTMODELSREPLY']._serialized_end=2434
+  _globals['_TOKENIZEREQUEST']._serialized_start=2437
+  _globals['_TOKENIZEREQUEST']._serialized_end=2594
+  _globals['_TOKENIZEREPLY']._serialized_start=2596
+  _globals['_TOKENIZEREPLY']._serialized_end=2656
+  _globals['_INFERENCE']._serialized_start=2659
+  _globals['_INFERENCE']._serialized_end=2884
 # @@protoc_insertion_point(module_scope)

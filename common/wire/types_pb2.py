@@ -24,41 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ommon/wire/types.proto\x12\npdserve.v1\"\xd7\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x02\x88\x01\x01\x12)\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x15.pdserve.v1.TokenBias\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12,\n\tbad_words\x18\x10 \x03(\x0b\x32\x19.pdserve.v1.TokenSequenceB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x15\n\x13_repetition_penalty\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xe2\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x14\n\x0c\x66irst_choice\x18\x08 \x01(\r\x12\x1a\n\x12num_resumed_tokens\x18\t \x01(\r\"D\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.TopLogprob\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x08\"\xba\x01\n\nTokenChunk\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"\x88\x02\n\x0cStageTimings\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x04 \x01(\x01\x12\r\n\x05rpc_s\x18\x05 \x01(\x01\x12\x12\n\nactivate_s\x18\x06 \x01(\x01\x12\x19\n\x11transfer_hidden_s\x18\x07 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x11\n\ttransport\x18\t \x01(\t\x12\x16\n\x0etransfer_bytes\x18\n \x01(\x04\x12\x17\n\x0ftransfer_blocks\x18\x0b \x01(\r\"~\n\x07Started\x12)\n\x07timings\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StageTimings\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x31\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\"\xaa\x01\n\x08KVLayout\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\"\x9b\x02\n\x06Ticket\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x04 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x05 \x01(\x04\x12\x19\n\x11prefill_worker_id\x18\x06 \x01(\t\x12\x1b\n\x13prefill_incarnation\x18\x07 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x03(\r\x12\x12\n\nnum_tokens\x18\n \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x0b \x01(\x0c\x12\r\n\x05ttl_s\x18\x0c \x01(\x01\x12\x0b\n\x03mac\x18\r \x01(\x0c\"i\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ommon/wire/types.proto\x12\npdserve.v1\">\n\x07Grammar\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.pdserve.v1.GrammarKind\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xfd\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x02\x88\x01\x01\x12)\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x15.pdserve.v1.TokenBias\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12,\n\tbad_words\x18\x10 \x03(\x0b\x32\x19.pdserve.v1.TokenSequence\x12$\n\x07grammar\x18\x11 \x01(\x0b\x32\x13.pdserve.v1.GrammarB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x15\n\x13_repetition_penalty\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xe2\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x14\n\x0c\x66irst_choice\x18\x08 \x01(\r\x12\x1a\n\x12num_resumed_tokens\x18\t \x01(\r\"D\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.TopLogprob\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x08\"\xba\x01\n\nTokenChunk\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"\x88\x02\n\x0cStageTimings\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x04 \x01(\x01\x12\r\n\x05rpc_s\x18\x05 \x01(\x01\x12\x12\n\nactivate_s\x18\x06 \x01(\x01\x12\x19\n\x11transfer_hidden_s\x18\x07 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x11\n\ttransport\x18\t \x01(\t\x12\x16\n\x0etransfer_bytes\x18\n \x01(\x04\x12\x17\n\x0ftransfer_blocks\x18\x0b \x01(\r\"~\n\x07Started\x12)\n\x07timings\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StageTimings\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x31\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\"\xaa\x01\n\x08KVLayout\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\"\x9b\x02\n\x06Ticket\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x04 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x05 \x01(\x04\x12\x19\n\x11prefill_worker_id\x18\x06 \x01(\t\x12\x1b\n\x13prefill_incarnation\x18\x07 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x03(\r\x12\x12\n\nnum_tokens\x18\n \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x0b \x01(\x0c\x12\r\n\x05ttl_s\x18\x0c \x01(\x01\x12\x0b\n\x03mac\x18\r \x01(\x0c\"i\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x91\x01\n\x0bGrammarKind\x12\x1c\n\x18GRAMMAR_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18GRAMMAR_KIND_JSON_SCHEMA\x10\x01\x12\x16\n\x12GRAMMAR_KIND_REGEX\x10\x02\x12\x17\n\x13GRAMMAR_KIND_CHOICE\x10\x03\x12\x15\n\x11GRAMMAR_KIND_LARK\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.wire.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2196
-  _globals['_FINISHREASON']._serialized_end=2291
-  _globals['_ROLE']._serialized_start=2293
-  _globals['_ROLE']._serialized_end=2356
-  _globals['_SAMPLINGPARAMS']._serialized_start=40
-  _globals['_SAMPLINGPARAMS']._serialized_end=511
-  _globals['_TOKENBIAS']._serialized_start=513
-  _globals['_TOKENBIAS']._serialized_end=556
-  _globals['_TOKENSEQUENCE']._serialized_start=558
-  _globals['_TOKENSEQUENCE']._serialized_end=592
-  _globals['_REQUEST']._serialized_start=595
-  _globals['_REQUEST']._serialized_end=821
-  _globals['_WORKERREF']._serialized_start=823
-  _globals['_WORKERREF']._serialized_end=891
-  _globals['_TOPLOGPROB']._serialized_start=893
-  _globals['_TOPLOGPROB']._serialized_end=940
-  _globals['_TOKENLOGPROB']._serialized_start=942
-  _globals['_TOKENLOGPROB']._serialized_end=1044
-  _globals['_TOKENCHUNK']._serialized_start=1047
-  _globals['_TOKENCHUNK']._serialized_end=1233
-  _globals['_STAGETIMINGS']._serialized_start=1236
-  _globals['_STAGETIMINGS']._serialized_end=1500
-  _globals['_STARTED']._serialized_start=1502
-  _globals['_STARTED']._serialized_end=1628
-  _globals['_KVLAYOUT']._serialized_start=1631
-  _globals['_KVLAYOUT']._serialized_end=1801
-  _globals['_TICKET']._serialized_start=1804
-  _globals['_TICKET']._serialized_end=2087
-  _globals['_ERRORDETAIL']._serialized_start=2089
-  _globals['_ERRORDETAIL']._serialized_end=2194
+  _globals['_FINISHREASON']._serialized_start=2298
+  _globals['_FINISHREASON']._serialized_end=2393
+  _globals['_ROLE']._serialized_start=2395
+  _globals['_ROLE']._serialized_end=2458
+  _globals['_GRAMMARKIND']._serialized_start=2461
+  _globals['_GRAMMARKIND']._serialized_end=2606
+  _globals['_GRAMMAR']._serialized_start=39
+  _globals['_GRAMMAR']._serialized_end=101
+  _globals['_SAMPLINGPARAMS']._serialized_start=104
+  _globals['_SAMPLINGPARAMS']._serialized_end=613
+  _globals['_TOKENBIAS']._serialized_start=615
+  _globals['_TOKENBIAS']._serialized_end=658
+  _globals['_TOKENSEQUENCE']._serialized_start=660
+  _globals['_TOKENSEQUENCE']._serialized_end=694
+  _globals['_REQUEST']._serialized_start=697
+  _globals['_REQUEST']._serialized_end=923
+  _globals['_WORKERREF']._serialized_start=925
+  _globals['_WORKERREF']._serialized_end=993
+  _globals['_TOPLOGPROB']._serialized_start=995
+  _globals['_TOPLOGPROB']._serialized_end=1042
+  _globals['_TOKENLOGPROB']._serialized_start=1044
+  _globals['_TOKENLOGPROB']._serialized_end=1146
+  _globals['_TOKENCHUNK']._serialized_start=1149
+  _globals['_TOKENCHUNK']._serialized_end=1335
+  _globals['_STAGETIMINGS']._serialized_start=1338
+  _globals['_STAGETIMINGS']._serialized_end=1602
+  _globals['_STARTED']._serialized_start=1604
+  _globals['_STARTED']._serialized_end=1730
+  _globals['_KVLAYOUT']._serialized_start=1733
+  _globals['_KVLAYOUT']._serialized_end=1903
+  _globals['_TICKET']._serialized_start=1906
+  _globals['_TICKET']._serialized_end=2189
+  _globals['_ERRORDETAIL']._serialized_start=2191
+  _globals['_ERRORDETAIL']._serialized_end=2296
 # @@protoc_insertion_point(module_scope)

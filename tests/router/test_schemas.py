@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBod
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+FUNCTION: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+BAD_SCHEMAS: list[Any] = [3, [], "[", "3", {"const": "x" * 70_000}, reduce(lambda inner, _: {"items": inner}, range(65), {})]
+FORM = {"response_format", "structured_outputs", "guided_json", "tools", "tool_choice", "parallel_tool_calls"}
 
 # field, values that are refused in both kinds of body; each must name the field
 REFUSED: list[tuple[str, list[Any]]] = [
@@ -63,14 +68,20 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("allowed_token_ids[1]", [[1, "1"], [1, True], [1, 1.0]]),
     ("bad_words", ["no", [5], [""], ["x"] * 129, ["é" * 65], {"a": 1}]),
     # not offered here
-    ("response_format", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", []]),
-    ("tools", [[{"type": "function", "function": {"name": "f"}}]]),
-    ("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}]),
+    ("response_format.type", [{"type": "structural_tag"}, "text", []]),
+    ("response_format.json_schema", [{"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": 3, "schema": {}}}]),
+    ("response_format.json_schema.schema", [{"type": "json_schema", "json_schema": {"schema": value}} for value in BAD_SCHEMAS]),
     ("functions", [[{"name": "f"}]]),
     ("function_call", [{"name": "f"}]),
-    ("structured_outputs", [{"json": {}}]),
-    ("guided_json", [{"type": "object"}]),
-    ("guided_regex", ["a+"]),
+    ("structured_outputs", ["json"]),
+    ("structured_outputs.json", [{"json": value} for value in BAD_SCHEMAS]),
+    ("structured_outputs.regex", [{"regex": value} for value in (3, "", "a" * 70_000, "\ud800")] + [{"json": {}, "regex": "a"}]),
+    ("structured_outputs.choice", [{"choice": value} for value in ([], "yes", [1], ["a", ""], ["x"] * 1025)]),
+    ("structured_outputs.grammar", [{"grammar": {}}]),
+    ("structured_outputs.json_object", [{"json_object": "yes"}]),
+    ("structured_outputs.whitespace_pattern", [{"json": {}, "whitespace_pattern": " *"}]),
+    ("guided_json", ["{", 3]),
+    ("guided_regex", [["a+"]]),
     ("guided_new_thing", ["x"]),
     ("best_of", [2, 0, "1", True]),
     ("suffix", ["end"]),
@@ -92,7 +103,7 @@ REFUSED: list[tuple[str, list[Any]]] = [
 CHAT_REFUSED: list[tuple[str, list[Any]]] = [
     ("messages", [[], "hi", [{"role": "user", "content": "x"}] * 1025]),
     ("messages[0]", [["hi"]]),
-    ("messages[0].role", [[{"content": "x"}], [{"role": "wizard", "content": "x"}], [{"role": "tool", "content": "x"}]]),
+    ("messages[0].role", [[{"content": "x"}], [{"role": "wizard", "content": "x"}]]),
     (
         "messages[0].content",
         [
@@ -103,7 +114,12 @@ CHAT_REFUSED: list[tuple[str, list[Any]]] = [
             [{"role": "user", "content": ["text"]}],
         ],
     ),
-    ("messages[0].tool_calls", [[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]]),
+    ("messages[0].tool_calls[0].function", [[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]]),
+    ("tools", ["f", [{"type": "function", "function": {"name": "f"}}] * 2, [FUNCTION] * 129]),
+    ("tools[0]", [[3], [{"type": "retrieval"}], [{"type": "function"}]]),
+    ("tools[0].function.name", [[{"type": "function", "function": {"name": name}}] for name in ("", "a b", "x" * 65, None)]),
+    ("tools[0].function.parameters", [[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]]),
+    ("tool_choice", ["required", "always", {"type": "function", "function": {"name": "f"}}]),
     ("max_completion_tokens", [-1, "5"]),
     ("logprobs", [5, "true"]),
     ("top_logprobs", [-1, 21, "2"]),
@@ -112,6 +128,8 @@ CHAT_REFUSED: list[tuple[str, list[Any]]] = [
     ("chat_template_kwargs", ["x", {"messages": []}, {"a b": 1}, {"deep": {"er": 1}}, {str(i): i for i in range(17)}]),
 ]
 COMPLETION_REFUSED: list[tuple[str, list[Any]]] = [
+    ("tools", [[FUNCTION]]),
+    ("tool_choice", ["required"]),
     ("prompt", [5, [], ["a", 5], [[1], "a"], [["a"]], [1.5], [True], {"a": 1}, ["a"] * 257]),
     ("logprobs", [-1, 21, True, "1"]),
     ("echo", ["yes"]),
@@ -139,14 +157,14 @@ def refused(kind: type[BaseModel], body: dict[str, Any], param: str) -> None:
 
 @pytest.mark.parametrize(("field", "value"), cases(REFUSED))
 def test_wrong_and_unsupported_values_name_their_field(field: str, value: Any) -> None:
-    given = {field.partition("[")[0]: value}
+    given = {field.replace(".", "[").partition("[")[0]: value}
     refused(ChatBody, {**CHAT, **given}, field)
     refused(CompletionBody, {**COMPLETION, **given}, field)
 
 
 @pytest.mark.parametrize(("field", "value"), cases(CHAT_REFUSED))
 def test_chat_fields(field: str, value: Any) -> None:
-    refused(ChatBody, {**CHAT, field.partition("[")[0]: value}, field)
+    refused(ChatBody, {**CHAT, field.replace(".", "[").partition("[")[0]: value}, field)
 
 
 @pytest.mark.parametrize(("field", "value"), cases(COMPLETION_REFUSED))
@@ -172,14 +190,16 @@ def test_null_is_the_same_as_absent(field: str) -> None:
 
 
 def test_neutral_harmless_and_unknown_fields_change_nothing() -> None:
-    assert parse(ChatBody, {**CHAT, **NEUTRAL}) == parse(ChatBody, CHAT)
-    assert parse(CompletionBody, {**COMPLETION, **NEUTRAL}) == parse(CompletionBody, COMPLETION)
+    chat, completion = parse(ChatBody, {**CHAT, **NEUTRAL}), parse(CompletionBody, {**COMPLETION, **NEUTRAL})
+    assert chat.model_dump(exclude=FORM) == parse(ChatBody, CHAT).model_dump(exclude=FORM)
+    assert completion.model_dump(exclude=FORM) == parse(CompletionBody, COMPLETION).model_dump(exclude=FORM)
+    assert chat.form is completion.form is chat.toolbox is None
 
 
 def test_tools_are_let_through_when_they_must_not_be_called() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert parse(ChatBody, {**CHAT, "tools": tools, "tool_choice": "none"}) == parse(ChatBody, CHAT)
-    refused(ChatBody, {**CHAT, "tools": tools, "tool_choice": "auto"}, "tools")
+    assert parse(ChatBody, {**CHAT, "tools": tools, "tool_choice": "none"}).toolbox is None
+    assert parse(ChatBody, {**CHAT, "tools": tools}).toolbox is not None
 
 
 def test_best_of_may_equal_n() -> None:

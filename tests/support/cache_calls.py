@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from common.tokenizer import Tokenizer
+from common.types import Grammar, GrammarKind
 from router.cache.digest import AnswerKey, answer_key
 from router.schemas import ChatBody, CompletionBody, parse
+from router.structured.examination import Examination
+from router.structured.wanted import LARK_OR_GBNF, Wanted
 from router.validate import Caller, ServedModel, Validator, ValidCall
 from support.fake_cluster import CONTEXT, MODEL, router_config
 
@@ -18,7 +21,17 @@ class OneModel:
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
 
     async def model(self, name: str) -> ServedModel:
-        return ServedModel("other" if name == "other" else MODEL, self._tokenizer, CONTEXT, 0, self._fingerprint)
+        return ServedModel("other" if name == "other" else MODEL, self._tokenizer, 8 * CONTEXT, 0, self._fingerprint)
+
+
+class Unexamined(Examination):
+    """Takes every grammar as it is: whether it compiles is no question of these tests."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+
+    async def examine(self, wanted: Wanted) -> Grammar:
+        return Grammar(GrammarKind.LARK if wanted.kind == LARK_OR_GBNF else GrammarKind(wanted.kind), wanted.text)
 
 
 class Calls:
@@ -26,11 +39,11 @@ class Calls:
         self._tokenizer = tokenizer
 
     async def chat(self, body: dict[str, Any], *, tenant: str = "t", fingerprint: str = "f1", request_id: str = "r") -> ValidCall:
-        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint))
+        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint), Unexamined())
         return await validator.chat(parse(ChatBody, {"model": MODEL, **body}), Caller(request_id, cache_salt=tenant))
 
     async def completion(self, body: dict[str, Any], *, tenant: str = "t", fingerprint: str = "f1") -> ValidCall:
-        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint))
+        validator = Validator(router_config().router, OneModel(self._tokenizer, fingerprint), Unexamined())
         return await validator.completion(parse(CompletionBody, {"model": MODEL, **body}), Caller("r", cache_salt=tenant))
 
     async def chat_key(self, body: dict[str, Any], names: tuple[str, ...] = (), **more: Any) -> AnswerKey:

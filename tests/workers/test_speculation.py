@@ -16,6 +16,7 @@ import torch
 from common.config import DecodeConfig, EngineConfig, PrefillConfig, SpeculationConfig
 from common.errors import ConfigError
 from common.types import FinishReason, Request
+from support import structured_work
 from support.hostile_guesses import KINDS, Hostile
 from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, request, running_workers
@@ -338,3 +339,16 @@ async def test_a_copy_takes_a_fraction_of_the_steps(model_path: Path) -> None:
         assert totals.accepted_tokens > 100
         assert totals.generated_tokens == 200
         assert workers.decode._scheduler._speculator.num_sequences == 0
+
+
+@pytest.mark.parametrize("guesses", ["random", "always right", "over-long", "half right"])
+async def test_nor_do_answers_of_a_given_form(model_path: Path, guesses: str) -> None:
+    """A guess may leave the grammar, end it, or go on behind its end."""
+    structured = await structured_work.make_reference(model_path)
+    reference = Reference(structured.work, structured.answers)
+    async with running_workers(model_path, engine=structured_work.ENGINE, decode=LOCAL, num_prefill=0) as workers:
+        totals = workers.decode._scheduler.totals
+        workers.decode._scheduler._speculator = Hostile(guesses, structured.work, structured.answers)
+        assert_same(await workers.generate_together(reference.work), reference, EXACT)
+        assert totals.drafted_tokens > 0
+        assert totals.accepted_tokens > 0 or guesses == "random"

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from common.tokenizer import Tokenizer
-from common.types import Request, SamplingParams
+from common.types import Grammar, GrammarKind, Request, SamplingParams
 from router.cache.digest import BODY_NOISE, answer_key, scope_digest
 from router.sampling_class import SamplingClass
 from router.schemas import ChatBody, CompletionBody, GenerationBody
-from router.validate import OutputPlan, ServedModel, ValidCall
+from router.tools.definitions import Toolbox
+from router.tools.families import HERMES
+from router.validate import OutputPlan, ServedModel, ToolPlan, ValidCall
 from support.cache_calls import Calls
 from support.fake_cluster import CONTEXT
 
@@ -21,6 +23,8 @@ SYSTEM = {"role": "system", "content": "be brief"}
 TALK = [SYSTEM, {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"messages": TALK, "temperature": 0.5, "seed": 7, "max_tokens": 20}
 COMPLETION: dict[str, Any] = {"prompt": "say it", "temperature": 0.5, "seed": 7, "max_tokens": 20}
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]
 
 # field: what is written in addition. Meaning changes the key; noise does not; the limit has a rule of its own; what acts on the
 # prompt alone counts as far as it changes the prompt's tokens.
@@ -43,6 +47,12 @@ SHARED_MEANING: dict[str, dict[str, Any]] = {
     "stop_token_ids": {"stop_token_ids": [9]},
     "include_stop_str_in_output": {"include_stop_str_in_output": True},
     "skip_special_tokens": {"skip_special_tokens": False},
+    "response_format": {"response_format": {"type": "json_object"}},
+    "structured_outputs": {"structured_outputs": {"choice": ["a"]}},
+    "guided_json": {"guided_json": {"type": "array"}},
+    "guided_regex": {"guided_regex": "a+"},
+    "guided_choice": {"guided_choice": ["a", "b"]},
+    "guided_grammar": {"guided_grammar": 'start: "a"'},
 }
 SHARED_NOISE: dict[str, dict[str, Any]] = {
     "model": {"model": "small"},  # an alias
@@ -58,6 +68,15 @@ CHAT_MEANING: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True, "top_logprobs": 2},
     "add_generation_prompt": {"add_generation_prompt": False},
     "continue_final_message": {"continue_final_message": True},
+    "tools": {"tools": TOOLS},
+    "tool_choice": {"tools": TOOLS, "tool_choice": "required"},
+    "parallel_tool_calls": {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+}
+# What some of these need to be there already.
+CHAT_BASES: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True},
+    "tool_choice": {"tools": TOOLS},
+    "parallel_tool_calls": {"tools": TOOLS, "tool_choice": "required"},
 }
 COMPLETION_MEANING: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "say that"},
@@ -84,7 +103,7 @@ def test_every_field_of_a_body_is_classified() -> None:
 
 @pytest.mark.parametrize("field", sorted(SHARED_MEANING | CHAT_MEANING))
 async def test_what_means_something_changes_the_key_of_a_chat(calls: Calls, field: str) -> None:
-    base = CHAT if field != "top_logprobs" else CHAT | {"logprobs": True}
+    base = CHAT | CHAT_BASES.get(field, {})
     changed = await calls.chat_key(base | (SHARED_MEANING | CHAT_MEANING)[field])
     plain = await calls.chat_key(base)
     assert changed.key != plain.key
@@ -181,11 +200,12 @@ SAMPLING_FIELDS: dict[str, Any] = {
     "max_tokens": None, "seed": 2, "temperature": 0.9, "top_k": 4, "top_p": 0.4, "min_p": 0.2, "min_tokens": 3,
     "stop_token_ids": (3,), "logprobs": 1, "prompt_logprobs": 1, "presence_penalty": 1.0, "frequency_penalty": 1.0,
     "repetition_penalty": 2.0, "logit_bias": ((3, 1.0),), "allowed_token_ids": (4,), "bad_words": ((4, 5),),
+    "grammar": Grammar(GrammarKind.REGEX, "a+"),
 }  # fmt: skip
 PLAN_FIELDS: dict[str, Any] = {
     "stops": ("x",), "include_stop": True, "min_tokens": 1, "client_stop_token_ids": frozenset({4}), "discard_tokens": True,
     "logprobs": 1, "echo": None, "prompt_texts": None, "skip_special_tokens": False, "return_token_ids": None, "stream": None,
-    "include_usage": None, "usage_on_every_chunk": None, "timings": None,
+    "include_usage": None, "usage_on_every_chunk": None, "timings": None, "tools": ToolPlan(HERMES, Toolbox(())),
 }  # fmt: skip
 NOISE_VALUES: dict[str, Any] = {
     "request_id": "other", "timeout_s": 1.0, "max_tokens": 99, "echo": True, "prompt_texts": ("say",), "return_token_ids": True,

@@ -24,7 +24,7 @@ from common.codec import chunk_to_wire, request_from_wire, started_to_wire, work
 from common.config import Config, DecodeConfig, ModelConfig, PrefillConfig, RouterConfig, TransferConfig
 from common.errors import DeadlineExceeded
 from common.metrics import RouterMetrics, WorkerMetrics
-from common.types import KVLayout, Role, WorkerRef
+from common.types import KVLayout, Request, Role, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from decode_worker.handoff import DecodeHandoff
@@ -228,6 +228,10 @@ class WorkerProcess(Host):
         return found
 
 
+async def _no_grammar(request: Request) -> None:
+    """Simulated clients ask for none."""
+
+
 class PrefillProcess(WorkerProcess):
     role = Role.PREFILL
 
@@ -241,7 +245,13 @@ class PrefillProcess(WorkerProcess):
         )
         self.engine = self._engine(lambda events: self.runs.deliver(events), watched=True)
         self.runs = PrefillRuns(
-            self.scheduler, self.engine, self.handoff, check=lambda _: None, metrics=_worker_metrics(), clock=self.clock
+            self.scheduler,
+            self.engine,
+            self.handoff,
+            check=lambda _: None,
+            compile_grammar=_no_grammar,
+            metrics=_worker_metrics(),
+            clock=self.clock,
         )
         unary = {"Handshake": self._handshake, "Run": self._run, "Release": self._release}
         self.server = rpc.SimServer(self.network, self.loop, unary, {})

@@ -1,0 +1,297 @@
+"""Grammars over a model's tokens: which tokens may come next, as a packed mask, one bit per token.
+
+    Grammar --GrammarCompiler--> CompiledGrammar --start()--> GrammarState, one per choice --next_mask()--> NextMask, one per draw
+
+A state is a function of the grammar and of the answer's tokens: it is advanced by the tokens of the sequence, wherever they were
+drawn, and can be taken back. A mask is worked out later, by `MaskThread` while the model computes the step, or by whoever reads
+it first. Masks have the bits of end tokens exactly when the text so far is a whole sentence; other special tokens never come.
+
+A grammar that cannot be compiled is an InvalidRequest; so is one that runs into a limit on its way, or leaves nothing to draw
+together with the request's other rules: then the request ends, and nobody else does. It knows neither logits nor requests' lives.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
+
+from common.errors import InvalidRequest, PdserveError
+from common.grammar.compiling import check, compile_grammar
+from common.tokenizer import Tokenizer
+from common.types import Grammar
+
+Words = npt.NDArray[np.uint32]  # bit i of word w is token 32 * w + i
+_Ids = npt.NDArray[np.int64]
+
+MAX_COMPILED = 32
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer: the model's tokens, and one more that stands for every end token. Where a grammar
+    leaves but one text, it is spelt as the tokenizer would, for that is what the model has learnt."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        known = range(min(tokenizer.vocab_size, vocab_size))
+        special = {token_id for token_id in known if tokenizer.is_special(token_id)}
+        special.update(token_id for token_id in tokenizer.eos_token_ids if token_id < vocab_size)
+        bytes_of = [tokenizer.token_bytes(token_id) for token_id in known]
+        self.eos_token_id = vocab_size
+        self.tokens = [*bytes_of, *[b""] * (vocab_size - len(bytes_of)), b"<end>"]
+        self.special_token_ids = sorted({*special, self.eos_token_id})
+        self._tokenizer = tokenizer
+        self._special = special
+        self._ids = {text: token_id for token_id, text in enumerate(bytes_of) if text and token_id not in special}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: str) -> list[int]:
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if not self._special.isdisjoint(token_ids):
+            token_ids = self._tokenizer.encode(text, add_special_tokens=False, allow_special=False)
+        data = text.encode()
+        if b"".join(self.tokens[token_id] for token_id in token_ids) == data:
+            return token_ids
+        return self._greedy(data)  # some tokenizers put a space before every text
+
+    def _greedy(self, data: bytes) -> list[int]:
+        token_ids: list[int] = []
+        start = 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._longest), start, -1)
+            end = next((end for end in ends if data[start:end] in self._ids), None)
+            if end is None:
+                break  # a vocabulary without this byte: the grammar finds that it cannot go on
+            token_ids.append(self._ids[data[start:end]])
+            start = end
+        return token_ids
+
+
+class GrammarCompiler:
+    """One per engine. Thread-safe; blocks while it compiles, up to a second. The last `MAX_COMPILED` grammars stay."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """`vocab_size` is the width of the model's logits, which may be padded."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()  # of the two above
+        self._building = threading.Lock()
+
+    def cached(self, grammar: Grammar) -> CompiledGrammar | None:
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None:
+                self._compiled.move_to_end(grammar)
+            return found
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        found = self.cached(grammar)
+        if found is not None:
+            return found
+        compiled = CompiledGrammar(compile_grammar(self._all_tokens(), grammar), self._vocab_size)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def spell(self, text: str) -> list[int]:
+        """As grammars spell text that is forced."""
+        return list(self._all_tokens().tokenize_str(text))
+
+    def _all_tokens(self) -> LLTokenizer:
+        with self._building:  # takes a fifth of a second, so only models that are asked for grammars have one
+            if self._vocabulary is None:
+                tokens = _Tokens(self._tokenizer, self._vocab_size)
+                self._vocabulary = LLTokenizer(tokens)  # type: ignore[arg-type]  # duck-typed on the other side
+            return self._vocabulary
+
+
+class CompiledGrammar:
+    """A grammar over one vocabulary; immutable, shared by all who use it."""
+
+    def __init__(self, beginning: LLMatcher, vocab_size: int) -> None:
+        self._beginning = beginning
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+
+    def start(self) -> GrammarState:
+        with self._lock:
+            return GrammarState(self._beginning.deep_copy(), self._vocab_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Restriction:
+    """What a request's other rules say of the next token. They act after the grammar."""
+
+    stop_token_ids: Sequence[int] = ()  # which may come where the text is whole
+    allowed_token_ids: _Ids | None = None
+    forced_token_ids: _Ids | None = None  # nothing but these, while one of them may come
+    banned_token_ids: _Ids | None = None
+
+
+class GrammarState:
+    """How far one choice has come in its grammar. One thread at a time, and none while a mask of it is being worked out."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._num_consumed = 0
+        self._lost = False  # what followed is no beginning of a sentence: a guess that will be taken back
+        self._pending: NextMask | None = None
+
+    @property
+    def num_consumed(self) -> int:
+        """Tokens of the answer that it knows."""
+        return self._num_consumed
+
+    @property
+    def is_over(self) -> bool:
+        """The sentence is whole and nothing can follow it."""
+        return not self._lost and self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def consume(self, tokens: Sequence[int]) -> None:
+        """The next tokens of the answer. From the first one that does not fit it knows nothing more, until it is rewound."""
+        if not tokens or self._lost:
+            return
+        self._detach()
+        taken = self._matcher.try_consume_tokens(list(tokens))
+        self._num_consumed += taken
+        self._lost = taken < len(tokens)
+
+    def rewind(self, num_tokens: int) -> None:
+        """It knows only the first `num_tokens` of the answer."""
+        if num_tokens < self._num_consumed:
+            self._detach()
+            self._matcher.rollback(self._num_consumed - num_tokens)
+            self._num_consumed = num_tokens
+        self._lost = False
+
+    def next_mask(self, restriction: Restriction, *, num_certain: int) -> NextMask | None:
+        """What may come at this place; None where it does not matter: after a wrong guess, and after the end. The first
+        `num_certain` tokens of the answer are no guesses: if one of those did not fit, nothing may be drawn any more."""
+        if self.is_over or (self._lost and self._num_consumed >= num_certain and not self._matcher.is_error()):
+            return None
+        self._detach()
+        if self._num_consumed > num_certain:
+            # A guess may lead where the grammar is too much work, and a matcher never gets over that.
+            return NextMask(self._matcher.deep_copy(), self._vocab_size, restriction, lost=self._lost)
+        self._pending = NextMask(self._matcher, self._vocab_size, restriction, lost=self._lost)
+        return self._pending
+
+    def _detach(self) -> None:
+        """A mask that nobody has worked out yet keeps the state that it is about."""
+        if self._pending is not None:
+            self._pending.keep_state()
+            self._pending = None
+
+
+class NextMask:
+    """The mask of one draw; worked out once, when it is first needed."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, restriction: Restriction, *, lost: bool) -> None:
+        self._matcher: LLMatcher | None = matcher
+        self._lost = lost
+        self._vocab_size = vocab_size
+        self._restriction = restriction
+        self._words: Words | None = None
+        self._error: PdserveError | None = None
+
+    @property
+    def error(self) -> PdserveError | None:
+        """Why no token can be drawn here."""
+        self.work_out()
+        return self._error
+
+    @property
+    def words(self) -> Words:
+        """Raises what `error` says."""
+        self.work_out()
+        if self._words is None:
+            raise self._error or InvalidRequest("no token may come", param="grammar")
+        return self._words
+
+    def allow(self, token_id: int) -> bool:
+        self.work_out()
+        return self._words is not None and bool(self._words[token_id >> 5] >> np.uint32(token_id & 31) & np.uint32(1))
+
+    def keep_state(self) -> None:
+        """The state that it was made from is about to move on."""
+        if self._matcher is not None:
+            self._matcher = self._matcher.deep_copy()
+
+    def work_out(self) -> None:
+        matcher, self._matcher = self._matcher, None
+        if matcher is None:
+            return
+        try:
+            self._words = self._restricted(matcher, lost=self._lost)
+        except InvalidRequest as error:
+            self._error = error
+
+    def _restricted(self, matcher: LLMatcher, *, lost: bool) -> Words:
+        check(matcher)
+        if lost:
+            raise InvalidRequest("the answer so far does not fit the grammar", param="grammar")
+        rules = self._restriction
+        # One bit more than there are tokens: the one that stands for the end.
+        words = np.zeros((self._vocab_size + 1 + 31) // 32, dtype=np.uint32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        check(matcher)
+        may_end = bool(words[self._vocab_size >> 5] >> np.uint32(self._vocab_size & 31) & np.uint32(1))
+        words[self._vocab_size >> 5] &= np.uint32((1 << (self._vocab_size & 31)) - 1)
+        if may_end:
+            words |= self._bits(rules.stop_token_ids)
+        if rules.allowed_token_ids is not None:
+            words &= self._bits(rules.allowed_token_ids)
+        if rules.banned_token_ids is not None:
+            words &= ~self._bits(rules.banned_token_ids)
+        if rules.forced_token_ids is not None:
+            forced = words & self._bits(rules.forced_token_ids)
+            words = forced if forced.any() else words
+        if not words.any():
+            raise InvalidRequest("the grammar and the other rules about tokens leave none that may come", param="grammar")
+        return words
+
+    def _bits(self, token_ids: Iterable[int] | _Ids) -> Words:
+        words = np.zeros((self._vocab_size + 1 + 31) // 32, dtype=np.uint32)
+        ids = np.fromiter(token_ids, dtype=np.int64)
+        ids = ids[ids < self._vocab_size]  # a tokenizer may know tokens that the model has no logits for
+        np.bitwise_or.at(words, ids >> 5, np.left_shift(np.uint32(1), (ids & 31).astype(np.uint32)))
+        return words
+
+
+class MaskThread:
+    """Works masks out while another thread is busy elsewhere. One per runner; the thread starts with the first mask."""
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+
+    def begin(self, masks: Sequence[NextMask]) -> Future[None] | None:
+        """None if there is nothing to do. Until the future is done, nobody else touches the masks or their states."""
+        if not masks:
+            return None
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar masks")
+        return self._executor.submit(_work_out, masks)
+
+
+def _work_out(masks: Sequence[NextMask]) -> None:
+    for mask in masks:
+        mask.work_out()
+
+
+def unpack(masks: Sequence[Words], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """[rows, vocab], one byte per bit."""
+    bits = np.unpackbits(np.stack(masks).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    return bits.view(np.bool_)
