@@ -305,10 +305,32 @@ class RedisConfig(_Part):
         return self
 
 
+class SemanticCacheConfig(_Part):
+    """Answers to similar questions: of one tenant, with everything but the last user text equal."""
+
+    enabled: bool = Field(False, description="Give an answer again to a question that asks the same in other words.")
+    max_wrong_hits: float = Field(
+        0.01, gt=0, le=0.5, description="Bound on the share of wrong answers among hits; without evidence for it there are none."
+    )
+    ttl_s: float = Field(24 * 3600.0, gt=0, description="How long a question is remembered; at most as long as its answer.")
+    sampling: Literal["greedy", "greedy_or_unset"] = Field(
+        "greedy_or_unset", description="greedy: only requests with temperature 0. A seed or a temperature always rules it out."
+    )
+    embedder: Literal["hashed", "minilm"] = Field(
+        "hashed", description="hashed: words and letters, no model. minilm: a small model on the CPU; needs pdserve[embed]."
+    )
+    budget_s: float = Field(0.015, gt=0, le=1, description="Longest time that a miss may cost for embedding its question.")
+    shadow: float = Field(
+        0.02, ge=0, le=1, description="Share of hits that are computed all the same, to find out whether they were right."
+    )
+    max_entries: int = Field(50_000, ge=1, description="Questions that a router remembers; the oldest make room.")
+
+
 class CacheConfig(_Part):
     """What the routers keep of answers, and where."""
 
     exact: ExactCacheConfig = ExactCacheConfig()
+    semantic: SemanticCacheConfig = SemanticCacheConfig()
     max_bytes: int = Field(256 * 1024 * 1024, ge=0, description="Of the store in the router's process, when there is no Redis.")
     max_value_bytes: int = Field(1024 * 1024, ge=1, description="Larger entries are not kept.")
     redis: RedisConfig = RedisConfig()
@@ -453,6 +475,7 @@ def _known_keys() -> list[str]:
         RouterConfig,
         CacheConfig,
         ExactCacheConfig,
+        SemanticCacheConfig,
         RedisConfig,
         RayConfig,
         LoggingConfig,

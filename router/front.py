@@ -22,11 +22,12 @@ from router.admission.tenants import Identity, Standing, standing_of
 from router.cache.answers import AnswerCache
 from router.cache.control import CacheControl
 from router.cache.invalidation import invalidate
+from router.cache.semantic_port import SemanticLookup
 from router.dispatch import Dispatcher
 from router.generation import Generation, InFlight
 from router.keys import KeyRing
 from router.registry import Registry
-from router.schemas import InvalidateBody
+from router.schemas import FeedbackBody, InvalidateBody
 from router.structured.examination import Examination
 from router.validate import Validator, ValidCall
 
@@ -41,6 +42,7 @@ class Front:
         registry: Registry,
         dispatcher: Dispatcher,
         cache: AnswerCache,
+        semantics: SemanticLookup,
         in_flight: InFlight,
         metrics: RouterMetrics,
         clock: Clock,
@@ -54,6 +56,7 @@ class Front:
         self.validator = Validator(config.router, registry, self.examination)
         self.in_flight = in_flight
         self._cache = cache
+        self._semantics = semantics
         self.limiter = Limiter()
         self.gate = Gate(
             config.router.admission,
@@ -109,6 +112,11 @@ class Front:
     async def invalidate(self, body: InvalidateBody, identity: Identity) -> dict[str, Any]:
         """Raises a retryable error if the answers may still be given somewhere."""
         return await invalidate(body, self._cache, identity=identity, models=self.registry.names())
+
+    async def feedback(self, body: FeedbackBody, identity: Identity) -> dict[str, Any]:
+        """Raises InvalidRequest for what is no hit of this tenant's, and a retryable error if a wrong answer may still come."""
+        removed = await self._semantics.feedback(body.id, ok=body.ok, tenant=identity.tenant.cache_salt)
+        return {"object": "cache.feedback", "id": body.id, "ok": body.ok, "removed": removed}
 
     def ready_models(self) -> tuple[str, ...]:
         """Models with at least one ready decode worker; none while draining."""

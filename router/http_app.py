@@ -31,7 +31,16 @@ from router.http_edge import Edge, Json, error_response
 from router.openai_format import VERSION, Formatter, whole_choices
 from router.openai_format import Json as JsonObject
 from router.registry import ModelView
-from router.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, InvalidateBody, TokenizeBody, parse
+from router.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    FeedbackBody,
+    GenerationBody,
+    InvalidateBody,
+    TokenizeBody,
+    parse,
+)
 from router.validate import Caller, ValidCall
 
 _BODY_TIMEOUT_S = 30.0
@@ -99,6 +108,11 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
     async def invalidate(request: Request) -> Response:
         body = parse(InvalidateBody, await _read_json(request, front))
         return Json(await front.invalidate(body, request.state.identity))
+
+    @app.post("/v1/cache/feedback")
+    async def feedback(request: Request) -> Response:
+        body = parse(FeedbackBody, await _read_json(request, front))
+        return Json(await front.feedback(body, request.state.identity))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:

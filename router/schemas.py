@@ -258,6 +258,13 @@ class InvalidateBody(_Body):
     id: str | None = Field(None, pattern="^[0-9a-f]{32}$")
 
 
+class FeedbackBody(_Body):
+    """A client's word on an answer of the semantic cache."""
+
+    id: str = Field(pattern="^[0-9a-f]{32}$")  # of the answer's header x-cache-id
+    ok: bool
+
+
 BodyT = TypeVar("BodyT", bound=_Body)
 
 

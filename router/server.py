@@ -26,13 +26,13 @@ from common.metrics import RouterMetrics
 from common.rpc import cancel_and_wait, start_server
 from common.wire import inference_pb2_grpc, registry_pb2
 from router.cache.answers import AnswerCache
-from router.cache.semantic_port import NoSemantics
 from router.dispatch import Dispatcher
 from router.front import Front
 from router.generation import InFlight
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
 from router.registry import Registry
+from router.semantic.making import make_semantics
 from router.store.making import make_store
 
 log = get_logger(__name__)
@@ -66,10 +66,11 @@ async def run(
     registry = Registry(config, manager_address=manager_address, cluster_token=cluster_token, clock=clock)
     dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics)
     in_flight = InFlight()
+    semantics = make_semantics(config.cache, store=store, clock=clock, metrics=metrics.semantic)
     cache = AnswerCache(
         config.cache,
         store=store,
-        semantics=NoSemantics(),
+        semantics=semantics,
         clock=clock,
         metrics=metrics,
         draining=lambda: in_flight.closed,
@@ -79,6 +80,7 @@ async def run(
         registry=registry,
         dispatcher=dispatcher,
         cache=cache,
+        semantics=semantics,
         in_flight=in_flight,
         metrics=metrics,
         clock=clock,
@@ -97,6 +99,7 @@ async def run(
         )
         watching = asyncio.create_task(registry.run(announcement), name="watch registry")
         storing = asyncio.create_task(store.run(), name="store")
+        reading = asyncio.create_task(semantics.run(), name="semantic cache")
         following = asyncio.create_task(_follow(registry, front), name="room of workers")
         try:
             async with _http_server(build_app(front, prometheus), listener):
@@ -112,6 +115,8 @@ async def run(
             await cancel_and_wait(watching)
             await registry.close()
             await cache.close()
+            await cancel_and_wait(reading)
+            await semantics.close()
             await cancel_and_wait(storing)
             await dispatcher.close()
             await front.examination.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "kvtransfer", "prefill_worker", "decode_worker", "router", "deploy")
-UNITS = (*PACKAGES, "common.engine", "common.wire")
+UNITS = (*PACKAGES, "common.engine", "common.wire", "router.semantic")
 
 # unit: (what of ours it may import, why not more)
 FLOORS: dict[str, tuple[frozenset[str], str]] = {
@@ -38,7 +38,14 @@ FLOORS: dict[str, tuple[frozenset[str], str]] = {
         frozenset({"common", "common.wire", "common.engine", "kvtransfer", "decode_worker"}),
         "prefill and decode workers are siblings: they meet on the wire",
     ),
-    "router": (frozenset({"common", "common.wire", "router"}), "the router speaks to workers over gRPC and holds no KV"),
+    "router": (
+        frozenset({"common", "common.wire", "router", "router.semantic"}),
+        "the router speaks to workers over gRPC and holds no KV",
+    ),
+    "router.semantic": (
+        frozenset({"common", "router", "router.semantic"}),
+        "the semantic cache computes; it speaks to nobody but the store",
+    ),
     "deploy": (frozenset(UNITS), "the roof builds the processes"),
 }
 
@@ -81,10 +88,12 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
             "common": When.LAZILY,
             "common/gguf_reader.py": When.ALWAYS,  # itself imported lazily, by whoever meets a GGUF file
             "router": When.LAZILY,
+            "router.semantic": When.ALWAYS,  # itself imported lazily, by a router that has the semantic cache on
             "deploy": When.LAZILY,
         },
         "it costs a tenth of a second and 30 MB in every process that does not compute",
     ),
+    "onnxruntime": ({"router.semantic": When.LAZILY}, "one embedder among others, and an extra"),
     "ray": ({"deploy": When.ALWAYS}, "Ray places processes; no call of it is on a request's path"),
     "fastapi": ({"router": When.ALWAYS, "deploy": When.ALWAYS}, "HTTP is spoken at the edge only"),
     "starlette": ({"router": When.ALWAYS, "deploy": When.ALWAYS}, "HTTP is spoken at the edge only"),

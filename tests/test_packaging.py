@@ -78,8 +78,8 @@ def _normal(distribution: str) -> str:
 def test_every_library_that_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
     declared = {_normal(name) for name in PROJECT["dependencies"]}
-    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "otel") for name in extras[extra]}
-    # starlette is FastAPI's face, triton and numpy come with torch; their names are part of those libraries' contracts
+    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "otel", "embed") for name in extras[extra]}
+    # starlette is FastAPI's face, triton comes with torch; their names are part of those libraries' contracts
     declared |= {"starlette", "triton", "pydantic-core"}
     owners = importlib.metadata.packages_distributions()
     undeclared = []

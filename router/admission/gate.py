@@ -268,3 +268,6 @@ class Admitted:
 
     def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
         return self._gate.generate(request, self._standing)
+
+    def in_background(self) -> Admitted:
+        return Admitted(self._gate, replace(self._standing, band=Band.BACKGROUND))

@@ -43,6 +43,7 @@ from router.dispatch import Admission, DispatchEvent
 from router.store.base import Epochs, Store
 from router.validate import ValidCall
 
+_VERIFYING = 2  # flights at a time that nobody waits for
 _PROMOTIONS = 2  # generations after the first that one listener may go through
 
 _Place = tuple[bytes, Epochs | None, str]
@@ -86,6 +87,7 @@ class AnswerCache:
         self._draining = draining
         self._flights: dict[_Place, Flight] = {}  # those that can be joined
         self._unended: set[Flight] = set()
+        self._verifying: set[Flight] = set()
 
     async def events(
         self, call: ValidCall, index: int, control: CacheControl, source: TokenSource, report: CacheReport
@@ -204,9 +206,20 @@ class AnswerCache:
             return None
         reading = await self._store.get(hit.key, asked.names)
         entry = self._usable(asked, reading.value, report, for_any_limit=True)
-        if entry is not None:
-            report.result, report.answer_id, report.score = CacheResult.HIT_SEMANTIC, hit.hit_id, hit.score
+        if entry is None:
+            self._semantics.unusable(question, hit)
+            return None
+        report.result, report.answer_id, report.score = CacheResult.HIT_SEMANTIC, hit.hit_id, hit.score
+        if hit.verify:
+            self._verify(asked)
         return entry
+
+    def _verify(self, asked: _Asked) -> None:
+        """Computes the answer that the hit stood in for, which nobody waits for. Few at a time, and none while draining."""
+        self._verifying = {flight for flight in self._verifying if not flight.ended}
+        asked = replace(asked, source=asked.source.in_background())
+        if len(self._verifying) < _VERIFYING and not self._draining() and _place(asked) not in self._flights:
+            self._verifying.add(self._start(asked))
 
     def _usable(self, asked: _Asked, value: bytes | None, report: CacheReport, *, for_any_limit: bool) -> Entry | None:
         """`for_any_limit`: the key that it was found under does not tell the limit."""
@@ -234,7 +247,7 @@ class AnswerCache:
         self._store.put(key, encode(entry), ttl_s=self._config.ttl_s, epochs=asked.epochs)
         if asked.question is not None:
             finish = FinishReason.STOP if entry.ended_by_itself else FinishReason.LENGTH
-            fresh = FreshAnswer(key, recording.text, entry.num_tokens, finish, asked.names, self._config.ttl_s)
+            fresh = FreshAnswer(key, recording.text, entry.num_tokens, finish, asked.names, asked.epochs, self._config.ttl_s)
             self._semantics.learn(asked.question, fresh)
 
     # -- afresh --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ class TokenSource(Protocol):
 
     def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]: ...
 
+    def in_background(self) -> TokenSource:
+        """The same for what nobody waits for."""
+        ...
+
 
 class Flight:
     """Made inside a running loop. `on_complete` is called once, before any listener sees the last event; `on_leave` whenever

@@ -14,11 +14,14 @@ client ruled it out (`Cache-Control`, `x-cache`).
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.errors import InvalidRequest
 from common.types import FinishReason
 from router.sampling_class import SamplingClass
+from router.store.base import Epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class SemanticHit:
     key: bytes
     score: float  # for the answer's header `x-cache-score`
     hit_id: str  # for `x-cache-id`: by this the client says what it thinks of the hit
+    verify: bool = False  # the answer is to be computed all the same, in the background, and learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class FreshAnswer:
     num_tokens: int
     finish_reason: FinishReason
     names: tuple[str, ...]  # of the epochs that it depends on; equal for all questions of a scope
+    epochs: Epochs  # as they were before it was made
     ttl_s: float
 
 
@@ -66,9 +71,23 @@ class SemanticLookup(Protocol):
 
     async def find(self, question: Question) -> SemanticHit | None: ...
 
+    def unusable(self, question: Question, hit: SemanticHit) -> None:
+        """What `find` gave was not served: the answer is gone from the store, or the request's limit or age rules it out."""
+        ...
+
     def learn(self, question: Question, answer: FreshAnswer) -> None:
         """Takes note and returns at once."""
         ...
+
+    async def feedback(self, hit_id: str, *, ok: bool, tenant: str) -> bool:
+        """A client's word on a hit; whether the answer was removed for it. Raises InvalidRequest, StoreUnavailable."""
+        ...
+
+    async def run(self) -> None:
+        """Ends only by cancellation."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class NoSemantics:
@@ -82,3 +101,15 @@ class NoSemantics:
 
     def learn(self, question: Question, answer: FreshAnswer) -> None:
         """There is nobody who would remember."""
+
+    def unusable(self, question: Question, hit: SemanticHit) -> None:
+        """There are no hits."""
+
+    async def feedback(self, hit_id: str, *, ok: bool, tenant: str) -> bool:
+        raise InvalidRequest("the semantic cache is off, so no answer came from it", param="id")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        """Nothing was opened."""

@@ -87,6 +87,7 @@ class Semantics:
         self.kinds = kinds
         self.found: list[Question] = []
         self.learned: list[tuple[Question, FreshAnswer]] = []
+        self.unused: list[bytes] = []
         self.hit: SemanticHit | None = None
 
     def covers(self, sampling: SamplingClass) -> bool:
@@ -98,6 +99,18 @@ class Semantics:
 
     def learn(self, question: Question, answer: FreshAnswer) -> None:
         self.learned.append((question, answer))
+
+    def unusable(self, question: Question, hit: SemanticHit) -> None:
+        self.unused.append(hit.key)
+
+    async def feedback(self, hit_id: str, *, ok: bool, tenant: str) -> bool:
+        return False
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        """Nothing was opened."""
 
 
 class Bench:

@@ -1,0 +1,1 @@
+"""Streams of questions, baselines and training for `benchmarks.semantic_cache`."""

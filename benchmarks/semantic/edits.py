@@ -1,0 +1,96 @@
+"""Questions that were turned into others by one small edit: negated, another number or name, the opposite, turned around."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from router.semantic.words import FUNCTION_WORDS, OPPOSITES
+
+_AUXILIARY = re.compile(r"\b(is|are|was|were|do|does|did|can|could|should|would|will)\b", re.IGNORECASE)
+_VERB = re.compile(r"^(How (?:do|can|should) (?:I|we|you|one)) (\w+)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
+_NAME = re.compile(r"(?<=[a-z,] )([A-Z][a-z]{2,})(?![a-z])")
+_FROM_TO = re.compile(r"\bfrom (\w+) to (\w+)\b")
+
+Edit = Callable[[str, random.Random, list[str]], str | None]
+
+
+def _negated(text: str, dice: random.Random, names: list[str]) -> str | None:
+    verb = _VERB.match(text)
+    if verb:
+        return f"{verb.group(1)} not {text[verb.start(2) :]}"
+    found = list(_AUXILIARY.finditer(text))
+    if not found or re.search(r"n't|\b(?:not|no|never|without)\b", text):
+        return None
+    place = found[0]
+    following = re.compile(r" (?:I|you|we|they|he|she|it|there|people|one|\w+s)\b").match(text, place.end())
+    end = following.end() if following else place.end()
+    return f"{text[:end]} not{text[end:]}"
+
+
+def _other_number(text: str, dice: random.Random, names: list[str]) -> str | None:
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    place = dice.choice(found)
+    return text[: place.start()] + str(int(place.group()) + dice.choice((1, 2, 5, 10))) + text[place.end() :]
+
+
+def _other_name(text: str, dice: random.Random, names: list[str]) -> str | None:
+    found = list(_NAME.finditer(text))
+    if not found:
+        return None
+    place = dice.choice(found)
+    other = dice.choice(names)
+    return None if other.lower() in text.lower() else text[: place.start()] + other + text[place.end() :]
+
+
+def _other_name_in_small_letters(text: str, dice: random.Random, names: list[str]) -> str | None:
+    return _other_name(text, dice, names)
+
+
+def _opposite(text: str, dice: random.Random, names: list[str]) -> str | None:
+    words = [word for word in re.findall(r"[A-Za-z]+", text) if word in OPPOSITES]
+    if not words:
+        return None
+    word = dice.choice(words)
+    other = dice.choice(sorted(OPPOSITES[word]))
+    return None if re.search(rf"\b{other}\b", text) else re.sub(rf"\b{word}\b", other, text, count=1)
+
+
+def _turned(text: str, dice: random.Random, names: list[str]) -> str | None:
+    found = _FROM_TO.search(text)
+    if found is None or any(word.lower() in FUNCTION_WORDS for word in found.groups()):
+        return None
+    return f"{text[: found.start()]}from {found.group(2)} to {found.group(1)}{text[found.end() :]}"
+
+
+EDITS: dict[str, Edit] = {
+    "negation": _negated,
+    "number": _other_number,
+    "name": _other_name,
+    "name, small letters": _other_name_in_small_letters,
+    "opposite": _opposite,
+    "direction": _turned,
+}
+
+
+def edited_pairs(texts: list[str], count: int, seed: int) -> list[tuple[str, str, str]]:
+    """(kind, question, the edited question), the kinds in turn while they have questions to edit."""
+    dice = random.Random(seed)
+    names = sorted({name for text in texts for name in _NAME.findall(text)})
+    found: list[tuple[str, str, str]] = []
+    orders = {kind: iter(dice.sample(texts, len(texts))) for kind in EDITS}
+    while len(found) < count and orders:
+        for kind in list(orders):
+            for text in orders[kind]:
+                edited = EDITS[kind](text, dice, names)
+                if edited is not None and edited != text:
+                    pair = (text.lower(), edited.lower()) if kind.endswith("small letters") else (text, edited)
+                    found.append((kind, *pair))
+                    break
+            else:
+                del orders[kind]
+    return found[:count]

@@ -1,0 +1,278 @@
+"""Whether a candidate's answer is given: a pooled model of its chance to be right, and per class of questions a threshold.
+
+    features ──prior──> row ──coefficients──> chance ──threshold of the class──> serve, serve and verify, or not
+                                   ^                          ^
+    labels (a window) ──every so many──> refit ───────────────┘
+
+Of a class:
+
+    UNPROVEN ──shown──> PROVEN <──shown again / not any more──> OFF
+        └──────── enough hits, and not shown ─────────────────> OFF
+
+    UNPROVEN    the prior's threshold with a margin, a cap on hits, and each hit is verified
+    PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most
+                `max_wrong_hits` of what it lets through is wrong
+    OFF         no hits; labels of answers that are computed anyway go on coming, and may show the bound again
+
+The scores that a threshold is chosen by come from models that have not seen the label they score. Between two refits a class
+whose served labels alone contradict the bound goes OFF at once.
+
+Plain data, no clock, no lock: one loop. `refit` is the only slow part and may run elsewhere, on a copy (`Evidence`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.metrics import SemanticClass
+from router.semantic.bound import Standing, lower_bound, lowest_threshold
+from router.semantic.logistic import fit, sigmoid
+from router.semantic.prior import Prior
+
+Floats = NDArray[np.float64]
+
+_WINDOW = 12_000  # labels
+_REFIT_EVERY = 200  # labels
+_FIRST_REFIT = 100
+_NEVER = 1.1  # a threshold that no chance reaches
+_UNPROVEN_HITS = 0.05  # of the questions of an unproven class
+_PRIOR_MARGIN = 0.5  # an unproven class must keep this share of the bound
+_FOLDS = 3
+_PULL = 2.0  # towards the prior's coefficients; without a prior towards none
+_PULL_ODDS = 20.0
+_VERIFIED_SHARE = 0.25  # while the labels of what is served are few
+_ENOUGH_FOR = 8.0  # divided by the bound: so many labels at or above the threshold are enough
+_LABELS_PER_STRATUM = 25
+_FEW_WRONG = 5  # served answers: fewer contradict no bound
+_CONTRADICTED_Z = 2.33  # one-sided 99 %: it is asked after every label
+_WORST_SINGLE = 4.0  # times the bound: no single answer is served whose chance to be wrong is thought to be higher
+
+
+class ClassState(enum.Enum):
+    UNPROVEN = "unproven"
+    PROVEN = "proven"
+    OFF = "off"
+
+
+class Verdict(enum.Enum):
+    SERVE = "serve"
+    SERVE_AND_VERIFY = "serve-and-verify"  # and compute the answer all the same, for a label
+    WITHHOLD = "withhold"
+
+
+class LabelSource(enum.StrEnum):
+    FRESH = "fresh"  # the request was computed anyway
+    SHADOW = "shadow"
+    FEEDBACK = "feedback"
+    REPEAT = "repeat"  # asked again soon after a hit
+
+
+@dataclass(slots=True)
+class Seen:
+    """A question with its best candidate, and whether that was right, if anybody found out."""
+
+    kind: str  # the class of questions
+    row: Floats
+    fold: int
+    served: bool
+    right: bool | None = None
+
+
+@dataclass
+class _Class:
+    state: ClassState = ClassState.UNPROVEN
+    threshold: float = _NEVER
+    standing: Standing | None = None
+    num_labels: int = 0
+    num_questions: int = 0
+    num_hits: int = 0
+    served_labels: deque[bool] = field(default_factory=lambda: deque(maxlen=400))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a refit needs, fixed when it begins."""
+
+    kinds: tuple[str, ...]
+    rows: Floats
+    right: Floats  # 1, 0, or not a number where nobody knows
+    folds: NDArray[np.int64]
+    served: NDArray[np.bool_]
+    start: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    coefficients: Floats
+    standings: dict[str, Standing | None]
+    served_sizes: dict[str, int]  # labels of answers that were served
+
+
+class Decider:
+    def __init__(self, prior: Prior, *, max_wrong_hits: float, shadow_share: float, dice: random.Random) -> None:
+        self._prior = prior
+        self._max_wrong = max_wrong_hits
+        self._least_chance = max(0.5, 1.0 - _WORST_SINGLE * max_wrong_hits)
+        self._shadow_share = shadow_share
+        self._dice = dice
+        self._classes: dict[str, _Class] = {}
+        self._window: deque[Seen] = deque(maxlen=_WINDOW)
+        self._since_refit = 0
+        self._towards: Floats | None = None
+        self._coefficients: Floats | None = None
+
+    def chances(self, rows: Floats) -> Floats:
+        """That each candidate's answer is right."""
+        if self._coefficients is None:
+            return self._prior.chances(rows)
+        return sigmoid(rows @ self._coefficients)
+
+    def decide(self, kind: str, row: Floats | None, chance: float) -> tuple[Verdict, Seen | None]:
+        """For one question and its best candidate, if it has one. A label for what was seen goes to `learn`."""
+        this = self._class(kind)
+        this.num_questions += 1
+        if row is None:
+            return Verdict.WITHHOLD, None
+        verdict = self._verdict(this, chance)
+        seen = Seen(kind, row, self._dice.randrange(_FOLDS), served=verdict is not Verdict.WITHHOLD)
+        self._window.append(seen)
+        return verdict, seen
+
+    def learn(self, seen: Seen, *, right: bool) -> bool:
+        """Takes a label; True once it is time for a refit. The last label of several counts."""
+        this = self._class(seen.kind)
+        if seen.right is None:
+            this.num_labels += 1
+            self._since_refit += 1
+        seen.right = right
+        if seen.served:
+            this.served_labels.append(right)
+            self._check_served(this)
+        return self._since_refit >= (_FIRST_REFIT if self._coefficients is None else _REFIT_EVERY)
+
+    def evidence(self) -> Evidence:
+        """Begins a refit: `take(refit(evidence()))`."""
+        self._since_refit = 0
+        window = tuple(self._window)
+        width = len(window[0].row)
+        towards = np.zeros(width)
+        towards[0] = 1.0 if self._prior.informed else 0.0
+        return Evidence(
+            kinds=tuple(seen.kind for seen in window),
+            rows=np.array([seen.row for seen in window]),
+            right=np.array([math.nan if seen.right is None else float(seen.right) for seen in window]),
+            folds=np.array([seen.fold for seen in window]),
+            served=np.array([seen.served for seen in window]),
+            start=towards,
+        )
+
+    def refit(self, evidence: Evidence) -> Fitted:
+        """Pure: reads the evidence and this object's settings alone."""
+        rows, right = evidence.rows, evidence.right
+        pull = np.full(rows.shape[1], _PULL)
+        pull[0] = _PULL_ODDS
+        labelled = ~np.isnan(right)
+        whole = _fit(rows[labelled], right[labelled], evidence.start, pull, evidence.start)
+        scores = sigmoid(rows @ whole)
+        for fold in range(_FOLDS):
+            others = labelled & (evidence.folds != fold)
+            mine = labelled & (evidence.folds == fold)
+            scores[mine] = sigmoid(rows[mine] @ _fit(rows[others], right[others], evidence.start, pull, whole))
+        kinds = np.array(evidence.kinds)
+        standings: dict[str, Standing | None] = {}
+        served_sizes: dict[str, int] = {}
+        for kind in set(evidence.kinds):
+            mine = kinds == kind
+            told = mine & labelled
+            served_sizes[kind] = int((told & evidence.served).sum())
+            weights = represented(scores[mine], labelled[mine])
+            standings[kind] = lowest_threshold(scores[told], 1.0 - right[told], weights, self._max_wrong)
+        return Fitted(whole, standings, served_sizes)
+
+    def take(self, fitted: Fitted) -> list[tuple[str, ClassState, ClassState]]:
+        """Ends a refit; says which classes changed their state, from what, to what."""
+        self._coefficients = fitted.coefficients
+        changes = []
+        for kind, standing in fitted.standings.items():
+            this = self._class(kind)
+            before = this.state
+            this.standing = standing
+            if standing is not None:
+                this.state, this.threshold = ClassState.PROVEN, max(standing.threshold, self._least_chance)
+            elif this.state is not ClassState.UNPROVEN or fitted.served_sizes.get(kind, 0) >= _ENOUGH_FOR / self._max_wrong:
+                this.state, this.threshold = ClassState.OFF, _NEVER
+            if this.state is not before:
+                changes.append((kind, before, this.state))
+        return changes
+
+    def view(self) -> list[SemanticClass]:
+        """For metrics."""
+        return [
+            SemanticClass(
+                name=kind,
+                state=this.state.value,
+                threshold=this.threshold,
+                wrong_ratio=this.standing.wrong_ratio if this.standing else 0.0,
+                upper_bound=this.standing.upper_bound if this.standing else 1.0,
+            )
+            for kind, this in self._classes.items()
+        ]
+
+    def _class(self, kind: str) -> _Class:
+        this = self._classes.get(kind)
+        if this is None:
+            threshold = self._prior.threshold(self._max_wrong * _PRIOR_MARGIN)
+            this = _Class() if threshold is None else _Class(threshold=max(threshold, self._least_chance))
+            self._classes[kind] = this
+        return this
+
+    def _verified_share(self, this: _Class) -> float:
+        """All of an unproven class; many while what is served has few labels; then the configured share."""
+        if this.state is ClassState.UNPROVEN:
+            return 1.0
+        size = 0.0 if this.standing is None else this.standing.effective_size
+        missing = 1.0 - min(1.0, size * self._max_wrong / _ENOUGH_FOR)
+        return max(self._shadow_share, _VERIFIED_SHARE * missing)
+
+    def _verdict(self, this: _Class, chance: float) -> Verdict:
+        if this.state is ClassState.OFF or chance < this.threshold:
+            return Verdict.WITHHOLD
+        if this.state is ClassState.UNPROVEN and this.num_hits + 1 > _UNPROVEN_HITS * max(20, this.num_questions):
+            return Verdict.WITHHOLD
+        this.num_hits += 1
+        return Verdict.SERVE_AND_VERIFY if self._dice.random() < self._verified_share(this) else Verdict.SERVE
+
+    def _check_served(self, this: _Class) -> None:
+        labels = this.served_labels
+        wrong = labels.count(False)
+        if this.state is ClassState.OFF or wrong < _FEW_WRONG:
+            return
+        if lower_bound(wrong / len(labels), len(labels), _CONTRADICTED_Z) > self._max_wrong:
+            this.state, this.threshold = ClassState.OFF, _NEVER
+            labels.clear()
+
+
+def represented(scores: Floats, labelled: NDArray[np.bool_]) -> Floats:
+    """For each label, in order: for how many questions of like score it stands. Together they stand for all.
+
+    What was served has few labels, what was not served has one each; a stratum of scores holds some of either.
+    """
+    order = np.argsort(-scores, kind="stable")
+    counts = np.cumsum(labelled[order])
+    stratum = np.empty(len(scores), int)
+    stratum[order] = np.maximum(0, counts - 1) // _LABELS_PER_STRATUM
+    if counts[-1] >= _LABELS_PER_STRATUM:  # the rest joins the last whole one
+        stratum = np.minimum(stratum, counts[-1] // _LABELS_PER_STRATUM - 1)
+    all_of, labels_of = np.bincount(stratum), np.bincount(stratum[labelled], minlength=int(stratum.max()) + 1)
+    return np.asarray((all_of / np.maximum(1, labels_of))[stratum[labelled]])
+
+
+def _fit(rows: Floats, right: Floats, towards: Floats, pull: Floats, start: Floats) -> Floats:
+    return fit(rows, right, np.ones(len(right)), towards=towards, pull=pull, start=start)
