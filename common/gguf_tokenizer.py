@@ -1,7 +1,11 @@
-"""Tokenizers out of GGUF metadata: byte-level BPE, as Llama 3, Qwen 2 and SmolLM2 use it.
+"""Tokenizers out of GGUF metadata, of two kinds.
 
-A GGUF file lists tokens, merges and token types, but only names the rule by which text is split before merging; the rules known
-here are in one table, and a name that is not in it is refused, because a wrong split gives wrong ids without any error.
+    gpt2     byte-level BPE, as Llama 3, Qwen 2 and SmolLM2 use it
+    llama    SentencePiece BPE with byte fallback, as Gemma and Llama 2 use it (`common.gguf_sentencepiece`)
+
+For the former a GGUF file lists tokens, merges and token types, but only names the rule by which text is split before merging;
+the rules known here are in one table, and a name that is not in it is refused, because a wrong split gives wrong ids without any
+error.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from common.errors import ModelLoadError
 from common.gguf_reader import GGUFFile
+from common.gguf_sentencepiece import sentencepiece_backend
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _KEY = "tokenizer.ggml"
 # Files often name one end token only, while models also end with these when they stand in the vocabulary as control tokens.
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>")
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -61,17 +66,33 @@ _SPLITTINGS = {
 def build_backend(file: GGUFFile) -> tokenizers.Tokenizer:
     """Raises ModelLoadError if the file's tokenizer is of an unknown kind or does not hold together."""
     kind = file.require(f"{_KEY}.model", str)
-    if kind != "gpt2":
-        raise ModelLoadError(f"{file.path.name} has a tokenizer of kind {kind!r}; supported is gpt2 (byte-level BPE)")
+    if kind not in ("gpt2", "llama"):
+        raise ModelLoadError(
+            f"{file.path.name} has a tokenizer of kind {kind!r}; supported are gpt2 (byte-level) and llama (SentencePiece BPE)"
+        )
+    tokens, types = file.array(f"{_KEY}.tokens", str), file.array(f"{_KEY}.token_type", int)
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    if not tokens or len(vocabulary) != len(tokens):
+        raise ModelLoadError(f"{file.path.name} has an empty vocabulary, or one that lists a token twice")
+    backend = sentencepiece_backend(file, tokens, types) if kind == "llama" else _byte_level_backend(file, vocabulary)
+
+    # Together: each call of the library builds its matcher anew.
+    def of(wanted: int, *, special: bool) -> list[AddedToken]:
+        found = (token for token, token_type in zip(tokens, types, strict=False) if token_type == wanted)
+        return [AddedToken(token, normalized=False, special=special) for token in found]
+
+    backend.add_special_tokens(of(_CONTROL, special=True))
+    backend.add_tokens(of(_USER_DEFINED, special=False))
+    _frame(file, backend)
+    return backend
+
+
+def _byte_level_backend(file: GGUFFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     name = file.get(f"{_KEY}.pre", str) or "default"
     splitting = _SPLITTINGS.get(name)
     if splitting is None:
         raise ModelLoadError(f"{file.path.name} splits text by rule {name!r}; supported are {', '.join(sorted(_SPLITTINGS))}")
-    tokens = file.array(f"{_KEY}.tokens", str)
     merges = [merge.partition(" ")[::2] for merge in file.array(f"{_KEY}.merges", str)]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    if not tokens or len(vocabulary) != len(tokens):
-        raise ModelLoadError(f"{file.path.name} has an empty vocabulary, or one that lists a token twice")
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=splitting.ignore_merges))
     except Exception as error:  # the library raises bare Exception for every malformed vocabulary
@@ -80,13 +101,6 @@ def build_backend(file: GGUFFile) -> tokenizers.Tokenizer:
         backend.normalizer = splitting.normalizer()
     backend.pre_tokenizer = splitting.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    types = file.array(f"{_KEY}.token_type", int)
-    for token, token_type in zip(tokens, types, strict=False):
-        if token_type == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif token_type == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False)])
-    _frame(file, backend)
     return backend
 
 

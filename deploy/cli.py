@@ -1,4 +1,4 @@
-"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, keys, version. Imports are late."""
+"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, keys, route, version. Imports are late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import version as distribution_version
 
 import typer
 
-from deploy.commands import config, keys
+from deploy.commands import config, keys, route
 from deploy.commands.chat import chat
 from deploy.commands.control import down, scale, status
 from deploy.commands.doctor import doctor
@@ -25,6 +25,7 @@ for command in (up, down, status, doctor, scale, chat, pull):
     app.command()(command)
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
+app.add_typer(route.app, name="route")
 
 
 @app.command()

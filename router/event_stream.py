@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import DeadlineExceeded, PdserveError, RequestCancelled
 from common.logs import get_logger
-from router.generation import Generation
+from router.models.fallback import Answer
 from router.openai_format import Formatter, Json, error_body
 
 log = get_logger(__name__)
@@ -59,11 +59,11 @@ async def until_disconnect(receive: Receive, timeout_s: float) -> AsyncIterator[
         raise DeadlineExceeded("the request's time is over") from None
 
 
-async def sse_events(generation: Generation, formatter: Formatter) -> AsyncGenerator[bytes, None]:
+async def sse_events(answer: Answer, formatter: Formatter) -> AsyncGenerator[bytes, None]:
     """The whole stream. Raises only before the first event; later errors become events."""
     started = False
     try:
-        async with aclosing(generation.deltas()) as deltas:
+        async with aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
                 if event := b"".join(_event(chunk) for chunk in formatter.chunks(delta)):
                     started = True
@@ -84,26 +84,26 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, formatter: Formatter, *, timeout_s: float) -> None:
+    def __init__(self, answer: Answer, formatter: Formatter, *, timeout_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._generation = generation
+        self._answer = answer
         self._formatter = formatter
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            events = sse_events(self._generation, self._formatter)
+            events = sse_events(self._answer, self._formatter)
             async with until_disconnect(receive, self._timeout_s), aclosing(events):
                 async for event in events:
                     if not started:
                         started = True
-                        self.headers.update(self._generation.cache_headers)
+                        self.headers.update(self._answer.generation.cache_headers)
                         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            failure = self._generation.failure
+            failure = self._answer.failure
         except PdserveError as error:
             if not started:
                 raise

@@ -26,10 +26,13 @@ from router.cache.semantic_port import SemanticLookup
 from router.dispatch import Dispatcher
 from router.generation import Generation, InFlight
 from router.keys import KeyRing
-from router.registry import Registry
-from router.schemas import FeedbackBody, InvalidateBody
+from router.models.decision import Decision
+from router.models.facts import Header, facts_of
+from router.models.routes import ModelRouter, Route, Validate
+from router.registry import ModelView, Registry
+from router.schemas import ChatBody, CompletionBody, FeedbackBody, InvalidateBody
 from router.structured.examination import Examination
-from router.validate import Validator, ValidCall
+from router.validate import Caller, Validator, ValidCall
 
 MAX_REQUEST_ID_CHARS = 128
 
@@ -54,6 +57,7 @@ class Front:
         self.keys = KeyRing(config.router)
         self.examination = Examination(config.router.grammar_timeout_s)
         self.validator = Validator(config.router, registry, self.examination)
+        self.models = ModelRouter(config.routing, is_ready=lambda name: bool(registry.view.ready(name, Role.DECODE)))
         self.in_flight = in_flight
         self._cache = cache
         self._semantics = semantics
@@ -83,6 +87,32 @@ class Front:
             raise RateLimited(
                 f"{whose} has reached its {reached.limit}", param=reached.limit, retry_after_s=max(1.0, reached.retry_after_s)
             )
+
+    async def route(self, body: ChatBody | CompletionBody, caller: Caller, header: Header, tenant: str) -> Route:
+        """The call, validated for the model that is to answer it. Raises what that model's validation says."""
+        return await self.models.route(
+            facts_of(body, header, tenant=tenant, scope=caller.cache_salt), self._validation(body, caller)
+        )
+
+    async def explain(self, body: ChatBody | CompletionBody, caller: Caller, header: Header, tenant: str) -> Decision:
+        return await self.models.explain(
+            facts_of(body, header, tenant=tenant, scope=caller.cache_salt), self._validation(body, caller)
+        )
+
+    def names(self) -> tuple[tuple[str, ModelView], ...]:
+        """Every name that can be asked for, with its model: a name of several models with the first that is there."""
+        known = self.registry.view.models
+        routed = [(name, [known[model] for model in models if model in known]) for name, models in self.models.names.items()]
+        return (*self.registry.names(), *((name, views[0]) for name, views in routed if views))
+
+    def _validation(self, body: ChatBody | CompletionBody, caller: Caller) -> Validate:
+        async def validate(model: str) -> ValidCall:
+            asked = body.model_copy(update={"model": model})
+            if isinstance(asked, ChatBody):
+                return await self.validator.chat(asked, caller)
+            return await self.validator.completion(asked, caller)
+
+        return validate
 
     def require_admin(self, identity: Identity) -> None:
         """Before what administrates this router. Raises PermissionDenied."""

@@ -28,12 +28,14 @@ from router.admission.tenants import Identity
 from router.cache.control import cache_control
 from router.front import Front, request_id_or_new
 from router.generation import Generation
+from router.models.fallback import Answer
+from router.models.routes import Route
 from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
 from router.streaming import ChoiceDelta
 from router.structured.wanted import parsed_schema
 from router.tools.naming import draw_call_id, finish_reason
 from router.tools.reading import CallArguments, CallBegins, Content, Reader
-from router.validate import Caller, ValidCall
+from router.validate import Caller
 
 log = get_logger(__name__)
 
@@ -64,17 +66,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self._front.admit(call.identity)
             control = cache_control(lambda name: call.metadata.get(name, ""))
             standing = self._front.standing(call.identity, call.priority)
-            caller = Caller(call.request_id, call.identity.tenant.cache_salt, timeout_s=context.time_remaining())
-            valid = await self._validated(request, caller)
-            call.model = valid.model.name
-            generation = self._front.generation(valid, call.received_s, standing, control)
-            events = _Events(generation, call.request_id)
+            tenant = call.identity.tenant
+            caller = Caller(call.request_id, tenant.cache_salt, timeout_s=context.time_remaining())
+            route = await self._front.route(_parsed(request), caller, lambda name: call.metadata.get(name, ""), tenant.name)
+
+            def begin(route: Route) -> Generation:
+                call.model = route.call.model.name
+                return self._front.generation(route.call, call.received_s, standing, control)
+
+            answer = Answer(route, begin)
+            events: _Events | None = None
             # Written, not yielded: a call that the client cancels ends here at once, and closes what is below.
-            async with aclosing(generation.deltas()) as deltas:
+            async with aclosing(answer.deltas()) as deltas:
                 async for delta in deltas:
+                    events = events or _Events(answer.generation, call.request_id)  # only now is it known who answers
                     await context.write(events.of(delta))
+            events = events or _Events(answer.generation, call.request_id)
             await context.write(events.last())
-            context.set_trailing_metadata(tuple((name.lower(), value) for name, value in generation.cache_headers.items()))
+            told = {**route.headers, **answer.generation.cache_headers}
+            context.set_trailing_metadata(tuple((name.lower(), value) for name, value in told.items()))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsReply:
         async with self._call(context, "ListModels", ""):
@@ -87,7 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                         owned_by="pdserve",
                         max_model_tokens=registry.max_model_tokens(model),
                     )
-                    for name, model in registry.names()
+                    for name, model in self._front.names()
                 ]
             )
 
@@ -102,12 +112,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 data["add_special_tokens"] = request.add_special_tokens
             text = await self._front.validator.tokenize(parse(TokenizeBody, data))
             return pb.TokenizeReply(token_ids=text.token_ids, max_model_tokens=text.model.max_model_tokens)
-
-    async def _validated(self, request: pb.InferenceRequest, caller: Caller) -> ValidCall:
-        data = _body(request)
-        if request.HasField("chat"):
-            return await self._front.validator.chat(parse(ChatBody, data), caller)
-        return await self._front.validator.completion(parse(CompletionBody, data), caller)
 
     @asynccontextmanager
     async def _call(self, context: Context, method: str, request_id: str) -> AsyncIterator[_Call]:
@@ -217,6 +221,10 @@ class _Events:
             data = self._tokenizer.token_bytes(token_id)
             text = data.decode("utf-8", errors="replace")
             yield pb.TokenAlternative(token=text, logprob=logprob, bytes=data, token_id=token_id)
+
+
+def _parsed(request: pb.InferenceRequest) -> ChatBody | CompletionBody:
+    return parse(ChatBody, _body(request)) if request.HasField("chat") else parse(CompletionBody, _body(request))
 
 
 _OPTIONALS = (

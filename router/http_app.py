@@ -27,8 +27,12 @@ from router.chat_format import ChatFormat
 from router.completion_format import CompletionFormat
 from router.event_stream import EventStream, until_disconnect
 from router.front import Front
+from router.generation import Generation
 from router.http_edge import Edge, Json, error_response
-from router.openai_format import VERSION, Formatter, whole_choices
+from router.models.facts import Header
+from router.models.fallback import Answer, LateFormat
+from router.models.routes import Route
+from router.openai_format import VERSION, whole_choices
 from router.openai_format import Json as JsonObject
 from router.registry import ModelView
 from router.schemas import (
@@ -41,7 +45,7 @@ from router.schemas import (
     TokenizeBody,
     parse,
 )
-from router.validate import Caller, ValidCall
+from router.validate import Caller
 
 _BODY_TIMEOUT_S = 30.0
 # What is too large is still read, up to here, and thrown away: a client that is cut off while it sends may not see the answer.
@@ -64,7 +68,8 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
         control = _cache_control(request)
         body = parse(ChatBody, await _read_json(request, front))
         request.state.standing = standing(request, body)
-        return await answer(request, await front.validator.chat(body, _caller(request)), control, ChatFormat)
+        route = await front.route(body, _caller(request), _header(request), _tenant(request))
+        return await answer(request, route, control, ChatFormat)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -72,34 +77,48 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
         control = _cache_control(request)
         body = parse(CompletionBody, await _read_json(request, front))
         request.state.standing = standing(request, body)
-        return await answer(request, await front.validator.completion(body, _caller(request)), control, CompletionFormat)
+        route = await front.route(body, _caller(request), _header(request), _tenant(request))
+        return await answer(request, route, control, CompletionFormat)
+
+    @app.post("/v1/route/explain")
+    async def explain(request: Request) -> Response:
+        data = await _read_json(request, front)
+        is_completion = isinstance(data, dict) and "prompt" in data
+        body = parse(CompletionBody, data) if is_completion else parse(ChatBody, data)
+        return Json((await front.explain(body, _caller(request), _header(request), _tenant(request))).as_json())
 
     async def answer(
-        request: Request, call: ValidCall, control: CacheControl, kind: type[ChatFormat] | type[CompletionFormat]
+        request: Request, route: Route, control: CacheControl, kind: type[ChatFormat] | type[CompletionFormat]
     ) -> Response:
         state = request.state
-        state.model = call.model.name
-        if request.headers.get("x-pdserve-timings") == "1":
-            call = replace(call, plan=replace(call.plan, timings=True))
-        generation = front.generation(call, state.received_s, state.standing, control)
-        formatter: Formatter = kind(generation, request_id=state.request_id, created_s=int(front.clock.wall_s()))
+
+        def begin(route: Route) -> Generation:
+            call = route.call
+            state.model, state.answer_headers = call.model.name, route.headers
+            if request.headers.get("x-pdserve-timings") == "1":
+                call = replace(call, plan=replace(call.plan, timings=True))
+            return front.generation(call, state.received_s, state.standing, control)
+
+        given = Answer(route, begin)
+        created_s = int(front.clock.wall_s())
+        formatter = LateFormat(lambda: kind(given.generation, request_id=state.request_id, created_s=created_s))
         timeout_s = front.config.request_timeout_s + _SLOW_CLIENT_S
-        if call.plan.stream:
-            return EventStream(generation, formatter, timeout_s=timeout_s)
-        async with until_disconnect(request.receive, timeout_s), aclosing(generation.deltas()) as stream:
+        if route.call.plan.stream:
+            return EventStream(given, formatter, timeout_s=timeout_s)
+        async with until_disconnect(request.receive, timeout_s), aclosing(given.deltas()) as stream:
             deltas = [delta async for delta in stream]
-        return Json(formatter.body(whole_choices(deltas, call.num_choices)), headers=generation.cache_headers)
+        return Json(formatter.body(whole_choices(deltas, route.call.num_choices)), headers=given.generation.cache_headers)
 
     def standing(request: Request, body: GenerationBody) -> Standing:
         return front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        return Json({"object": "list", "data": [_model(name, model, front) for name, model in front.registry.names()]})
+        return Json({"object": "list", "data": [_model(name, model, front) for name, model in front.names()]})
 
     @app.get("/v1/models/{model_id:path}")
     async def model(request: Request, model_id: str) -> Response:
-        for name, view in front.registry.names():
+        for name, view in front.names():
             if name == model_id:
                 return Json(_model(name, view, front))
         raise ModelNotFound(f"The model {model_id[:256]!r} does not exist.", param="model")
@@ -167,6 +186,15 @@ def _caller(request: Request) -> Caller:
     if given is not None and not timeout_s:
         raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds above 0", param=_TIMEOUT_HEADER)
     return Caller(request.state.request_id, request.state.identity.tenant.cache_salt, timeout_s)
+
+
+def _tenant(request: Request) -> str:
+    name: str = request.state.identity.tenant.name
+    return name
+
+
+def _header(request: Request) -> Header:
+    return lambda name: request.headers.get(name, "")
 
 
 def _cache_control(request: Request) -> CacheControl:

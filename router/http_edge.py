@@ -24,7 +24,9 @@ log = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 _LIMITED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_COUNTED_PATHS = frozenset({*_LIMITED_PATHS, "/v1/models", "/tokenize", "/detokenize", "/v1/cache/invalidate"})
+_COUNTED_PATHS = frozenset(
+    {*_LIMITED_PATHS, "/v1/models", "/v1/route/explain", "/tokenize", "/detokenize", "/v1/cache/invalidate"}
+)
 
 
 class Json(Response):
@@ -57,7 +59,7 @@ class Edge:
         headers = Headers(scope=scope)
         request_id = request_id_or_new(headers.get("x-request-id", ""))
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, received_s=self._front.clock.monotonic_s(), model="")
+        state.update(request_id=request_id, received_s=self._front.clock.monotonic_s(), model="", answer_headers={})
         status = "499"  # unless an answer begins
 
         async def send_with_id(message: Message) -> None:
@@ -65,7 +67,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = str(message["status"])
                 headers_out = MutableHeaders(scope=message)
-                headers_out["X-Request-Id"] = request_id
+                headers_out.update({**state["answer_headers"], "X-Request-Id": request_id})
                 if "identity" in state and scope["path"] in _LIMITED_PATHS:
                     headers_out.update(self._front.limiter.headers(state["identity"], self._front.clock.monotonic_s()))
             await send(message)

@@ -50,3 +50,15 @@ def smollm2() -> ModelFiles:
     from common.model_store import pull
 
     return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> ModelFiles:
+    """The second model, fetched if it is not in the model cache; without it its tests are skipped. They are marked `model`."""
+    from common.errors import ModelLoadError
+    from common.model_store import pull
+
+    try:
+        return pull("gemma3-270m")
+    except ModelLoadError as error:
+        pytest.skip(f"gemma3-270m cannot be had: {error.message}")

@@ -9,12 +9,15 @@ are, does not matter: that is measured, not promised by any library.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from common.engine.packed_matrix import Product, pack
 from common.errors import ConfigError
 
 _ROW_MULTIPLE = 8
+_GELU_SLOPE, _GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715  # gelu(x) ~ x / 2 * (1 + tanh(slope * (x + cube * x^3)))
 
 
 class ExactNumerics:
@@ -51,3 +54,10 @@ class ExactNumerics:
         gate, up = gate_up.chunk(2, dim=-1)
         wide = gate.float()
         return (wide / torch.neg(wide).exp_().add_(1.0)).to(up.dtype).mul_(up)
+
+    def gated_gelu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As above: `(1 + tanh(z)) / 2` is `1 / (1 + exp(-2 z))`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        wide = gate.float()
+        curve = (wide * wide).mul_(_GELU_CUBE).add_(1.0).mul_(wide).mul_(-2.0 * _GELU_SLOPE)
+        return (wide / curve.exp_().add_(1.0)).to(up.dtype).mul_(up)

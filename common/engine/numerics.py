@@ -37,6 +37,10 @@ class Numerics(Protocol):
         """`silu(gate) * up` of rows `[n, gate | up]`."""
         ...
 
+    def gated_gelu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`gelu(gate) * up` of rows `[n, gate | up]`, gelu in its approximation by tanh."""
+        ...
+
 
 class FastNumerics:
     exact = False
@@ -48,3 +52,7 @@ class FastNumerics:
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def gated_gelu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)

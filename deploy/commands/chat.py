@@ -28,7 +28,7 @@ def chat(
 ) -> None:
     """Chats with a model. /clear forgets the conversation, /stats turns the timings on and off, /quit ends."""
     with errors_as_lines():
-        base_url = url or _router_of(cluster)
+        base_url = url or router_of(cluster)
         talk = _Conversation(base_url.rstrip("/"), model, max_tokens, temperature, stats)
         if message is not None:
             talk.say(message)
@@ -172,7 +172,7 @@ def _error(body: str) -> Exception:
         return EngineFailure("the server answered with something that is not ours")
 
 
-def _router_of(cluster: str) -> str:
+def router_of(cluster: str) -> str:
     from common.errors import NoWorkerAvailable
     from deploy.commands.control import cluster_status
 

@@ -11,7 +11,10 @@ from deploy.commands.output import errors_as_lines, out, say
 
 def pull(
     name: Annotated[
-        str, typer.Argument(help="smollm2-135m, a Hugging Face repo id (org/name), a local path, or minilm, an embedder.")
+        str,
+        typer.Argument(
+            help="smollm2-135m, gemma3-270m, a Hugging Face repo id (org/name), a local path, or minilm, an embedder."
+        ),
     ],
 ) -> None:
     """Fetches a model and verifies it; quick when it is there already. Prints where it is."""

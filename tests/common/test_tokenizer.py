@@ -336,7 +336,7 @@ def test_gguf_adds_bos_if_its_flag_says_so(tiny_folder: Path, tmp_path: Path) ->
     assert plain[0] != 0
 
 
-@pytest.mark.parametrize(("arguments", "named"), [({"pre": "tekken"}, "tekken"), ({"tokenizer_model": "llama"}, "'llama'")])
+@pytest.mark.parametrize(("arguments", "named"), [({"pre": "tekken"}, "tekken"), ({"tokenizer_model": "bert"}, "'bert'")])
 def test_unknown_gguf_tokenizers_are_refused_by_name(
     tiny_folder: Path, tmp_path: Path, arguments: dict[str, str], named: str
 ) -> None:

@@ -86,6 +86,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
     worker_id: str
     tokenizer: Tokenizer
     answer: str = "hello there"
+    model: str = MODEL
     tokens_per_event: int = 1
     refuse: PdserveError | None = None  # before the first token
     fail_after: int | None = None  # tokens; then `failure`
@@ -120,7 +121,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=types_pb2.ROLE_DECODE,
-            model=MODEL,
+            model=self.model,
             state=state,
             address=self.address,
             max_model_tokens=self.max_model_tokens,
@@ -235,12 +236,13 @@ class FakeCluster:
             cluster="test",
             models=[
                 registry_pb2.ModelInfo(
-                    name=MODEL,
+                    name=model,
                     path=str(self.model_path),
                     context_tokens=CONTEXT,
                     created_s=1_700_000_000,
                     layout_fingerprint=self.fingerprint,
                 )
+                for model in sorted({MODEL, *(worker.model for worker in self.workers)})
             ],
             workers=[worker.info(states.get(worker.worker_id, "ready")) for worker in self.workers] + prefill_infos,
         )
@@ -250,9 +252,10 @@ class FakeCluster:
 
     async def until_seen(self) -> None:
         """Returns when the router has taken over the manager's snapshot, as a client can tell."""
-        ready = any(info.state == "ready" and info.role == types_pb2.ROLE_DECODE for info in self.manager.snapshot.workers)
+        infos = [info for info in self.manager.snapshot.workers if info.role == types_pb2.ROLE_DECODE]
+        ready = sorted({info.model for info in infos if info.state == "ready"})
         async with httpx.AsyncClient(base_url=self.http_url, trust_env=False) as client, asyncio.timeout(10):
-            while (await client.get("/ready")).json()["models"] != ([MODEL] if ready else []):
+            while (await client.get("/ready")).json()["models"] != ready:
                 await asyncio.sleep(0.005)
 
     def serving(self) -> FakeDecodeWorker:
@@ -261,12 +264,21 @@ class FakeCluster:
         return found
 
 
-def router_config(*, cache: dict[str, Any] | None = None, **router: Any) -> Config:
-    """Without `cache` equal requests are not taken together: most tests count what reaches the workers."""
+def router_config(
+    *,
+    cache: dict[str, Any] | None = None,
+    models: tuple[str, ...] = (),
+    routing: dict[str, Any] | None = None,
+    **router: Any,
+) -> Config:
+    """`models` are others than the one that is always there. Without `cache` equal requests are not taken together: most tests
+    count what reaches the workers."""
+    named = [{"name": MODEL, "source": "tiny", "aliases": ("small",)}, {"name": "absent", "source": "absent"}]
     return Config.model_validate(
         {
             "cache": {"exact": {"enabled": False}} if cache is None else cache,
-            "models": [{"name": MODEL, "source": "tiny", "aliases": ("small",)}, {"name": "absent", "source": "absent"}],
+            "models": [*named, *({"name": model, "source": model} for model in models)],
+            "routing": routing or {},
             "router": {"http_port": 0, "grpc_port": 0, "request_timeout_s": 20.0, **router},
         }
     )
@@ -274,11 +286,18 @@ def router_config(*, cache: dict[str, Any] | None = None, **router: Any) -> Conf
 
 @asynccontextmanager
 async def fake_cluster(
-    tokenizer: Tokenizer, model_path: Path, *, num_workers: int = 1, drain_grace_s: float = 5.0, **router: Any
+    tokenizer: Tokenizer,
+    model_path: Path,
+    *,
+    num_workers: int = 1,
+    models: tuple[str, ...] = (),
+    drain_grace_s: float = 5.0,
+    **router: Any,
 ) -> AsyncIterator[FakeCluster]:
     """Everything up and, if there are workers, ready; everything down afterwards."""
     manager = FakeManager()
     workers = [FakeDecodeWorker(f"tiny/decode/{index}", tokenizer) for index in range(num_workers)]
+    workers += [FakeDecodeWorker(f"{model}/decode/0", tokenizer, f"I am {model}", model) for model in models]
     for worker in workers:
         await worker.start()
     cluster = FakeCluster(tokenizer, model_path, manager, workers)
@@ -287,7 +306,7 @@ async def fake_cluster(
     addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
     cluster.task = asyncio.create_task(
         run(
-            router_config(**router),
+            router_config(models=models, **router),
             manager_address=cluster.manager_address,
             cluster_token=TOKEN,
             stop=cluster.stop,

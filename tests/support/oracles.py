@@ -60,3 +60,58 @@ def gguf_oracle(file: Path) -> torch.nn.Module:
     assert (list(missing), list(unexpected)) == (["lm_head.weight"], [])
     model.tie_weights()
     return model.eval()
+
+
+def gguf_gemma_oracle(file: Path) -> torch.nn.Module:
+    """transformers' Gemma 3 with the tensors of a GGUF file; its norms are stored there with the 1 that the model adds."""
+    import gguf
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    reader = gguf.GGUFReader(file)
+
+    def field(name: str) -> Any:
+        return reader.fields[f"gemma3.{name}"].contents()
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = Gemma3TextConfig(
+        num_hidden_layers=field("block_count"),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        head_dim=field("attention.key_length"),
+        query_pre_attn_scalar=field("attention.key_length"),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        sliding_window=field("attention.sliding_window"),
+        max_position_embeddings=field("context_length"),
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+    )
+    parts = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+    model = Gemma3ForCausalLM(config)
+    weights = {}
+    for name, tensor in tensors.items():
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        first, *rest = name.split(".")
+        if first == "blk":
+            renamed = f"model.layers.{rest[0]}.{parts[rest[1]]}.weight"
+        else:
+            renamed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[first] + ".weight"
+        weights[renamed] = values - 1 if "norm" in renamed else values
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (list(missing), list(unexpected)) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model.eval()

@@ -5,7 +5,7 @@
     reference   plain softmax over gathered keys, one row at a time, in fp64: the oracle of the tests
 
 Once per step the runner asks its backend for a plan; per layer the model writes keys and values to the pool, then attends. A row
-at position p sees the positions 0..p of its sequence, all of which are in the pool by then.
+at position p sees the positions 0..p of its sequence, or the last `window` of them; all of them are in the pool by then.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Span:
 
 
 class AttentionPlan(Protocol):
-    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        """[rows, heads, head_dim] -> the same shape; softmax(q k / sqrt(head_dim)) v over what each row sees."""
+    def attend(self, layer: int, queries: torch.Tensor, window: int = 0) -> torch.Tensor:
+        """[rows, heads, head_dim] -> the same shape; softmax(q k / sqrt(head_dim)) v over what each row sees: all up to
+        itself, or with a window that many tokens, itself among them."""
         ...
 
 

@@ -26,7 +26,7 @@ class ReferencePlan:
         self._block_tables = block_tables
         self._spans = spans
 
-    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, queries: torch.Tensor, window: int = 0) -> torch.Tensor:
         layout = self._pool.layout
         group = self._num_heads // layout.num_kv_heads
         output = torch.empty_like(queries)
@@ -37,10 +37,11 @@ class ReferencePlan:
             ]
             keys, values = torch.stack(tokens).double().unbind(2)  # [tokens, kv_heads, head_dim]
             for row in range(span.num_rows):
-                seen = span.start + row + 1
+                end = span.start + row + 1
+                seen = slice(max(0, end - window) if window else 0, end)
                 for head in range(self._num_heads):
                     query = queries[span.first_row + row, head].double()
-                    scores = keys[:seen, head // group] @ query / layout.head_dim**0.5
-                    attended = torch.softmax(scores, dim=0) @ values[:seen, head // group]
+                    scores = keys[seen, head // group] @ query / layout.head_dim**0.5
+                    attended = torch.softmax(scores, dim=0) @ values[seen, head // group]
                     output[span.first_row + row, head] = attended.to(output.dtype)
         return output

@@ -60,10 +60,10 @@ class TiledPlan:
     def __init__(self, groups: Sequence[TileGroup]) -> None:
         self._groups = groups
 
-    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, queries: torch.Tensor, window: int = 0) -> torch.Tensor:
         output = torch.empty_like(queries)
         for group in self._groups:
-            group.attend(layer, queries, output)
+            group.attend(layer, queries, output, window)
         return output
 
 
@@ -90,6 +90,7 @@ class TileGroup:
         self._rows, self._positions, self._kept = self._index(tiles)
         self._num_active = [sum(1 for seen, *_ in tiles if seen > start) for start in range(0, tiles[0][0], self._kv_tile_tokens)]
         first_positions = [seen - count for seen, _, count, _ in tiles]
+        self._first_position = min(first_positions)
         self._needs_mask = [
             min(first_positions[:active]) < (index + 1) * self._kv_tile_tokens - 1
             for index, active in enumerate(self._num_active)
@@ -127,21 +128,25 @@ class TileGroup:
             for index, active in enumerate(self._num_active)
         ]
 
-    def attend(self, layer: int, queries: torch.Tensor, output: torch.Tensor) -> None:
+    def attend(self, layer: int, queries: torch.Tensor, output: torch.Tensor, window: int) -> None:
         tiles, head_dim = len(self._rows) // self._tile_tokens, queries.shape[-1]
         matrix_rows = self._tile_tokens * self._heads_per_kv_head
         split = (tiles, self._tile_tokens, self._kv_heads, self._heads_per_kv_head, head_dim)
         tile_queries = queries.index_select(0, self._rows).view(split).transpose(1, 2).float().mul_(self._scale)
         tile_queries = tile_queries.reshape(tiles, self._kv_heads, matrix_rows, head_dim)
-        highest = tile_queries.new_full((tiles, self._kv_heads, matrix_rows, 1), -torch.inf)
+        # Finite: a row may meet tiles that lie wholly before its window, which then add 0 and leave it as it is.
+        lowest = torch.finfo(tile_queries.dtype).min
+        highest = tile_queries.new_full((tiles, self._kv_heads, matrix_rows, 1), lowest)
         total = torch.zeros_like(highest)
         padding = (0, -head_dim % _WIDTH_MULTIPLE)
         weighted = tile_queries.new_zeros((*tile_queries.shape[:-1], head_dim + padding[1]))
-        for index, active in enumerate(self._num_active):
+        first_tile = max(0, self._first_position - window + 1) // self._kv_tile_tokens if window else 0
+        for index in range(first_tile, len(self._num_active)):
+            active = self._num_active[index]
             keys, values = self._pool.gather(layer, self._gather_indexes[index])
             scores = self._product(tile_queries[:active], keys.float().transpose(2, 3))
-            if self._needs_mask[index]:
-                self._mask(scores, index)
+            if window or self._needs_mask[index]:
+                self._mask(scores, index, window)
             new_highest = torch.maximum(highest[:active], scores.amax(dim=-1, keepdim=True))
             scores.sub_(new_highest).exp_()
             fade = highest[:active].sub_(new_highest).exp_()
@@ -162,9 +167,12 @@ class TileGroup:
         per_head = [torch.bmm(left[:, head], right[:, head].expand(tiles, -1, -1)) for head in range(heads)]
         return torch.stack(per_head, dim=1)
 
-    def _mask(self, scores: torch.Tensor, index: int) -> None:
+    def _mask(self, scores: torch.Tensor, index: int, window: int) -> None:
         start = index * self._kv_tile_tokens
         kv_positions = torch.arange(start, start + self._kv_tile_tokens, device=scores.device)
-        hidden = kv_positions > self._positions[: len(scores)]  # [tiles, 1, tile_tokens, 1, kv_tile_tokens]
+        positions = self._positions[: len(scores)]
+        hidden = kv_positions > positions  # [tiles, 1, tile_tokens, 1, kv_tile_tokens]
+        if window:
+            hidden |= kv_positions <= positions - window
         split = scores.view(len(scores), self._kv_heads, self._tile_tokens, self._heads_per_kv_head, -1)
         split.masked_fill_(hidden, -torch.inf)

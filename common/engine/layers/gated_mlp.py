@@ -1,6 +1,8 @@
-"""The feed-forward part: `down(silu(gate(x)) * up(x))`, gate and up as one matrix."""
+"""The feed-forward part: `down(activation(gate(x)) * up(x))`, gate and up as one matrix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,10 +11,17 @@ from common.engine.numerics import Numerics
 
 
 class GatedMLP:
-    def __init__(self, numerics: Numerics, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        self._numerics = numerics
+    def __init__(
+        self,
+        numerics: Numerics,
+        gated: Callable[[torch.Tensor], torch.Tensor],  # one of those of `numerics`
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+    ) -> None:
+        self._gated = gated
         self._gate_up = Linear(numerics, torch.cat((gate, up)))
         self._down = Linear(numerics, down)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._down(self._numerics.gated_silu(self._gate_up(rows)))
+        return self._down(self._gated(self._gate_up(rows)))

@@ -36,9 +36,9 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
-    """A dense decoder of the Llama family. Written by the loaders."""
+    """A dense decoder. Written by the loaders."""
 
-    family: str  # "llama"; selects the model definition
+    family: str  # "llama", "gemma3"; selects the model definition
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -52,12 +52,18 @@ class ModelArchitecture:
     context_tokens: int
     tie_embeddings: bool
     attention_bias: bool
+    layer_windows: tuple[
+        int, ...
+    ] = ()  # per layer: how many tokens, itself among them, a token sees; 0 = all. () = all in all layers
+    local_rope_theta: float | None = None  # of the layers with a window
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
                 raise ModelLoadError(f"the model states {field.name} = {value}, which must be positive", param=field.name)
+        if self.layer_windows and (len(self.layer_windows) != self.num_layers or min(self.layer_windows) < 0):
+            raise ModelLoadError(f"the model states windows for {len(self.layer_windows)} layers", param="layer_windows")
         if self.num_heads % self.num_kv_heads:
             raise ModelLoadError(
                 f"the model states {self.num_heads} heads, not a multiple of its {self.num_kv_heads} KV heads",
@@ -84,10 +90,20 @@ class ModelArchitecture:
             shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, ffn)
             shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
             shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+            if self.family == "gemma3":
+                shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (hidden,)
+                shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (hidden,)
+                shapes[f"{prefix}.self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{prefix}.self_attn.k_norm.weight"] = (self.head_dim,)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
+
+
+def windows_in_turn(num_layers: int, window: int, period: int) -> tuple[int, ...]:
+    """The layers of Gemma 3: of each `period` the last sees all, the others the last `window` tokens."""
+    return tuple(0 if layer % period == period - 1 else window for layer in range(num_layers))
 
 
 def check_names(expected: Iterable[str], found: Iterable[str]) -> None:

@@ -14,10 +14,18 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.engine.loader.architecture import Llama3RopeScaling, ModelArchitecture, check_names, check_shape
+from common.engine.loader.architecture import (
+    Llama3RopeScaling,
+    ModelArchitecture,
+    check_names,
+    check_shape,
+    windows_in_turn,
+)
 from common.errors import ModelLoadError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_GEMMA3 = "Gemma3ForCausalLM"
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _GEMMA3)
+_GEMMA3_PERIOD = 6  # of layers, where the config does not list their kinds
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Number = TypeVar("_Number", int, float)
 
@@ -53,6 +61,8 @@ def read_architecture(folder: Path) -> ModelArchitecture:
         raise ModelLoadError(
             f"{folder.name} is of architecture {names}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}", param="architectures"
         )
+    if names[0] == _GEMMA3:
+        return _gemma3(config)
     _refuse_unsupported(config)
     hidden_size = _number(config, "hidden_size", int)
     num_heads = _number(config, "num_attention_heads", int)
@@ -79,13 +89,68 @@ def read_architecture(folder: Path) -> ModelArchitecture:
     )
 
 
+def _gemma3(config: Mapping[str, Any]) -> ModelArchitecture:
+    num_layers, head_dim = _number(config, "num_hidden_layers", int), _number(config, "head_dim", int)
+    _refuse(
+        config,
+        {
+            "hidden_activation": config.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
+            "attention_bias": bool(config.get("attention_bias")),
+            "query_pre_attn_scalar": config.get("query_pre_attn_scalar", head_dim) != head_dim,
+            "attn_logit_softcapping": config.get("attn_logit_softcapping") is not None,
+            "final_logit_softcapping": config.get("final_logit_softcapping") is not None,
+            "use_bidirectional_attention": bool(config.get("use_bidirectional_attention")),
+            "quantization_config": config.get("quantization_config") is not None,
+        },
+    )
+    window = _number(config, "sliding_window", int)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        windows = windows_in_turn(num_layers, window, _number(config, "sliding_window_pattern", int, default=_GEMMA3_PERIOD))
+    else:
+        known = {"sliding_attention": window, "full_attention": 0}
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in known for kind in kinds):
+            raise ModelLoadError("config.json: layer_types lists kinds of attention that are not supported", param="layer_types")
+        windows = tuple(known[kind] for kind in kinds)
+    # Newer configs have one rotary table per kind of layer, older ones two keys.
+    tables = config.get("rope_parameters") or {}
+    full = tables.get("full_attention") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    local = tables.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq")}
+    if _rope_scaling(full) is not None or _rope_scaling(local) is not None:
+        raise ModelLoadError("config.json: Gemma 3 with rope scaling is not supported", param="rope_scaling")
+    return ModelArchitecture(
+        family="gemma3",
+        num_layers=num_layers,
+        hidden_size=_number(config, "hidden_size", int),
+        num_heads=_number(config, "num_attention_heads", int),
+        num_kv_heads=_number(config, "num_key_value_heads", int),
+        head_dim=head_dim,
+        ffn_size=_number(config, "intermediate_size", int),
+        vocab_size=_number(config, "vocab_size", int),
+        rope_theta=_number(full, "rope_theta", float, default=1_000_000.0),
+        rope_scaling=None,
+        rms_norm_eps=_number(config, "rms_norm_eps", float, default=1e-6),
+        context_tokens=_number(config, "max_position_embeddings", int),
+        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        attention_bias=False,
+        layer_windows=windows,
+        local_rope_theta=_number(local, "rope_theta", float, default=10_000.0),
+    )
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    refused = {
-        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "sliding_window": config.get("sliding_window") is not None,
-        "quantization_config": config.get("quantization_config") is not None,
-    }
+    _refuse(
+        config,
+        {
+            "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+            "mlp_bias": bool(config.get("mlp_bias")),
+            "sliding_window": config.get("sliding_window") is not None,
+            "quantization_config": config.get("quantization_config") is not None,
+        },
+    )
+
+
+def _refuse(config: Mapping[str, Any], refused: Mapping[str, bool]) -> None:
     for key, is_refused in refused.items():
         if is_refused:
             raise ModelLoadError(f"config.json: {key} = {config[key]!r} is not supported", param=key)

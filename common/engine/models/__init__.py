@@ -42,8 +42,15 @@ def _llama() -> ModelCreator:
     return LlamaModel
 
 
+def _gemma3() -> ModelCreator:
+    from common.engine.models.gemma3 import Gemma3Model
+
+    return Gemma3Model
+
+
 _FAMILIES: dict[str, Callable[[], ModelCreator]] = {
     "llama": _llama,
+    "gemma3": _gemma3,
 }
 
 

@@ -46,7 +46,8 @@ class LlamaLayer:
         )
         self._output = Linear(numerics, take("self_attn.o_proj.weight"), take_bias("self_attn.o_proj.bias"))
         self._mlp_norm = RMSNorm(take("post_attention_layernorm.weight"), architecture.rms_norm_eps)
-        self._mlp = GatedMLP(numerics, take("mlp.gate_proj.weight"), take("mlp.up_proj.weight"), take("mlp.down_proj.weight"))
+        feed_forward = [take(f"mlp.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")]
+        self._mlp = GatedMLP(numerics, numerics.gated_silu, *feed_forward)
 
     def __call__(
         self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan

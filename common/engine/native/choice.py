@@ -120,6 +120,8 @@ def _wants_native(config: EngineConfig, architecture: ModelArchitecture, pool: K
     obstacle = _obstacle(config, architecture, pool)
     if obstacle is not None and config.kernels == "native":
         raise ConfigError(f"no native kernels {obstacle}", param="engine.kernels")
+    if obstacle is not None:
+        _log.info("torch computes: there are no native kernels", where=obstacle)
     return obstacle is None
 
 

@@ -45,8 +45,8 @@ class Memory:
         self.heads = heads
         self.queries = torch.randn(row, heads, head_dim, generator=generator).mul_(2).to(self.pool.tensor.dtype)
 
-    def attend(self, backend: str) -> torch.Tensor:
-        return create_attention(backend, self.pool, self.heads).plan(self.tables, self.spans).attend(1, self.queries)
+    def attend(self, backend: str, window: int = 0) -> torch.Tensor:
+        return create_attention(backend, self.pool, self.heads).plan(self.tables, self.spans).attend(1, self.queries, window)
 
 
 @pytest.mark.parametrize("backend", ["fast", "tiled"])
@@ -55,6 +55,27 @@ class Memory:
 def test_backends_agree_with_the_reference(backend: str, shape: tuple[int, int, int], step: list[tuple[int, int]]) -> None:
     memory = Memory(shape, step, block_tokens=16)
     torch.testing.assert_close(memory.attend(backend), memory.attend("reference"), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["fast", "tiled"])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("window", [1, 16, 50, 64, 150, 1000])
+def test_backends_agree_with_the_reference_about_windows(
+    backend: str, shape: tuple[int, int, int], step: list[tuple[int, int]], window: int
+) -> None:
+    memory = Memory(shape, step, block_tokens=16)
+    torch.testing.assert_close(memory.attend(backend, window), memory.attend("reference", window), rtol=1e-5, atol=2e-5)
+
+
+def test_the_reference_sees_the_last_tokens_of_a_window() -> None:
+    memory = Memory((4, 2, 16), [(0, 40)], 16)
+    blocks = memory.pool.tensor[memory.tables[0], 1]
+    keys, values = blocks.permute(2, 1, 0, 3, 4).reshape(2, 2, 48, 16)[:, :, :40].repeat_interleave(2, dim=1)
+    positions = torch.arange(40)
+    seen = (positions <= positions[:, None]) & (positions > positions[:, None] - 7)
+    expected = torch.nn.functional.scaled_dot_product_attention(memory.queries.transpose(0, 1), keys, values, attn_mask=seen)
+    torch.testing.assert_close(memory.attend("reference", 7), expected.transpose(0, 1), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["fast", "tiled"])
@@ -80,19 +101,21 @@ def test_the_reference_is_plain_causal_attention() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block_tokens", [16, 24])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tiled_row_depends_on_nothing_but_itself(shape: tuple[int, int, int], block_tokens: int, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "window"), [("float32", 0), ("bfloat16", 0), ("float32", 70)])
+def test_a_tiled_row_depends_on_nothing_but_itself(
+    shape: tuple[int, int, int], block_tokens: int, dtype: str, window: int
+) -> None:
     length = 150
     memory = Memory(shape, [(0, length), (3, 1), (90, 30)], block_tokens, dtype)
-    whole = memory.attend("tiled")
+    whole = memory.attend("tiled", window)
     backend = create_attention("tiled", memory.pool, memory.heads)
     for chunk in (1, 7, 64, 149):
         for start in range(0, length, chunk):
             rows = slice(start, min(start + chunk, length))
-            part = backend.plan(memory.tables[:1], [Span(0, rows.stop - start, start)]).attend(1, memory.queries[rows])
+            part = backend.plan(memory.tables[:1], [Span(0, rows.stop - start, start)]).attend(1, memory.queries[rows], window)
             assert torch.equal(part, whole[rows])
     pairs = backend.plan(memory.tables[[1, 0]], [Span(0, 1, 3), Span(1, 1, 77)])
-    assert torch.equal(pairs.attend(1, memory.queries[[length, 77]]), whole[[length, 77]])
+    assert torch.equal(pairs.attend(1, memory.queries[[length, 77]], window), whole[[length, 77]])
 
 
 def test_the_bitwise_comparison_can_fail() -> None:

@@ -1,0 +1,1 @@
+"""Which served model answers a call: names that stand for several models, rules, canaries, prediction, fallbacks."""

@@ -1,0 +1,73 @@
+"""The configuration with two models as it is shipped, with real workers: by name, by alias, by rule, and with one model gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from common.model_store import ModelFiles
+from support.cluster import RunningCluster, launched
+
+pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(240)]
+
+SHIPPED = Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml"
+SMALL, LARGE = "smollm2-135m", "gemma3-270m"
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles, gemma3: ModelFiles) -> Iterator[RunningCluster]:
+    """Its names and routes, with the models where they are, and small pools."""
+    config: dict[str, Any] = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    for model, files in zip(config["models"], (smollm2, gemma3), strict=True):
+        model.update(source=str(files.path), engine={"kv_pool_tokens": 2048, "kernels": "torch", "threads": 1})
+    settings = {"models": config["models"], "routing": config["routing"]}
+    with launched(tmp_path_factory.mktemp("two"), model_path=smollm2.path, name="two", settings=settings) as cluster:
+        cluster.wait_for("both models", lambda: len(cluster.workers("decode")) == 2, timeout_s=90.0)
+        yield cluster
+
+
+def complete(cluster: RunningCluster, model: str, *, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    asked = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0, **body}
+    return httpx.post(f"{cluster.base_url}/v1/completions", json=asked, headers=headers, timeout=60, trust_env=False)
+
+
+def test_both_models_behind_one_router(two_models: RunningCluster, tmp_path: Path) -> None:
+    listed = httpx.get(f"{two_models.base_url}/v1/models", trust_env=False).json()["data"]
+    assert {SMALL, LARGE, "auto", "best", "canary"} == {model["id"] for model in listed}
+    by_name = {model: complete(two_models, model) for model in (SMALL, LARGE)}
+    texts = {}
+    for model, answer in by_name.items():
+        assert (answer.status_code, answer.json()["model"]) == (200, model)
+        assert "x-route-model" not in answer.headers
+        texts[model] = answer.json()["choices"][0]["text"]
+    assert len(set(texts.values())) == 2
+    auto = complete(two_models, "auto")
+    assert (auto.headers["x-route-model"], auto.json()["choices"][0]["text"]) == (SMALL, texts[SMALL])
+    premium = complete(two_models, "auto", headers={"x-tier": "premium"})
+    assert (premium.headers["x-route-model"], premium.json()["choices"][0]["text"]) == (LARGE, texts[LARGE])
+    assert complete(two_models, "best").json()["choices"][0]["text"] == texts[LARGE]
+    assert complete(two_models, "canary").headers["x-route-model"] in (SMALL, LARGE)
+
+    # Only one of them has a chat template; who asks for either gets that one.
+    chat = {"model": "best", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    answer = httpx.post(f"{two_models.base_url}/v1/chat/completions", json=chat, timeout=60, trust_env=False)
+    assert answer.headers["x-route-model"] == SMALL
+    assert f"{LARGE}: InvalidRequest (messages)" in answer.headers["x-route-reason"]
+
+    (tmp_path / "request.json").write_text('{"model": "best", "prompt": "hi"}')
+    explained = two_models.cli("route", "explain", str(tmp_path / "request.json"), "--cluster", "two")
+    assert explained.returncode == 0, explained.stderr
+    assert explained.stdout.splitlines()[0] == f"best -> {LARGE}"
+
+    gone = two_models.cli("scale", LARGE, "--decode", "0", "--cluster", "two")
+    assert gone.returncode == 0, gone.stderr
+    two_models.wait_for("scaling", lambda: len(two_models.workers("decode")) == 1)
+    fallen_back = complete(two_models, "best")
+    assert (fallen_back.status_code, fallen_back.headers["x-route-model"]) == (200, SMALL)
+    assert fallen_back.json()["choices"][0]["text"] == texts[SMALL]
+    assert complete(two_models, LARGE).status_code == 503
