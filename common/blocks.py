@@ -17,6 +17,9 @@ from collections.abc import Iterable, Sequence
 BlockHash = bytes
 """32 bytes."""
 
+BlockKey = int
+"""The first 60 bits of a block's hash: enough to guess where a block is, never enough to take its KV."""
+
 
 def num_blocks(num_tokens: int, block_tokens: int) -> int:
     """Blocks that hold `num_tokens` tokens, the last one perhaps partly filled."""
@@ -44,3 +47,7 @@ def hash_chain(root: BlockHash, token_ids: Sequence[int], block_tokens: int) -> 
     for start in range(0, num_full_blocks(len(token_ids), block_tokens) * block_tokens, block_tokens):
         parent = next_hash(parent, token_ids[start : start + block_tokens])
         yield parent
+
+
+def block_key(block_hash: BlockHash) -> BlockKey:
+    return int.from_bytes(block_hash[:8], "big") >> 4  # 60 bits: a Python int of 32 bytes, where 64 bits take 48

@@ -7,11 +7,13 @@ that this build does not know and fields that must be present raise InvalidReque
 from __future__ import annotations
 
 from common.errors import ERRORS_BY_CODE, InvalidRequest, PdserveError, error_from_code
+from common.load import StepSample, WorkerLoad, WorkerReport, WorkerShape
 from common.types import (
     FinishReason,
     Grammar,
     GrammarKind,
     KVLayout,
+    PrefillChoice,
     Request,
     Role,
     SampledToken,
@@ -24,6 +26,7 @@ from common.types import (
     WorkerRef,
 )
 from common.wire import types_pb2 as pb
+from common.wire import worker_pb2
 
 _FINISH_TO_WIRE = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
@@ -36,6 +39,23 @@ _GRAMMAR_TO_WIRE = {
 _GRAMMAR_FROM_WIRE = {wire: kind for kind, wire in _GRAMMAR_TO_WIRE.items()}
 _ROLE_TO_WIRE = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 _ROLE_FROM_WIRE = {wire: role for role, wire in _ROLE_TO_WIRE.items()}
+
+
+_CHOICE_TO_WIRE = {
+    PrefillChoice.WORKER: worker_pb2.PREFILL_CHOICE_UNSPECIFIED,
+    PrefillChoice.HERE: worker_pb2.PREFILL_CHOICE_HERE,
+    PrefillChoice.THERE: worker_pb2.PREFILL_CHOICE_THERE,
+}
+_CHOICE_FROM_WIRE = {wire: choice for choice, wire in _CHOICE_TO_WIRE.items()}
+
+
+def choice_to_wire(choice: PrefillChoice) -> worker_pb2.PrefillChoice:
+    return _CHOICE_TO_WIRE[choice]
+
+
+def choice_from_wire(wire: worker_pb2.PrefillChoice) -> PrefillChoice:
+    """A choice of a newer router that this build does not know leaves it to the worker."""
+    return _CHOICE_FROM_WIRE.get(wire, PrefillChoice.WORKER)
 
 
 def role_to_wire(role: Role) -> pb.Role:
@@ -113,6 +133,7 @@ def request_to_wire(request: Request) -> pb.Request:
         timeout_s=request.timeout_s,
         first_choice=request.first_choice,
         num_resumed_tokens=request.num_resumed_tokens,
+        dispatch_id=request.dispatch_id,
     )
 
 
@@ -137,6 +158,7 @@ def request_from_wire(message: pb.Request) -> Request:
         timeout_s=message.timeout_s,
         first_choice=message.first_choice,
         num_resumed_tokens=message.num_resumed_tokens,
+        dispatch_id=message.dispatch_id,
     )
 
 
@@ -236,6 +258,38 @@ def ticket_to_wire(ticket: Ticket) -> pb.Ticket:
 def ticket_from_wire(message: pb.Ticket) -> Ticket:
     values = {name: getattr(message, name) for name in Ticket.__slots__}
     return Ticket(**{**values, "blocks": tuple(message.blocks)})
+
+
+def report_to_wire(report: WorkerReport) -> worker_pb2.WorkerReport:
+    load = report.load
+    return worker_pb2.WorkerReport(
+        sequence=report.sequence,
+        shape=None
+        if report.shape is None
+        else worker_pb2.WorkerShape(**{name: getattr(report.shape, name) for name in WorkerShape.__slots__}),
+        **{name: getattr(load, name) for name in WorkerLoad.__slots__},
+        dispatches=report.dispatches,
+        registered=report.registered,
+        evicted=report.evicted,
+        steps=[worker_pb2.StepSample(tokens=step.tokens, pairs=step.pairs, seconds=step.seconds) for step in report.steps],
+    )
+
+
+def report_from_wire(message: worker_pb2.WorkerReport) -> WorkerReport:
+    shape = None
+    if message.HasField("shape"):
+        if message.shape.block_tokens < 1:
+            raise InvalidRequest("a block holds no token", param="block_tokens")
+        shape = WorkerShape(**{name: getattr(message.shape, name) for name in WorkerShape.__slots__})
+    return WorkerReport(
+        sequence=message.sequence,
+        load=WorkerLoad(**{name: getattr(message, name) for name in WorkerLoad.__slots__}),
+        shape=shape,
+        dispatches=tuple(message.dispatches),
+        registered=tuple(message.registered),
+        evicted=tuple(message.evicted),
+        steps=tuple(StepSample(step.tokens, step.pairs, step.seconds) for step in message.steps),
+    )
 
 
 def error_to_wire(error: PdserveError) -> pb.ErrorDetail:

@@ -109,9 +109,11 @@ class DecodeConfig(_Part):
     max_waiting: int = Field(1024, ge=0, description="Requests that may wait for blocks; more are refused with 429.")
     local_prefill: Literal["auto", "never", "always"] = Field(
         "auto",
-        description="auto: prompts with few uncached tokens are prefilled here, and all are when no prefill worker can.",
+        description="auto: prompts are prefilled here when that costs less than elsewhere, and when no prefill worker can.",
     )
-    local_prefill_tokens: int = Field(32, ge=0, description="auto prefills locally up to so many uncached prompt tokens.")
+    local_prefill_tokens: int = Field(
+        32, ge=0, description="auto prefills locally up to so many uncached prompt tokens, while the router has no forecast."
+    )
     watermark_blocks: int = Field(2, ge=0, description="Free blocks kept back for growth when a new request is admitted.")
     speculation: SpeculationConfig = SpeculationConfig()
 
@@ -137,6 +139,32 @@ class TransferConfig(_Part):
     ticket_ttl_s: float = Field(60.0, gt=0, description="A remote prefill that takes longer has failed.")
     handshake_timeout_s: float = Field(5.0, gt=0, description="Budget for the first contact of two workers.")
     release_timeout_s: float = Field(2.0, gt=0, description="How long to wait for a writer's promise to stop, per try.")
+
+
+class PlacementConfig(_Part):
+    """How the router chooses workers."""
+
+    policy: Literal[
+        "predicted",
+        "min_ttft",
+        "least_load",
+        "round_robin",
+        "random",
+        "cache_aware",
+        "weighted",
+        "dynamo",
+        "aibrix",
+        "loadaware",
+    ] = Field(
+        "predicted",
+        description="predicted: least predicted time to the first token, with what the choice costs other requests;"
+        " min_ttft: without that. The others are published formulas, for comparison (router/placement/policies.py).",
+    )
+    externality: float = Field(0.7, ge=0, description="predicted: weight of what a choice costs other requests.")
+    report_interval_s: float = Field(0.1, gt=0, description="How often a worker is asked to report, at most.")
+    report_timeout_s: float = Field(5.0, gt=0, description="A worker that reports nothing for so long is watched anew.")
+    speculative_ttl_s: float = Field(30.0, gt=0, description="How long a dispatch counts as a cached prefix unless confirmed.")
+    index_blocks: int = Field(2_000_000, ge=1, description="Most KV blocks whose place is remembered; about 100 bytes each.")
 
 
 BandName = Literal["interactive", "batch", "background"]
@@ -219,6 +247,7 @@ class RouterConfig(_Part):
     migration_wait_s: float = Field(30.0, ge=0, description="How long such an answer waits for a worker that can take it over.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
+    placement: PlacementConfig = PlacementConfig()
     grammar_timeout_s: float = Field(
         1.0, gt=0, description="How long a JSON schema, regular expression or grammar may take to compile before it is refused."
     )
@@ -567,6 +596,7 @@ def _known_keys() -> list[str]:
         SpeculationConfig,
         DecodeConfig,
         TransferConfig,
+        PlacementConfig,
         LimitsConfig,
         TenantConfig,
         AdmissionConfig,

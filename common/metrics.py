@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +31,7 @@ _LOOKUP_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 
 _STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.05, 0.1, 0.5, 1)
 BREAKER_STATES = ("closed", "open", "half_open")
 _STEP_TOKEN_BUCKETS = tuple(2**exponent for exponent in range(15))
+_RATIO_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
 class RouterMetrics:
@@ -69,6 +70,21 @@ class RouterMetrics:
             "pdserve_router_migrations", "Answers that went on elsewhere after their worker was lost.", model, registry=registry
         )
         self.cancelled_total = Counter("pdserve_router_cancelled", "Requests whose client left.", model, registry=registry)
+        self._placements = Counter(
+            "pdserve_router_placements",
+            "Dispatches by where the prompt was to be computed: here (by the decode worker), there, or as the worker decides.",
+            ("model_name", "choice"),
+            registry=registry,
+        )
+        self._forecast_error = Histogram(
+            "pdserve_router_ttft_forecast_error_ratio",
+            "How far the predicted time to the first token was off: |predicted - taken| / taken.",
+            model,
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
+        self.watched_workers = Gauge("pdserve_router_watched_workers", "Workers that report to this router.", registry=registry)
+        self.known_blocks = Gauge("pdserve_router_known_blocks", "KV blocks whose place is known.", registry=registry)
         self.cache_requests = Counter(
             "pdserve_cache_requests", "Requests by what the cache did.", ("model_name", "result", "reason"), registry=registry
         )
@@ -83,6 +99,13 @@ class RouterMetrics:
         self.admission = AdmissionMetrics(registry)
         self._inflight: Callable[[], dict[str, int]] = dict
         registry.register(_Gauges(self._read))
+
+    def placed(self, model: str, choice: str) -> None:
+        self._placements.labels(model, choice).inc()
+
+    def forecast(self, model: str, *, predicted_s: float, taken_s: float) -> None:
+        """One time to the first token, as it was predicted at the dispatch and as it came."""
+        self._forecast_error.labels(model).observe(abs(predicted_s - taken_s) / max(taken_s, 1e-6))
 
     def read_inflight_from(self, read: Callable[[], dict[str, int]]) -> None:
         """`read` returns the number of requests in flight by model name; called at scrape time."""

@@ -38,6 +38,14 @@ class WorkerRef:
     address: str  # worker, "host:port" of its gRPC server
 
 
+class PrefillChoice(enum.Enum):
+    """Where a prompt is to be computed. Written by the router's placement."""
+
+    WORKER = "worker"  # no forecast: the decode worker decides by its own rules
+    HERE = "here"  # by the decode worker itself
+    THERE = "there"  # by a prefill worker
+
+
 BANNING_BIAS, FORCING_BIAS = -100.0, 100.0  # of SamplingParams.logit_bias
 
 
@@ -119,6 +127,7 @@ class Request:
     timeout_s: float = 600.0  # budget left when the message was sent; each process counts it down on its own clock
     first_choice: int = 0  # index of the first choice; with the seed it is the key of its randomness
     num_resumed_tokens: int = 0  # so many tokens at the end of the prompt are the beginning of the answer
+    dispatch_id: int = 0  # router's dispatcher: names one try, so that load reports can say which tries they count; 0 = none
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -23,7 +23,7 @@ from common.engine.sequence import PagedSequence
 from common.engine.token_rules import TokenRules
 from common.errors import IllegalTransition
 from common.lifecycle import Lifecycle, Phase
-from common.types import FinishReason, Request, SampledToken, StageTimings, TokenChunk, TokenLogprob, WorkerRef
+from common.types import FinishReason, PrefillChoice, Request, SampledToken, StageTimings, TokenChunk, TokenLogprob, WorkerRef
 from decode_worker.speculation.proposer import ChoiceKey
 
 
@@ -125,9 +125,11 @@ class Generation:
         prompt: PagedSequence,
         clock: Clock,
         grammar: CompiledGrammar | None = None,
+        prefill_choice: PrefillChoice = PrefillChoice.WORKER,
     ) -> None:
         self.request = request
         self.grammar = grammar  # the request's own, compiled
+        self.prefill_choice = prefill_choice
         self.candidates = list(candidates)  # prefill workers still to try, best first
         self.lifecycle = Lifecycle(clock)
         self.attempt = 0  # hand-offs begun; part of a ticket's identity

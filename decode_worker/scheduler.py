@@ -31,11 +31,24 @@ from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
 from common.errors import NoWorkerAvailable, Overloaded, PdserveError
 from common.lifecycle import Phase
-from common.types import KVLayout, Request, SampledToken, StageTimings, Started, TokenChunk, TokenLogprob, WorkerRef
+from common.load import WorkerLoad, pairs
+from common.types import (
+    KVLayout,
+    PrefillChoice,
+    Request,
+    SampledToken,
+    StageTimings,
+    Started,
+    TokenChunk,
+    TokenLogprob,
+    WorkerRef,
+)
 from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.generation import Choice, ChoiceState, Generation
 from decode_worker.speculation.proposer import Wanted
 from decode_worker.speculation.speculator import Speculator
+
+_MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,7 @@ class DecodeScheduler:
         self._running: list[Choice] = []  # in order of arrival
         self._copies: list[tuple[int, int]] = []
         self._events: list[Event] = []
+        self._dispatches: list[int] = []
         self.totals = SchedulerTotals()
 
     @property
@@ -132,13 +146,51 @@ class DecodeScheduler:
         events, self._events = self._events, []
         return events
 
+    def load(self) -> WorkerLoad:
+        tokens, work = 0, 0.0
+        decoding = kv_tokens = 0
+        for choice in self._running:
+            if choice.sequence.remaining > 1:
+                tokens += choice.sequence.remaining
+                work += pairs(choice.sequence.remaining, len(choice.sequence.tokens))
+            else:
+                decoding += 1
+                kv_tokens += len(choice.sequence.tokens)
+        return WorkerLoad(
+            running=self.num_running,
+            waiting=len(self._waiting),
+            queued_tokens=tokens,
+            queued_pairs=work,
+            decoding=decoding,
+            kv_tokens=kv_tokens,
+            blocks_free=self._blocks.num_available,
+        )
+
+    def open_dispatches(self) -> tuple[int, ...]:
+        requests = (generation.request for generation in self._generations.values())
+        return tuple(request.dispatch_id for request in requests if request.dispatch_id)
+
+    def take_dispatches(self) -> tuple[int, ...]:
+        taken, self._dispatches = tuple(self._dispatches), []
+        return taken
+
     # Commands, in the order of a request's life.
 
-    def submit(self, request: Request, candidates: tuple[WorkerRef, ...], grammar: CompiledGrammar | None = None) -> None:
-        """`grammar` is the request's own, compiled."""
+    def submit(
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...],
+        grammar: CompiledGrammar | None = None,
+        choice: PrefillChoice = PrefillChoice.WORKER,
+    ) -> None:
+        """`grammar` is the request's own, compiled; `choice` is the router's."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         prompt = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
-        generation = Generation(request, candidates, prompt, self._clock, grammar)
+        generation = Generation(request, candidates, prompt, self._clock, grammar, choice)
+        self.totals.submitted += 1
+        if request.dispatch_id:
+            self._dispatches.append(request.dispatch_id)
+            del self._dispatches[:-_MAX_DISPATCHES]
         if len(self._waiting) >= self._config.max_waiting:
             self._events.append(Failed(request.request_id, Overloaded("too many requests are waiting", retry_after_s=1.0)))
             return
@@ -170,7 +222,10 @@ class DecodeScheduler:
         self._quarantine(choice)
         generation.candidates.pop(0)
         place = choose_place(
-            self._config, uncached_tokens=generation.request.num_prompt_tokens, num_candidates=len(generation.candidates)
+            self._config,
+            generation.prefill_choice,
+            uncached_tokens=generation.request.num_prompt_tokens,
+            num_candidates=len(generation.candidates),
         )
         if place is PrefillPlace.NOWHERE:
             self._end(generation, Phase.FAILED)
@@ -288,7 +343,12 @@ class DecodeScheduler:
     def _place_prompt(self, choice: Choice) -> None:
         generation = choice.generation
         generation.lifecycle.enter(Phase.RESERVED)
-        place = choose_place(self._config, uncached_tokens=choice.sequence.remaining, num_candidates=len(generation.candidates))
+        place = choose_place(
+            self._config,
+            generation.prefill_choice,
+            uncached_tokens=choice.sequence.remaining,
+            num_candidates=len(generation.candidates),
+        )
         if place is PrefillPlace.LOCAL:
             choice.enter(ChoiceState.RUNNING)
             self._enlist(choice)

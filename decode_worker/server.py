@@ -12,7 +12,7 @@ from contextlib import aclosing
 import grpc.aio
 
 from common.clock import SystemClock
-from common.codec import chunk_to_wire, request_from_wire, started_to_wire, worker_ref_from_wire
+from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, started_to_wire, worker_ref_from_wire
 from common.engine.core import Core
 from common.engine.host import WorkerHost
 from common.engine.loop import EngineLoop
@@ -58,7 +58,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             tokenizer_digest=engine.layout.tokenizer_digest,
         )
         self._scheduler = scheduler = DecodeScheduler(spec.model.decode, engine.layout, engine.blocks, self._clock, speculator)
-        self._loop = loop = EngineLoop[Event](Core(engine, scheduler, host.metrics, self._clock), name="engine")
+        core = Core(engine, scheduler, host.metrics, self._clock, on_step=host.step_done)
+        self._loop = loop = EngineLoop[Event](core, name="engine")
         self._handoff = DecodeHandoff(
             spec,
             engine.layout,
@@ -69,6 +70,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         )
         await self._handoff.start()
         self._streams = DecodeStreams(scheduler, loop, self._handoff, metrics=host.metrics, clock=self._clock)
+        host.report(scheduler, loop, step_tokens=spec.model.decode.step_tokens, local_prefill=spec.model.decode.local_prefill)
         loop.start(deliver=self._streams.deliver, on_failure=self._engine_failed)
         ref = await host.serve(lambda server: worker_pb2_grpc.add_DecodeServicer_to_server(self, server), ("pdserve.v1.Decode",))
         _log.info("ready", worker=ref.worker_id, incarnation=ref.incarnation, address=ref.address)
@@ -98,6 +100,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         async with typed_errors(context):
             work = request_from_wire(request.request)
             candidates = tuple(worker_ref_from_wire(ref) for ref in request.prefill)
+            choice = choice_from_wire(request.choice)
             with self._host.in_flight.entered(), bind_request(work.request_id):
                 self._host.check(work)
                 grammar = await self._host.compile_grammar(work)
@@ -105,7 +108,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
                     # The stream has a deadline of its own; this one is for a client that does not take what it asked for.
                     async with (
                         asyncio.timeout(work.timeout_s),
-                        aclosing(self._streams.generate(work, candidates, grammar)) as outputs,
+                        aclosing(self._streams.generate(work, candidates, grammar, choice)) as outputs,
                     ):
                         async for output in outputs:
                             if output.done:

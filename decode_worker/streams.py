@@ -23,7 +23,7 @@ from common.engine.loop import Inbox
 from common.errors import DeadlineExceeded, EngineFailure, PdserveError
 from common.logs import get_logger
 from common.metrics import WorkerMetrics
-from common.types import Request, WorkerRef
+from common.types import PrefillChoice, Request, WorkerRef
 from decode_worker.handoff import DecodeHandoff
 from decode_worker.scheduler import DecodeScheduler, Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 
@@ -55,7 +55,11 @@ class DecodeStreams:
         self._failed = False
 
     async def generate(
-        self, request: Request, candidates: tuple[WorkerRef, ...], grammar: CompiledGrammar | None = None
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...],
+        grammar: CompiledGrammar | None = None,
+        choice: PrefillChoice = PrefillChoice.WORKER,
     ) -> AsyncGenerator[Output, None]:
         """Ends after the output that says `done`, or raises a PdserveError. Closing it aborts the request."""
         if self._failed:
@@ -64,7 +68,7 @@ class DecodeStreams:
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
         stream = self._streams[key] = _Stream(request)
-        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates, grammar)
+        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates, grammar, choice)
         started_s = first_token_s = self._clock.monotonic_s()
         try:
             while True:

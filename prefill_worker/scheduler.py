@@ -22,7 +22,10 @@ from common.engine.core import SchedulerTotals
 from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
 from common.errors import IllegalTransition, PdserveError
+from common.load import WorkerLoad, pairs
 from common.types import KVLayout, Request, SampledToken, TokenLogprob
+
+_MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class _Prompt:
         self.sequence = sequence
         self.state = _State.WAITING
         self.cached_tokens = 0
+        self.expected_cached_tokens = 0  # of a prompt that waits, as it was when it came
         self.logprobs: list[TokenLogprob] = []
         self.received_s = received_s
         self.started_s: float | None = None
@@ -105,6 +109,7 @@ class PrefillScheduler:
         self._waiting: deque[_Prompt] = deque()
         self._running: list[_Prompt] = []  # in order of arrival
         self._events: list[Event] = []
+        self._dispatches: list[int] = []
         self.totals = SchedulerTotals()
 
     @property
@@ -124,13 +129,41 @@ class PrefillScheduler:
         events, self._events = self._events, []
         return events
 
+    def load(self) -> WorkerLoad:
+        tokens, work = 0, 0.0
+        for prompt in (*self._running, *self._waiting):
+            total = prompt.request.num_prompt_tokens
+            left = prompt.sequence.remaining - (prompt.expected_cached_tokens if prompt.state is _State.WAITING else 0)
+            tokens += left
+            work += pairs(left, total)
+        return WorkerLoad(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            queued_tokens=tokens,
+            queued_pairs=work,
+            blocks_free=self._blocks.num_available,
+        )
+
+    def open_dispatches(self) -> tuple[int, ...]:
+        prompts = (*self._running, *self._waiting)
+        return tuple(prompt.request.dispatch_id for prompt in prompts if prompt.request.dispatch_id)
+
+    def take_dispatches(self) -> tuple[int, ...]:
+        taken, self._dispatches = tuple(self._dispatches), []
+        return taken
+
     def submit(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
         """`grammar` is the request's own, compiled."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         sequence = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
         prompt = _Prompt(request, sequence, self._clock.monotonic_s(), grammar)
+        prompt.expected_cached_tokens = len(self._match(request)) * self._layout.block_tokens
         self._prompts[request.request_id] = prompt
         self._waiting.append(prompt)
+        self.totals.submitted += 1
+        if request.dispatch_id:
+            self._dispatches.append(request.dispatch_id)
+            del self._dispatches[:-_MAX_DISPATCHES]
 
     def stop(self, request_id: str) -> None:
         """Computes no further chunk of this prompt; its blocks are held on. Legal in any state; unknown ids are ignored."""
@@ -211,11 +244,7 @@ class PrefillScheduler:
 
     def _admit(self, prompt: _Prompt) -> bool:
         request, sequence = prompt.request, prompt.sequence
-        cached: list[int] = []
-        if request.sampling.prompt_logprobs is None:
-            cached = self._blocks.match_prefix(
-                request.prompt_token_ids, request.cache_salt, max_tokens=request.num_prompt_tokens - 1
-            )
+        cached = self._match(request)
         self._blocks.acquire(cached)
         missing = sequence.missing_blocks(request.num_prompt_tokens) - len(cached)
         if not self._blocks.can_allocate(missing):
@@ -232,3 +261,8 @@ class PrefillScheduler:
             blocks = tuple(sequence.blocks)
             self._events.append(LayersComputed(request.request_id, prompt.cached_tokens, blocks, 0, self._layout.num_layers))
         return True
+
+    def _match(self, request: Request) -> list[int]:
+        if request.sampling.prompt_logprobs is not None:
+            return []  # they are computed with the tokens, so all tokens are
+        return self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt, max_tokens=request.num_prompt_tokens - 1)

@@ -40,7 +40,15 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         engine = await host.load(None)
         config = self._spec.model.prefill
         self._scheduler = PrefillScheduler(config, engine.layout, engine.blocks, self._clock)
-        core = Core(engine, self._scheduler, host.metrics, self._clock, watcher=self._scheduler, layer_groups=config.layer_groups)
+        core = Core(
+            engine,
+            self._scheduler,
+            host.metrics,
+            self._clock,
+            watcher=self._scheduler,
+            layer_groups=config.layer_groups,
+            on_step=host.step_done,
+        )
         self._loop = EngineLoop[Event](core, name="engine")
         self._handoff = PrefillHandoff(self._spec, engine.layout, engine.pool.buffer, self._clock)
         self._runs = PrefillRuns(
@@ -52,6 +60,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             metrics=host.metrics,
             clock=self._clock,
         )
+        host.report(self._scheduler, self._loop, step_tokens=config.chunk_tokens)
         self._loop.start(deliver=self._runs.deliver, on_failure=self._engine_failed)
         ref = await host.serve(
             lambda server: worker_pb2_grpc.add_PrefillServicer_to_server(self, server), ("pdserve.v1.Prefill",)

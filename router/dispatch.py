@@ -1,8 +1,8 @@
 """The request path: from a validated request to the tokens of exactly one decode worker.
 
  1. Deadline: the request's whole budget starts here; every wait below ends with it.
- 2. Placement: the decode worker with the least outstanding work and the prefill candidates, from the last snapshot and the ledger
-    of own dispatches. Nobody there: NoWorkerAvailable.
+ 2. Placement (`router.placement`): the decode worker, the prefill candidates, and who of them is to compute the prompt. Nobody
+    there: NoWorkerAvailable.
  3. Connect to the decode worker, within the connect timeout.
  4. Open ONE stream, `Decode.Generate(request, prefill candidates)`. Cancelling it cancels everything below it.
  5. Wait for the first tokens. Until then nothing was handed to the caller, so nothing can have reached the client.
@@ -13,7 +13,7 @@
     rest of each unfinished choice is a request of its own, with the tokens so far at the end of its prompt, and goes back to 2;
     it may wait for a worker to come back. Any other failure is raised: exactly one typed error ends the request.
  8. The stream is over when every choice has finished. However it ends, by success, error, cancellation or because the caller
-    needs no more, the gRPC streams are cancelled and the ledger entries closed.
+    needs no more, the gRPC streams are cancelled and placement counts the dispatch no longer.
 
 It does not know text, HTTP or the public gRPC face; it sees token ids only.
 """
@@ -30,7 +30,7 @@ from typing import Any
 import grpc.aio
 
 from common.clock import Clock
-from common.codec import chunk_from_wire, request_to_wire, started_from_wire, worker_ref_to_wire
+from common.codec import choice_to_wire, chunk_from_wire, request_to_wire, started_from_wire, worker_ref_to_wire
 from common.config import RouterConfig
 from common.errors import (
     DeadlineExceeded,
@@ -48,7 +48,8 @@ from common.wire import worker_pb2
 from common.wire.worker_pb2_grpc import DecodeStub
 from router.answer import Answer
 from router.links import Links
-from router.placement import Ledger, LedgerEntry, Placement, place
+from router.placement.membership import Placement, Prompt
+from router.placement.placer import Dispatched, Placer
 from router.registry import Registry
 
 log = get_logger(__name__)
@@ -96,7 +97,7 @@ class Dispatcher:
         self._links = Links(cluster_token=cluster_token, connect_timeout_s=config.connect_timeout_s)
         self._active: set[_Attempt] = set()
         self._tidied = registry.view
-        self.ledger = Ledger()
+        self.placer = Placer(config.placement, clock=clock)
 
     async def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
         """Events until every choice has finished. Close it (`aclosing`) to cancel. Raises one PdserveError, at most."""
@@ -113,13 +114,14 @@ class Dispatcher:
         """A request, or the rest of one. Until `patience_until_s` it waits for workers to come back."""
         tried: set[WorkerRef] = set()
         retries = 0
+        prompt = self.placer.prompt_of(request)
         while True:
-            placement = await self._place(request, tried, patience_until_s)  # 2
+            placement = await self._place(request, prompt, tried, patience_until_s)  # 2
             tried.add(placement.decode)
             answer = Answer(request)
             handed_over = False
             try:
-                async with self._attempt(request, placement, journey.deadline_s) as attempt:
+                async with self._attempt(request, prompt, placement, journey.deadline_s) as attempt:
                     event = await attempt.first_tokens(retries)  # 3, 4, 5
                     while True:  # 7
                         answer.add(event.chunks)
@@ -147,18 +149,21 @@ class Dispatcher:
             async for event in events:
                 yield DispatchEvent(event.chunks)
 
-    async def _place(self, request: Request, tried: set[WorkerRef], patience_until_s: float) -> Placement:
+    async def _place(self, request: Request, prompt: Prompt, tried: set[WorkerRef], patience_until_s: float) -> Placement:
         while True:
+            self.placer.sync(self._registry.view.workers)
             try:
-                return place(request.model, self._registry.view.workers, self.ledger, tried | self._registry.suspects())
+                return self.placer.place(request.model, prompt, tried | self._registry.suspects())
             except NoWorkerAvailable:
                 left_s = patience_until_s - self._clock.monotonic_s()
                 if left_s <= 0:
                     raise
             await self._registry.wait_changed(left_s)
 
-    def _attempt(self, request: Request, placement: Placement, deadline_s: float) -> _Attempt:
-        return _Attempt(request, placement, deadline_s, self._links, self.ledger, self._clock, self._active)
+    def _attempt(self, request: Request, prompt: Prompt, placement: Placement, deadline_s: float) -> _Attempt:
+        dispatched = self.placer.open(placement, request.model, prompt)
+        self._metrics.placed(request.model, placement.choice.value)
+        return _Attempt(request, placement, deadline_s, self._links, dispatched, self._clock, self._metrics, self._active)
 
     async def _before_retry(
         self,
@@ -174,12 +179,11 @@ class Dispatcher:
         patient = self._clock.monotonic_s() < patience_until_s
         if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
             raise failure
-        untried = [worker for worker in self._registry.view.workers if worker.ref not in tried]
-        try:
-            elsewhere = place(request.model, untried, self.ledger, ()).decode
-        except NoWorkerAvailable:
+        self.placer.sync(self._registry.view.workers)
+        elsewhere = next((ref for ref in self.placer.decode_workers(request.model) if ref not in tried), None)
+        if elsewhere is None:
             if not isinstance(failure, WorkerLost) and not patient:
-                raise failure from None  # a worker that is full is not helped by asking it again at once
+                raise failure  # a worker that is full is not helped by asking it again at once
             left_s = journey.deadline_s - self._clock.monotonic_s()
             await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S, max(0.0, left_s)))
             elsewhere = placement.decode
@@ -191,7 +195,7 @@ class Dispatcher:
         view = self._registry.view
         if view is not self._tidied:
             self._tidied = view
-            self.ledger.forget_absent(view.refs())
+            self.placer.sync(view.workers)
             await self._links.keep_only(view.refs())
 
     def abort_all(self) -> None:
@@ -212,8 +216,9 @@ class _Attempt:
         placement: Placement,
         deadline_s: float,
         links: Links,
-        ledger: Ledger,
+        dispatched: Dispatched,
         clock: Clock,
+        metrics: RouterMetrics,
         active: set[_Attempt],
     ) -> None:
         self._request = request
@@ -222,7 +227,8 @@ class _Attempt:
         self._links = links
         self._clock = clock
         self._active = active
-        self._entry: LedgerEntry = ledger.open(request, placement)
+        self._dispatched = dispatched
+        self._metrics = metrics
         self._stack = AsyncExitStack()
         self._call: Any = None  # grpc.aio's stub types do not know the calls of intercepted channels
         self._aborted: PdserveError | None = None
@@ -235,7 +241,7 @@ class _Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._active.discard(self)
-        self._entry.close()
+        self._dispatched.close()
         if self._call is not None:
             self._call.cancel()
         await self._stack.__aexit__(kind, error, traceback)
@@ -258,8 +264,9 @@ class _Attempt:
         remaining_s = max(0.001, self._deadline_s - self._clock.monotonic_s())
         self._call = DecodeStub(channel).Generate(
             worker_pb2.GenerateRequest(
-                request=request_to_wire(replace(self._request, timeout_s=remaining_s)),
+                request=request_to_wire(replace(self._request, timeout_s=remaining_s, dispatch_id=self._dispatched.dispatch_id)),
                 prefill=[worker_ref_to_wire(ref) for ref in self._placement.prefill],
+                choice=choice_to_wire(self._placement.choice),
             ),
             timeout=remaining_s,
         )
@@ -273,7 +280,10 @@ class _Attempt:
                 break
         if started is None:
             raise EngineFailure("the worker sent tokens before it said how it started")
-        self._entry.prefilled()
+        self._dispatched.started(started)
+        if self._placement.ttft_s is not None:
+            taken_s = self._clock.monotonic_s() - dispatched_s
+            self._metrics.forecast(self._request.model, predicted_s=self._placement.ttft_s, taken_s=taken_s)
         return DispatchEvent(_chunks(message), Admission(started, worker, dispatched_s, retries))
 
     async def next_tokens(self) -> DispatchEvent:

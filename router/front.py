@@ -7,13 +7,14 @@ and writes the deltas of `generation` in its own format.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from common.clock import Clock
 from common.config import Config
 from common.errors import InvalidRequest, RateLimited
 from common.metrics import RouterMetrics
-from common.types import Role
+from common.types import Request, Role
 from router.admission.bands import Band
 from router.admission.forecast import Forecast, PoolRoom
 from router.admission.gate import Admitted, Gate
@@ -65,7 +66,7 @@ class Front:
         self.gate = Gate(
             config.router.admission,
             dispatch=dispatcher,
-            forecast=_forecast(config, registry),
+            forecast=_forecast(config, registry, dispatcher.placer.predicted_ttft_s),
             limiter=self.limiter,
             metrics=metrics.admission,
             clock=clock,
@@ -154,9 +155,9 @@ class Front:
         return () if self.draining else tuple(name for name in view.models if view.ready(name, Role.DECODE))
 
 
-def _forecast(config: Config, registry: Registry) -> Forecast:
+def _forecast(config: Config, registry: Registry, predict: Callable[[Request], float | None]) -> Forecast:
     models = {model.name: model for model in config.models}
-    return PoolRoom(config.router.admission, models, lambda model: len(registry.view.ready(model, Role.DECODE)))
+    return PoolRoom(config.router.admission, models, lambda model: len(registry.view.ready(model, Role.DECODE)), predict)
 
 
 def request_id_or_new(given: str) -> str:

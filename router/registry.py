@@ -31,7 +31,7 @@ from common.tokenizer import Tokenizer
 from common.types import Role, WorkerRef, WorkerState
 from common.wire import registry_pb2, worker_pb2
 from common.wire.registry_pb2_grpc import RegistryStub
-from router.placement import WorkerView
+from router.placement.membership import WorkerView
 from router.validate import ServedModel
 
 log = get_logger(__name__)

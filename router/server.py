@@ -31,6 +31,7 @@ from router.front import Front
 from router.generation import InFlight
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
+from router.placement.watching import Watching
 from router.registry import Registry
 from router.semantic.making import make_semantics
 from router.store.making import make_store
@@ -98,6 +99,16 @@ async def run(
             router_id=uuid.uuid4().hex, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()
         )
         watching = asyncio.create_task(registry.run(announcement), name="watch registry")
+        reports = Watching(
+            config.router.placement,
+            registry,
+            dispatcher.placer,
+            cluster_token=cluster_token,
+            connect_timeout_s=config.router.connect_timeout_s,
+            router_id=announcement.router_id,
+            metrics=metrics,
+        )
+        watching_workers = asyncio.create_task(reports.run(), name="watch workers")
         storing = asyncio.create_task(store.run(), name="store")
         reading = asyncio.create_task(semantics.run(), name="semantic cache")
         following = asyncio.create_task(_follow(registry, front), name="room of workers")
@@ -111,6 +122,7 @@ async def run(
                 await _drain(front, dispatcher, drain_grace_s)
         finally:
             await rpc.stop(_CLOSING_S)
+            await cancel_and_wait(watching_workers)
             await cancel_and_wait(following)
             await cancel_and_wait(watching)
             await registry.close()

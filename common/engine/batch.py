@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from common.engine.grammar import CompiledGrammar
 from common.engine.token_rules import RowRules, TokenRules
 from common.errors import PdserveError
+from common.load import pairs
 from common.types import Request, SampledToken, SamplingParams, TokenLogprob
 
 
@@ -94,6 +95,10 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(len(item.token_ids) for item in self.slices)
+
+    @property
+    def num_pairs(self) -> float:
+        return sum(pairs(len(item.token_ids), item.start + len(item.token_ids)) for item in self.slices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ bug of the caller: it raises IllegalTransition and changes nothing. One thread u
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from common.blocks import BlockHash, hash_chain
 from common.errors import IllegalTransition
@@ -47,6 +47,7 @@ class BlockManager:
         self._in_transfer: set[int] = set()
         self._hash_of: dict[int, BlockHash] = {}
         self._block_of: dict[BlockHash, int] = {}
+        self._on_findable: Callable[[BlockHash, bool], None] | None = None
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,15 @@ class BlockManager:
 
     def num_references(self, block: int) -> int:
         return self._references.get(block, 0)
+
+    @property
+    def hashes(self) -> Iterable[BlockHash]:
+        """Of every block that can be found now."""
+        return self._block_of.keys()
+
+    def tell(self, on_findable: Callable[[BlockHash, bool], None] | None) -> None:
+        """Has every hash reported that can be found from now on (True), or no longer (False). One listener at a time."""
+        self._on_findable = on_findable
 
     def root(self, salt: str) -> BlockHash:
         """The head of the hash chains of one tenant's partition; `common.blocks.next_hash` continues it."""
@@ -143,6 +153,8 @@ class BlockManager:
         if self._block_of.setdefault(block_hash, block) != block:
             return False
         self._hash_of[block] = block_hash
+        if known is None and self._on_findable is not None:
+            self._on_findable(block_hash, True)
         return True
 
     # -- giving back ---------------------------------------------------------------------------------------------------
@@ -212,8 +224,11 @@ class BlockManager:
 
     def _evict_oldest(self) -> None:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
         self._free.append(block)
+        if self._on_findable is not None:
+            self._on_findable(block_hash, False)
 
     def _demand_used(self, blocks: Sequence[int]) -> None:
         for block in blocks:

@@ -24,6 +24,7 @@ from common.metrics import WorkerMetrics
 class SchedulerTotals:
     """What a scheduler counts since its start, for metrics; only ever grows."""
 
+    submitted: int = 0  # requests
     preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # of them found
@@ -94,8 +95,11 @@ class Core(Generic[PlanType, Event]):
         *,
         watcher: LayerWatcher[PlanType] | None = None,
         layer_groups: int = 1,
+        on_step: Callable[[int, float, float], None] | None = None,
     ) -> None:
+        """`on_step` is told the tokens, the pairs (`common.load.pairs`) and the seconds of every step."""
         self._watcher = watcher
+        self._on_step = on_step
         self._group_ends = group_ends(engine.layout.num_layers, layer_groups)
         self._engine = engine
         self._scheduler = scheduler
@@ -123,7 +127,10 @@ class Core(Generic[PlanType, Event]):
         watch = None if self._watcher is None else self._watch(self._watcher, plan, hand_over)
         self._scheduler.complete(plan, self._engine.runner.execute(plan.batch, watch))
         self._metrics.step_tokens.observe(plan.batch.num_tokens)
-        self._metrics.step_s.observe(self._clock.monotonic_s() - self._started_s)
+        seconds = self._clock.monotonic_s() - self._started_s
+        self._metrics.step_s.observe(seconds)
+        if self._on_step is not None:
+            self._on_step(plan.batch.num_tokens, plan.batch.num_pairs, seconds)
 
     def take_events(self) -> list[Event]:
         return self._scheduler.take_events()

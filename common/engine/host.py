@@ -12,23 +12,27 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Protocol
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from common.codec import role_to_wire
+from common.codec import report_to_wire, role_to_wire
 from common.config import pdserve_home
 from common.engine.core import SchedulerTotals
 from common.engine.engine import Engine, build_engine
 from common.engine.grammar import CompiledGrammar, GrammarCompiler
+from common.engine.loop import Inbox
+from common.engine.reporter import Reporter, ReportingScheduler
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError
 from common.in_flight import InFlight
+from common.load import WorkerShape
 from common.loopback import is_loopback
 from common.metrics import WorkerMetrics, WorkerReadings, start_metrics_server
 from common.model_store import resolve
-from common.rpc import RpcServer, start_server
+from common.rpc import RpcServer, start_server, typed_errors
 from common.tokenizer import Tokenizer
 from common.types import Request, WorkerRef, WorkerState
 from common.wire import worker_pb2, worker_pb2_grpc
@@ -65,6 +69,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._stop_metrics: Callable[[], None] | None = None
         self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._engine: Engine | None = None
+        self._reporter: Reporter | None = None
         self._grammars: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile grammar")
         self._not_serving: asyncio.Task[None] | None = None
@@ -96,6 +101,24 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._engine = await asyncio.to_thread(build)
         self._grammars = GrammarCompiler(tokenizer, self._engine.architecture.vocab_size)
         return self._engine
+
+    def report(self, scheduler: ReportingScheduler, inbox: Inbox, *, step_tokens: int, local_prefill: str = "auto") -> None:
+        """Lets routers watch this worker. Called between `load` and `serve`."""
+        layout, blocks = self.engine.layout, self.engine.blocks
+        shape = WorkerShape(
+            block_tokens=layout.block_tokens,
+            layout_fingerprint=layout.fingerprint,
+            blocks_total=blocks.num_total,
+            step_tokens=step_tokens,
+            local_prefill=local_prefill,
+            prefix_cache=blocks.prefix_cache,
+        )
+        self._reporter = Reporter(scheduler, blocks, inbox, shape)
+
+    def step_done(self, tokens: int, pairs: float, seconds: float) -> None:
+        """For the engine's core, on its thread."""
+        if self._reporter is not None:
+            self._reporter.step_done(tokens, pairs, seconds)
 
     async def serve(self, register: Callable[[grpc.aio.Server], None], services: Sequence[str]) -> WorkerRef:
         """Opens the ports; from here on requests come in."""
@@ -158,6 +181,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
     def fail(self, error: BaseException) -> None:
         """The engine raised: nothing can be served any more."""
         self.in_flight.close()
+        if self._reporter is not None:
+            self._reporter.close()
         if not self._failure.done():
             self._failure.set_result(error)
             if self._rpc is not None:
@@ -179,6 +204,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
 
     async def stop(self, grace_s: float) -> None:
         await self.drain(grace_s)
+        if self._reporter is not None:
+            self._reporter.close()
         if self._not_serving is not None:
             await self._not_serving
         if self._rpc is not None:
@@ -198,6 +225,18 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainReply]
     ) -> worker_pb2.DrainReply:
         return worker_pb2.DrainReply(drained=await self.drain(request.timeout_s))
+
+    async def Watch(
+        self,
+        request: worker_pb2.WatchLoadRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.WatchLoadRequest, worker_pb2.WorkerReport],
+    ) -> None:
+        async with typed_errors(context):
+            if self._reporter is None:
+                raise EngineFailure("this worker has no reports")
+            async with aclosing(self._reporter.watch(request.interval_s)) as reports:
+                async for report in reports:
+                    await context.write(report_to_wire(report))
 
     def info(self) -> worker_pb2.InfoReply:
         spec, engine, blocks, scheduler = self.spec, self.engine, self.engine.blocks, self._scheduler()

@@ -99,7 +99,7 @@ class TokenSequence(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_token_ids", "sampling", "num_choices", "cache_salt", "timeout_s", "first_choice", "num_resumed_tokens")
+    __slots__ = ("request_id", "model", "prompt_token_ids", "sampling", "num_choices", "cache_salt", "timeout_s", "first_choice", "num_resumed_tokens", "dispatch_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class Request(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHOICE_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -118,7 +119,8 @@ class Request(_message.Message):
     timeout_s: float
     first_choice: int
     num_resumed_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_choices: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., first_choice: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ...) -> None: ...
+    dispatch_id: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_choices: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., first_choice: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ..., dispatch_id: _Optional[int] = ...) -> None: ...
 
 class WorkerRef(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address")

@@ -1,11 +1,21 @@
 from common.wire import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class PrefillChoice(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PREFILL_CHOICE_UNSPECIFIED: _ClassVar[PrefillChoice]
+    PREFILL_CHOICE_HERE: _ClassVar[PrefillChoice]
+    PREFILL_CHOICE_THERE: _ClassVar[PrefillChoice]
+PREFILL_CHOICE_UNSPECIFIED: PrefillChoice
+PREFILL_CHOICE_HERE: PrefillChoice
+PREFILL_CHOICE_THERE: PrefillChoice
 
 class ProbeLinksRequest(_message.Message):
     __slots__ = ("prefill",)
@@ -46,12 +56,14 @@ class LinkReport(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., configured: _Optional[bool] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request", "prefill")
+    __slots__ = ("request", "prefill", "choice")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     prefill: _containers.RepeatedCompositeFieldContainer[_types_pb2.WorkerRef]
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ...) -> None: ...
+    choice: PrefillChoice
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ..., choice: _Optional[_Union[PrefillChoice, str]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("started", "chunks")
@@ -166,6 +178,70 @@ class ReleaseRequest(_message.Message):
 class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("router_id", "interval_s")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    interval_s: float
+    def __init__(self, router_id: _Optional[str] = ..., interval_s: _Optional[float] = ...) -> None: ...
+
+class WorkerReport(_message.Message):
+    __slots__ = ("sequence", "shape", "running", "waiting", "queued_tokens", "queued_pairs", "decoding", "kv_tokens", "blocks_free", "dispatches", "registered", "evicted", "steps")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    shape: WorkerShape
+    running: int
+    waiting: int
+    queued_tokens: int
+    queued_pairs: float
+    decoding: int
+    kv_tokens: int
+    blocks_free: int
+    dispatches: _containers.RepeatedScalarFieldContainer[int]
+    registered: _containers.RepeatedScalarFieldContainer[int]
+    evicted: _containers.RepeatedScalarFieldContainer[int]
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    def __init__(self, sequence: _Optional[int] = ..., shape: _Optional[_Union[WorkerShape, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_pairs: _Optional[float] = ..., decoding: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., dispatches: _Optional[_Iterable[int]] = ..., registered: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+
+class WorkerShape(_message.Message):
+    __slots__ = ("block_tokens", "layout_fingerprint", "blocks_total", "step_tokens", "local_prefill", "prefix_cache")
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    block_tokens: int
+    layout_fingerprint: bytes
+    blocks_total: int
+    step_tokens: int
+    local_prefill: str
+    prefix_cache: bool
+    def __init__(self, block_tokens: _Optional[int] = ..., layout_fingerprint: _Optional[bytes] = ..., blocks_total: _Optional[int] = ..., step_tokens: _Optional[int] = ..., local_prefill: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
+
+class StepSample(_message.Message):
+    __slots__ = ("tokens", "pairs", "seconds")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    pairs: float
+    seconds: float
+    def __init__(self, tokens: _Optional[int] = ..., pairs: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()

@@ -369,6 +369,11 @@ class WorkerStub:
                 request_serializer=common_dot_wire_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_worker__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/pdserve.v1.Worker/Watch',
+                request_serializer=common_dot_wire_dot_worker__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_worker__pb2.WorkerReport.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -387,6 +392,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Load and prefix cache, for routers: a whole picture first, then changes, numbered without a gap. Ends with the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -399,6 +411,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=common_dot_wire_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=common_dot_wire_dot_worker__pb2.DrainReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=common_dot_wire_dot_worker__pb2.WatchLoadRequest.FromString,
+                    response_serializer=common_dot_wire_dot_worker__pb2.WorkerReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -455,6 +472,33 @@ class Worker:
             '/pdserve.v1.Worker/Drain',
             common_dot_wire_dot_worker__pb2.DrainRequest.SerializeToString,
             common_dot_wire_dot_worker__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pdserve.v1.Worker/Watch',
+            common_dot_wire_dot_worker__pb2.WatchLoadRequest.SerializeToString,
+            common_dot_wire_dot_worker__pb2.WorkerReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,9 +44,17 @@ class Forecast(Protocol):
 
 
 class PoolRoom:
-    """A `Forecast` without foresight. `count` says how many decode workers of a model are ready."""
+    """A `Forecast` whose room is a matter of configuration. `count` says how many decode workers of a model are ready, `predict`
+    what placement thinks of a request, if it has learnt to."""
 
-    def __init__(self, config: AdmissionConfig, models: Mapping[str, ModelConfig], count: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        models: Mapping[str, ModelConfig],
+        count: Callable[[str], int],
+        predict: Callable[[Request], float | None] = lambda request: None,
+    ) -> None:
+        self._predict = predict
         self._config = config
         self._models = models
         self._count = count
@@ -61,7 +69,7 @@ class PoolRoom:
         )
 
     def ttft_s(self, request: Request) -> float | None:
-        return None
+        return self._predict(request)
 
 
 class ServiceRate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,8 @@ from common.config import DecodeConfig
 from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
 from common.engine.block_manager import BlockManager
 from common.errors import Overloaded, WorkerLost
-from common.types import FinishReason, KVLayout, Request, SampledToken, SamplingParams, StageTimings, WorkerRef
+from common.load import WorkerLoad
+from common.types import FinishReason, KVLayout, PrefillChoice, Request, SampledToken, SamplingParams, StageTimings, WorkerRef
 from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.scheduler import DecodeScheduler, Failed, Output, RemotePrefill, RemotePrefillWanted, StepPlan
 from decode_worker.speculation.proposer import ChoiceKey, Wanted
@@ -440,16 +442,38 @@ def test_a_step_that_cannot_compute_is_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "uncached", "candidates", "place"),
+    ("policy", "choice", "uncached", "candidates", "place"),
     [
-        ("auto", 33, 1, PrefillPlace.REMOTE),
-        ("auto", 32, 1, PrefillPlace.LOCAL),
-        ("auto", 5000, 0, PrefillPlace.LOCAL),
-        ("always", 5000, 3, PrefillPlace.LOCAL),
-        ("never", 1, 1, PrefillPlace.REMOTE),
-        ("never", 1, 0, PrefillPlace.NOWHERE),
+        ("auto", PrefillChoice.WORKER, 33, 1, PrefillPlace.REMOTE),
+        ("auto", PrefillChoice.WORKER, 32, 1, PrefillPlace.LOCAL),
+        ("auto", PrefillChoice.WORKER, 5000, 0, PrefillPlace.LOCAL),
+        ("auto", PrefillChoice.HERE, 5000, 1, PrefillPlace.LOCAL),
+        ("auto", PrefillChoice.THERE, 1, 1, PrefillPlace.REMOTE),
+        ("auto", PrefillChoice.THERE, 5000, 0, PrefillPlace.LOCAL),
+        ("always", PrefillChoice.THERE, 5000, 3, PrefillPlace.LOCAL),
+        ("never", PrefillChoice.HERE, 1, 1, PrefillPlace.REMOTE),
+        ("never", PrefillChoice.WORKER, 1, 1, PrefillPlace.REMOTE),
+        ("never", PrefillChoice.WORKER, 1, 0, PrefillPlace.NOWHERE),
     ],
 )
-def test_where_a_prompt_is_prefilled(policy: str, uncached: int, candidates: int, place: PrefillPlace) -> None:
+def test_where_a_prompt_is_prefilled(
+    policy: str, choice: PrefillChoice, uncached: int, candidates: int, place: PrefillPlace
+) -> None:
     config = DecodeConfig(local_prefill=policy, local_prefill_tokens=32)
-    assert choose_place(config, uncached_tokens=uncached, num_candidates=candidates) is place
+    assert choose_place(config, choice, uncached_tokens=uncached, num_candidates=candidates) is place
+
+
+def test_load_is_what_decodes_and_what_is_left_of_prompts() -> None:
+    driver = Driver(DecodeConfig(local_prefill="always", step_tokens=8), num_blocks=64)
+    driver.submit(replace(make_request("a", range(10, 16)), dispatch_id=5))
+    driver.submit(make_request("b", range(40, 61)))
+    assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == (5,)
+    assert driver.scheduler.load().waiting == 2
+    driver.step()
+    load = driver.scheduler.load()
+    assert (load.running, load.waiting, load.decoding, load.kv_tokens) == (2, 0, 1, 7)
+    assert (load.queued_tokens, load.queued_pairs) == (19, 19 * (21 - 9.5))
+    while driver.step():
+        pass
+    assert driver.scheduler.load() == WorkerLoad(blocks_free=64)
+    assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == ()

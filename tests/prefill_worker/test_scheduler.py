@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from common.clock import ManualClock
 from common.config import PrefillConfig
 from common.engine.batch import ForwardResult, SliceResult
 from common.engine.block_manager import BlockManager
+from common.load import WorkerLoad
 from common.types import KVLayout, Request, SampledToken, SamplingParams
 from prefill_worker.scheduler import LayersComputed, PrefillScheduler, PromptComputed
 
@@ -146,3 +149,26 @@ def test_queue_and_compute_time_are_told_apart() -> None:
         driver.step()
     assert (driver.done["a"].queue_s, driver.done["a"].prefill_s) == (0.0, 2.0)
     assert (driver.done["b"].queue_s, driver.done["b"].prefill_s) == (2.0, 2.0)
+
+
+def test_load_is_what_is_left_to_compute_without_what_is_cached() -> None:
+    driver = Driver(PrefillConfig(chunk_tokens=8, max_running=1), num_blocks=64)
+    for name, length, dispatch_id in (("a", 21, 7), ("b", 10, 0)):
+        driver.scheduler.submit(replace(make_request(name, length, first=100 * length), dispatch_id=dispatch_id))
+    assert driver.scheduler.load() == WorkerLoad(
+        waiting=2, queued_tokens=31, queued_pairs=21 * 21 / 2 + 10 * 10 / 2, blocks_free=64
+    )
+    assert driver.scheduler.open_dispatches() == driver.scheduler.take_dispatches() == (7,)
+    assert driver.scheduler.take_dispatches() == ()
+    driver.step()
+    load = driver.scheduler.load()
+    assert (load.running, load.waiting, load.queued_tokens, load.queued_pairs) == (1, 1, 23, 13 * (21 - 6.5) + 50)
+    while driver.step():
+        pass
+    for name in ("a", "b"):
+        driver.scheduler.release(name)
+    driver.scheduler.submit(make_request("again", 21, first=2100))
+    cached = 21 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert driver.scheduler.load().queued_tokens == 21 - cached
+    driver.step()
+    assert driver.scheduler.load().queued_tokens == 0

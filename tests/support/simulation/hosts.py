@@ -38,7 +38,7 @@ from prefill_worker.handoff import PrefillHandoff
 from prefill_worker.runs import PrefillRuns
 from prefill_worker.scheduler import PrefillScheduler
 from router.dispatch import Dispatcher
-from router.placement import WorkerView
+from router.placement.membership import WorkerView
 from router.registry import Registry
 from support.simulation import oracle, rpc
 from support.simulation.data_links import SIM_TRANSPORTS, SimSenderLink
