@@ -38,7 +38,8 @@ tools: # The model checker and a Redis, where they can be installed; tests that 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
 	$(QUICK_TESTS)
 	$(BIN)/pytest -m "long and not model and not cluster"
-	$(BIN)/pytest -m "model or cluster"
+	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
+	$(BIN)/pytest -m "cluster and not clients"
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)

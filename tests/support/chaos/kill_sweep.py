@@ -42,6 +42,11 @@ TIMES = Times(lease_s=1.0, ticket_ttl_s=5.0, handshake_timeout_s=2.0, release_ti
 WAYS: Mapping[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+    "JSON schema": {
+        "temperature": 1.2,
+        "seed": 6,
+        "structured_outputs": {"json": {"type": "array", "items": {"enum": ["the", "of", 12, None]}, "minItems": 60}},
+    },
     "n=2": {"temperature": 0.9, "seed": 8, "n": 2},
     "penalties": {"temperature": 0.7, "seed": 9, "presence_penalty": 0.6, "repetition_penalty": 1.2, "logprobs": 2},
 }
@@ -204,19 +209,15 @@ class Sweep:
         )
 
     async def _until_only(self, *workers: WorkerProcess) -> None:
-        """The router has taken over a snapshot with these decode workers: requests reach each of them, and no other."""
+        """The router has taken over a snapshot with these decode workers: one of them gets what is asked."""
         async with asyncio.timeout(READY_TIMEOUT_S):
-            missing = set(range(len(workers)))
-            while missing:
-                served = [await self._served(worker) for worker in workers]
-                response = await self.client.post(
+            before = [await self._served(worker) for worker in workers]
+            while [await self._served(worker) for worker in workers] == before:
+                await self.client.post(
                     "/v1/completions",
                     json={"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 1, "temperature": 0},
                     headers={"Cache-Control": "no-store"},
                 )
-                if response.status_code == 200:
-                    now = [await self._served(worker) for worker in workers]
-                    missing -= {index for index in range(len(workers)) if now[index] > served[index]}
 
     async def _served(self, worker: WorkerProcess) -> int:
         return int((await self._info(worker)).requests_served)

@@ -227,10 +227,10 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
     _wrap(Incoming, "complete", make_complete)
 
     def make_generate(original: Any) -> Any:
-        async def generate(self: Any, request: Any, candidates: Any) -> AsyncGenerator[Any, None]:
+        async def generate(self: Any, request: Any, *placing: Any) -> AsyncGenerator[Any, None]:
             first = True
             num_tokens = 0  # of the first choice
-            async with aclosing(original(self, request, candidates)) as outputs:
+            async with aclosing(original(self, request, *placing)) as outputs:
                 async for output in outputs:
                     yield output  # when this goes on, the event is with gRPC
                     num_tokens += sum(len(chunk.token_ids) for chunk in output.chunks if chunk.choice == request.first_choice)
