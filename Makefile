@@ -16,10 +16,10 @@ QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model 
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-unit test-clients chaos kill-sweep simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-autoscaler test-unit test-clients chaos kill-sweep simulate check format proto bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## Make .venv and install pdserve with engine, Ray and Redis client
 
@@ -55,6 +55,9 @@ kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an 
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
 	$(BIN)/python tests/simulation/run.py $(ARGS)
+
+test-autoscaler: install-dev ## Scale, flip, drain and roll a cluster under load for three minutes; every answer is checked (ARGS=)
+	$(BIN)/python tests/scaling/run.py $(ARGS)
 
 check: install-dev ## Format, lint, types, floor plan, generated code: fails in about a minute
 	$(BIN)/ruff format --check

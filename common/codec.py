@@ -7,7 +7,7 @@ that this build does not know and fields that must be present raise InvalidReque
 from __future__ import annotations
 
 from common.errors import ERRORS_BY_CODE, InvalidRequest, PdserveError, error_from_code
-from common.load import StepSample, WorkerLoad, WorkerReport, WorkerShape
+from common.load import StepSample, WorkerLoad, WorkerPace, WorkerReport, WorkerShape
 from common.types import (
     FinishReason,
     Grammar,
@@ -258,6 +258,18 @@ def ticket_to_wire(ticket: Ticket) -> pb.Ticket:
 def ticket_from_wire(message: pb.Ticket) -> Ticket:
     values = {name: getattr(message, name) for name in Ticket.__slots__}
     return Ticket(**{**values, "blocks": tuple(message.blocks)})
+
+
+def pace_to_wire(pace: WorkerPace) -> worker_pb2.WorkerPace:
+    return worker_pb2.WorkerPace(
+        queue_age_s=pace.queue_age_s,
+        queued_tokens=pace.queued_tokens,
+        decoding=pace.decoding,
+        computed_tokens=pace.computed_tokens,
+        generated_tokens=pace.generated_tokens,
+        step_s=pace.step_s,
+        sequence_step_s=pace.sequence_step_s,
+    )
 
 
 def report_to_wire(report: WorkerReport) -> worker_pb2.WorkerReport:

@@ -1,4 +1,5 @@
-"""What a worker says of itself to routers: its load and what its prefix cache holds. Values only.
+"""What a worker says of itself to routers, its load and what its prefix cache holds, and to the pool manager, its pace. Values
+only.
 
 Every figure was read between two steps of the engine, so that the parts of one report agree with each other. Written by
 `common.engine.reporter`, read by `router.placement`; `common.codec` carries them.
@@ -33,6 +34,19 @@ class WorkerLoad:
     @property
     def requests(self) -> int:
         return self.running + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPace:
+    """How busy a worker is and how fast. The totals only grow while an incarnation lives: two readings make a rate."""
+
+    queue_age_s: float = 0.0  # how long the oldest request waits that nothing was computed of
+    queued_tokens: int = 0
+    decoding: int = 0
+    computed_tokens: int = 0  # total
+    generated_tokens: int = 0  # total
+    step_s: float = 0.0  # total: seconds in steps
+    sequence_step_s: float = 0.0  # total: seconds in steps, times the sequences that got tokens in them
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,17 @@ class WorkerSpec:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
+class LoadedModel(Protocol):
+    """What a process has loaded for its worker and can keep for the next one: weights, KV pool, what was compiled for them. Only
+    worker servers look into it."""
+
+    def close(self) -> None:
+        """Gives up its memory. Idempotent."""
+        ...
+
+
 class WorkerServer(Protocol):
-    """A worker as its host process sees it. `start` and `stop` are called once each, on one event loop."""
+    """A worker as its host process sees it. `start` is called once, and then `stop` or `retire`, on one event loop."""
 
     async def start(self) -> WorkerRef:
         """Loads the model, opens the ports; returns when requests can be served. Raises a StartupError."""
@@ -40,4 +49,9 @@ class WorkerServer(Protocol):
 
     async def stop(self, grace_s: float) -> None:
         """Stops admitting, lets requests finish for `grace_s`, cancels the rest, frees everything."""
+        ...
+
+    async def retire(self) -> LoadedModel:
+        """Cancels what still runs and ends the worker, but keeps what it has loaded. Raises WorkerLost if that is not fit for
+        another worker: a failed engine, or memory that somebody else may still write to."""
         ...

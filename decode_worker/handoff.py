@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,7 @@ from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion
+from kvtransfer.region import PoolMemory as PoolMemory
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import TRANSPORTS
@@ -60,18 +62,6 @@ class MakeReceiver(Protocol):
 
 
 _log = get_logger(__name__)
-
-
-class PoolMemory:
-    """Memory for the engine's KV pool that a prefill worker on this host can map."""
-
-    def __init__(self) -> None:
-        self.region: BlockRegion | None = None
-
-    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
-        """Given to `build_engine`, which calls it once."""
-        self.region = BlockRegion.create_shared(block_bytes, num_blocks)
-        return self.region.buffer
 
 
 @dataclass(slots=True)
@@ -130,7 +120,16 @@ class DecodeHandoff:
     async def start(self) -> None:
         self._offers = await self._receiver.start(self._config.transports, self._spec.host)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Returns when no hand-off is under way nor being given up, or when the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._background:
+                    await asyncio.wait(self._background)
+                    await asyncio.sleep(0)  # what ends one may begin another
+
     async def close(self) -> None:
+        """Ends all links. The memory stays with whoever keeps the engine."""
         await self._receiver.close()
         for peer in self._peers.values():
             if peer.handshake is not None:
@@ -139,7 +138,6 @@ class DecodeHandoff:
         self._peers.clear()
         if self._background:
             await asyncio.wait(self._background)
-        self._region.close()
 
     def fetch(self, wanted: RemotePrefillWanted, report: Callable[[RemotePrefill | PdserveError], None]) -> asyncio.Task[None]:
         """Starts a hand-off. `report` is called once with its outcome, also if the task is cancelled."""

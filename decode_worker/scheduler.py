@@ -129,6 +129,7 @@ class DecodeScheduler:
         self._events: list[Event] = []
         self._dispatches: list[int] = []
         self.totals = SchedulerTotals()
+        self.waiting_since_s: float | None = None  # since when the oldest request waits that nothing was reserved for
 
     @property
     def num_waiting(self) -> int:
@@ -269,6 +270,9 @@ class DecodeScheduler:
         slices: list[SequenceSlice] = []
         shares = [self._share(choice, count, drafts.get(choice, ()), slices) for choice, count in counts]
 
+        new = (choice.generation for choice in self._waiting if not choice.generation.prompt_in_kv)
+        oldest = next(new, None)
+        self.waiting_since_s = None if oldest is None else oldest.lifecycle.stamps_s[Phase.RECEIVED]
         copies, self._copies = tuple(self._copies), []
         self._step_started_s = self._clock.monotonic_s()
         return StepPlan(copies, ScheduledBatch(tuple(slices)), tuple(shares))

@@ -2,6 +2,9 @@
 
 start: model, over memory that others can map -> engine -> hand-off -> engine thread -> ports
 stop: drain -> engine thread -> links, memory
+
+`retire` stops without giving up engine and memory: what was shared stays mapped by peers until their links end, so it is fit for
+another worker only when every transfer into it was closed by its writer, which is what quarantine tells.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, sta
 from common.engine.core import Core
 from common.engine.host import WorkerHost
 from common.engine.loop import EngineLoop
-from common.errors import DeadlineExceeded, PdserveError, StartupError
+from common.errors import DeadlineExceeded, PdserveError
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
-from common.worker import WorkerSpec
+from common.worker import LoadedModel, WorkerSpec
 from decode_worker.handoff import DecodeHandoff, PoolMemory
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from decode_worker.scheduler import DecodeScheduler, Event
@@ -30,12 +33,15 @@ from decode_worker.streams import DecodeStreams
 
 _log = get_logger(__name__)
 
+_SETTLE_S = 5.0  # for hand-offs that are being given up when the worker retires
+
 
 class DecodeWorker(worker_pb2_grpc.DecodeServicer):
     """A `common.worker.WorkerServer`."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, kept: LoadedModel | None = None) -> None:
         self._spec = spec
+        self._kept = kept
         self._clock = SystemClock()
 
     async def start(self) -> WorkerRef:
@@ -45,10 +51,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             scheduler=lambda: self._scheduler,
             leases=lambda: self._handoff.num_open,
         )
-        memory = PoolMemory()
-        engine = await host.load(memory.allocate)
-        if memory.region is None:
-            raise StartupError("the engine did not take the shared memory for its pool")
+        self._loaded = await host.load(PoolMemory(touch=True), self._kept)
+        engine = self._loaded.engine
         speculator = await asyncio.to_thread(
             create_speculator,
             spec.model.decode.speculation,
@@ -63,7 +67,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         self._handoff = DecodeHandoff(
             spec,
             engine.layout,
-            memory.region,
+            self._loaded.memory.region,
             self._clock,
             connect=lambda ref: GrpcPrefillPeer(ref, spec.cluster_token),
             on_drained=lambda blocks: loop.post(scheduler.drained, blocks),
@@ -83,6 +87,15 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         await self._host.stop(grace_s)
         await self._loop.stop()
         await self._handoff.close()
+        self._loaded.close()
+
+    async def retire(self) -> LoadedModel:
+        await self._host.stop(0.0)
+        await self._handoff.settle(_SETTLE_S)
+        await self._loop.stop()  # it has applied what was posted: ended requests are gone, and their blocks are back
+        await self._handoff.close()
+        self._host.check_fit_for_another()
+        return self._loaded
 
     def _engine_failed(self, error: BaseException) -> None:
         _log.error("the engine failed", error=repr(error))

@@ -1,4 +1,5 @@
-"""`pdserve`, the command line: up, down, status, doctor, scale, chat, pull, config, keys, route, version. Imports are late."""
+"""`pdserve`, the command line: up, down, status, doctor, scale, drain, flip, roll, autoscaler, chat, pull, config, keys, route,
+version. Imports are late."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from deploy.commands import config, keys, route
 from deploy.commands.chat import chat
 from deploy.commands.control import down, scale, status
 from deploy.commands.doctor import doctor
+from deploy.commands.fleet import autoscaler, drain, flip, roll
 from deploy.commands.models import pull
 from deploy.commands.output import out
 from deploy.commands.up import up
@@ -21,7 +23,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (up, down, status, doctor, scale, chat, pull):
+for command in (up, down, status, doctor, scale, drain, flip, roll, autoscaler, chat, pull):
     app.command()(command)
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")

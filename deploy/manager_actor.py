@@ -18,6 +18,7 @@ from common.errors import ClusterError
 from common.logs import configure_logging
 from common.metrics import ManagerMetrics, start_metrics_server
 from common.rpc import RpcServer
+from deploy.autoscaler.loop import Autoscaler
 from deploy.control import serve_manager
 from deploy.pool_manager import ManagerSpec, PoolManager
 from deploy.ray_host import RayHost
@@ -45,13 +46,15 @@ class ManagerActor:
         spec = self._spec
         configure_logging(spec.logging, process=ACTOR_NAME)
         workers = RayHost(spec.cluster, self._cluster_id, self._num_cpus_per_worker, self._factory)
-        self._manager = manager = PoolManager(spec, workers, SystemClock())
+        clock = SystemClock()
+        self._manager = manager = PoolManager(spec, workers, clock)
+        autoscaler = Autoscaler(manager, {model.config.name: model.config.autoscaling for model in spec.models}, clock)
         registry = CollectorRegistry()
         ManagerMetrics(registry, read=manager.read_pools, routers=lambda: len(manager.snapshot.routers))
         metrics_address, self._stop_metrics = start_metrics_server(registry, spec.host)
         manager.metrics_served_at(metrics_address)
-        self._server = await serve_manager(self._manager, host=spec.host, token=spec.cluster_token)
-        self._running = asyncio.create_task(self._manager.run(), name="pool manager")
+        self._server = await serve_manager(manager, autoscaler, host=spec.host, token=spec.cluster_token)
+        self._running = asyncio.create_task(_run(manager, autoscaler), name="pool manager")
         return self._server.address
 
     async def snapshot_after(self, version: int) -> bytes:
@@ -71,3 +74,11 @@ class ManagerActor:
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
         await self._server.stop(_SERVER_GRACE_S)
+
+
+async def _run(manager: PoolManager, autoscaler: Autoscaler) -> None:
+    """Until the manager is through; raises what either of them raises."""
+    async with asyncio.TaskGroup() as tasks:
+        scaling = tasks.create_task(autoscaler.run(), name="autoscaler")
+        await manager.run()
+        scaling.cancel()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.codec import role_to_wire
 from common.types import Role, WorkerState
-from common.wire.registry_pb2 import ClusterSnapshot, ModelInfo, RouterInfo
+from common.wire.registry_pb2 import ClusterEvent, ClusterSnapshot, ModelInfo, RouterInfo
 from common.wire.worker_pb2 import InfoReply
 from deploy.reconcile import Phase, Pool, PoolsState, Replica
 
@@ -40,6 +40,7 @@ class ServedModel:
 class Membership:
     def __init__(self, cluster: str, models: Sequence[ServedModel]) -> None:
         self.manager_metrics_address = ""  # shown from the next `publish` on
+        self.waking = frozenset[str]()  # models that get workers when somebody asks for them; likewise
         self._cluster = cluster
         self._models = tuple(models)
         self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
@@ -61,7 +62,7 @@ class Membership:
     def router_left(self, watch: int) -> None:
         self._routers.pop(watch, None)
 
-    def publish(self, state: PoolsState) -> None:
+    def publish(self, state: PoolsState, events: Sequence[ClusterEvent] = ()) -> None:
         """Draws the picture anew; wakes the waiting if it differs from the last."""
         current = {(one.worker_id, one.incarnation) for one in state.replicas.values()}
         self._reports = {key: info for key, info in self._reports.items() if key in current}
@@ -70,10 +71,11 @@ class Membership:
         snapshot = ClusterSnapshot(
             version=self.snapshot.version,
             cluster=self._cluster,
-            models=[self._model(model, state.desired) for model in self._models],
+            models=[self._model(model, state) for model in self._models],
             workers=workers,
             routers=self._routers.values(),
             manager_metrics_address=self.manager_metrics_address,
+            events=events,
         )
         if snapshot != self.snapshot or snapshot.version == 0:
             snapshot.version += 1
@@ -109,14 +111,18 @@ class Membership:
             old_longest, old_layout = self._known.get(model.name, (0, ""))
             self._known[model.name] = (longest or old_longest, layout or old_layout)
 
-    def _model(self, model: ServedModel, desired: Mapping[Pool, int]) -> ModelInfo:
+    def _model(self, model: ServedModel, state: PoolsState) -> ModelInfo:
+        desired, prefill, decode = state.desired, Pool(model.name, Role.PREFILL), Pool(model.name, Role.DECODE)
+        missing = [pool for pool in (prefill, decode) if not state.ready(pool) and (pool == decode or desired.get(pool, 0))]
+        gave_up = any(one.phase is Phase.FAILED for pool in missing for one in state.of(pool))
         context_tokens, layout = self._known[model.name]
         return ModelInfo(
             name=model.name,
             path=model.path,
             context_tokens=context_tokens,
             created_s=model.created_s,
-            desired_prefill=desired.get(Pool(model.name, Role.PREFILL), 0),
-            desired_decode=desired.get(Pool(model.name, Role.DECODE), 0),
+            desired_prefill=desired.get(prefill, 0),
+            desired_decode=desired.get(decode, 0),
             layout_fingerprint=layout,
+            wakes_on_demand=model.name in self.waking and bool(missing) and not gave_up,
         )

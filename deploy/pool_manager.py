@@ -1,23 +1,34 @@
 """The pool manager: holds the desired state, performs what `deploy.reconcile` decides, and watches the workers.
 
-    news (ready, drained, lost, scaled, time) -> decide -> Start | Drain | Stop -> one task each -> news
+    news (ready, drained, lost, scaled, time) -> decide -> Start | Drain | Stop | Flip -> one task each -> news
 
 A worker is lost when its process ends, when it says that it failed, or when it misses several health checks in a row; it is
 killed before its next incarnation starts, so that two never live. Draining and stopping go through the worker first and through
-the process if it does not answer in time. The manager knows neither Ray (`deploy.worker_host`) nor who asks (`deploy.control`).
+the process if it does not answer in time. A flip hands the process of one worker on to the next: the life of the first ends
+without an end of its process. Every change of the state leaves its events. The manager knows neither Ray (`deploy.worker_host`)
+nor who asks (`deploy.control`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc.aio
 
 from common.clock import Clock
 from common.config import LoggingConfig, ModelConfig, TransferConfig
-from common.errors import ClusterError, ConfigError, DeadlineExceeded, ModelLoadError, ModelNotFound, PdserveError, WorkerLost
+from common.errors import (
+    ClusterError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    PdserveError,
+    WorkerLost,
+)
 from common.logs import get_logger
 from common.metrics import PoolReadings
 from common.rpc import cancel_and_wait, connect, error_from_rpc
@@ -26,14 +37,17 @@ from common.wire.registry_pb2 import ClusterSnapshot, RouterInfo
 from common.wire.worker_pb2 import DrainRequest, InfoReply, InfoRequest
 from common.wire.worker_pb2_grpc import WorkerStub
 from common.worker import WorkerSpec
+from deploy.events import EventLog, Happening, changes
 from deploy.membership import Membership, ServedModel
 from deploy.reconcile import (
     Action,
     Drain,
+    Flip,
     Loss,
     Phase,
     Pool,
     PoolsState,
+    Replica,
     RestartPolicy,
     Start,
     Stop,
@@ -41,7 +55,9 @@ from deploy.reconcile import (
     became_ready,
     close,
     decide,
+    flip,
     lost,
+    replace_workers,
     set_desired,
     wake_at_s,
 )
@@ -95,6 +111,7 @@ class _Worker:
     process: WorkerProcess
     ref: WorkerRef | None = None
     channel: grpc.aio.Channel | None = None
+    handed_on: asyncio.Event = field(default_factory=asyncio.Event)  # its process belongs to another worker now
 
 
 class PoolManager:
@@ -113,7 +130,10 @@ class PoolManager:
         self._membership = Membership(
             spec.cluster, [ServedModel(model.config.name, model.path, model.created_s) for model in spec.models]
         )
+        self._events = EventLog(clock)
         self._workers: dict[str, _Worker] = {}
+        self._num_expected = 0
+        self._expecting = asyncio.Lock()
         self._news = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -150,10 +170,14 @@ class PoolManager:
             async with asyncio.TaskGroup() as tasks:
                 while True:
                     self._news.clear()
-                    self._state, actions = decide(self._state, self._clock.monotonic_s())
+                    state, actions = decide(self._state, self._clock.monotonic_s())
+                    self._enter(state)
                     for action in actions:
                         tasks.create_task(self._perform(action), name=f"{type(action).__name__} {action.worker_id}")
-                    self._membership.publish(self._state)
+                    if sum(state.desired.values()) != self._num_expected:
+                        self._num_expected = sum(state.desired.values())
+                        tasks.create_task(self._expect(), name="expect workers")
+                    self.publish()
                     if self._state.closing and not self._state.replicas:
                         break
                     await self._wait_for_news()
@@ -167,19 +191,84 @@ class PoolManager:
     async def scale(self, model: str, desired: Mapping[Role, int], wait_s: float) -> ClusterSnapshot:
         """Changes how many workers there should be; with `wait_s`, returns when it is so. Raises ModelNotFound,
         DeadlineExceeded, or ClusterError when a worker was given up."""
+        self._check_model(model)
+        pools = {Pool(model, role): count for role, count in desired.items()}
+        self._tell(lambda state: set_desired(state, pools))
+        return await self._reach(list(pools), wait_s, f"{model} has not reached the wanted scale")
+
+    async def drain(self, worker_id: str, wait_s: float) -> ClusterSnapshot:
+        """Has one worker replaced. Raises as `scale`; InvalidRequest if it is not one that is ready."""
+        replica = self._ready_replica(worker_id)
+        self._tell(lambda state: replace_workers(state, [worker_id]))
+        return await self._reach([replica.pool], wait_s, f"{worker_id} is not replaced")
+
+    async def flip(self, worker_id: str, role: Role, wait_s: float) -> ClusterSnapshot:
+        """Makes a ready worker one of the other role. Raises as `drain`; InvalidRequest also if nobody could serve after it."""
+        replica = self._ready_replica(worker_id)
+        source, target = replica.pool, Pool(replica.pool.model, role)
+        if source == target:
+            raise InvalidRequest(f"{worker_id} is a {role.value} worker", param="role")
+        self._check_may_leave(source)
+        self._tell(lambda state: flip(state, worker_id, target))
+        return await self._reach([source, target], wait_s, f"{worker_id} is no {role.value} worker")
+
+    async def roll(self, model: str, role: Role | None, wait_s: float) -> ClusterSnapshot:
+        """Replaces all workers of a model, or of one role. Raises as `scale`."""
+        self._check_model(model)
+        pools = [Pool(model, one) for one in Role if role in (None, one)]
+        worker_ids = [one.worker_id for pool in pools for one in self._state.ready(pool)]
+        self._events.add([Happening("rolled", model, text=f"{len(worker_ids)} workers, one by one in each pool")])
+        self._tell(lambda state: replace_workers(state, worker_ids))
+        return await self._reach(pools, wait_s, f"{model} is not rolled")
+
+    def tell_decision(self, model: str, text: str) -> None:
+        """For the autoscaler: what it decided is an event like others."""
+        self._events.add([Happening("decision", model, text=text)])
+        self.publish()
+
+    @property
+    def pools(self) -> PoolsState:
+        return self._state
+
+    def wakes(self, models: Iterable[str]) -> None:
+        """These models get workers when somebody asks for them; part of the picture from now on."""
+        self._membership.waking = frozenset(models)
+        self.publish()
+
+    def publish(self) -> None:
+        self._membership.publish(self._state, self._events.latest())
+
+    def _check_model(self, model: str) -> None:
         if model not in self._models:
             raise ModelNotFound(f"this cluster does not serve {model!r}", param="model")
         if self._state.closing:
             raise ClusterError("the cluster is shutting down")
-        pools = {Pool(model, role): count for role, count in desired.items()}
-        self._tell(lambda state: set_desired(state, pools))
-        self._membership.publish(self._state)
+
+    def _ready_replica(self, worker_id: str) -> Replica:
+        if self._state.closing:
+            raise ClusterError("the cluster is shutting down")
+        replica = self._state.replicas.get(worker_id)
+        if replica is None:
+            raise InvalidRequest(f"there is no worker {worker_id!r}", param="worker_id")
+        if replica.phase is not Phase.READY:
+            raise InvalidRequest(f"{worker_id} is not ready but {replica.phase.value}", param="worker_id")
+        return replica
+
+    def _check_may_leave(self, pool: Pool) -> None:
+        """Raises InvalidRequest if the model could not serve without one ready worker of this pool."""
+        needed = pool.role is Role.DECODE or self._models[pool.model].config.decode.local_prefill == "never"
+        if needed and len(self._state.ready(pool)) < 2:
+            raise InvalidRequest(f"it is the last {pool.role.value} worker of {pool.model} that is ready", param="worker_id")
+
+    async def _reach(self, pools: Sequence[Pool], wait_s: float, otherwise: str) -> ClusterSnapshot:
+        """Waits until the pools are as desired, if that is wanted."""
+        self.publish()
         if wait_s > 0:
             try:
                 async with asyncio.timeout(wait_s):
-                    await self._until_settled(list(pools))
+                    await self._until_settled(pools)
             except TimeoutError as error:
-                raise DeadlineExceeded(f"{model} has not reached the wanted scale after {wait_s:g} s") from error
+                raise DeadlineExceeded(f"{otherwise} after {wait_s:g} s") from error
         return self.snapshot
 
     async def refresh(self) -> ClusterSnapshot:
@@ -187,7 +276,7 @@ class PoolManager:
         checks = [asyncio.create_task(self._answers(worker)) for worker in self._workers.values() if worker.ref is not None]
         if checks:
             await asyncio.wait(checks)  # not gather: a check whose worker is buried meanwhile ends cancelled
-        self._membership.publish(self._state)
+        self.publish()
         return self.snapshot
 
     async def shut_down(self) -> None:
@@ -197,16 +286,20 @@ class PoolManager:
 
     def router_joined(self, router: RouterInfo) -> int:
         watch = self._membership.router_joined(router)
-        self._membership.publish(self._state)
+        self.publish()
         return watch
 
     def router_left(self, watch: int) -> None:
         self._membership.router_left(watch)
-        self._membership.publish(self._state)
+        self.publish()
 
     def _tell(self, change: Callable[[PoolsState], PoolsState]) -> None:
-        self._state = change(self._state)
+        self._enter(change(self._state))
         self._news.set()
+
+    def _enter(self, state: PoolsState) -> None:
+        self._events.add(changes(self._state, state))
+        self._state = state
 
     async def _wait_for_news(self) -> None:
         wake_s = wake_at_s(self._state)
@@ -217,7 +310,7 @@ class PoolManager:
         except TimeoutError:
             return  # a back-off is over: that is news as well
 
-    async def _until_settled(self, pools: list[Pool]) -> None:
+    async def _until_settled(self, pools: Sequence[Pool]) -> None:
         version = -1
         while True:
             for pool in pools:
@@ -228,28 +321,36 @@ class PoolManager:
                 return
             version = (await self._membership.after(version)).version
 
+    async def _expect(self) -> None:
+        async with self._expecting:  # the last word is the latest figure
+            await self._host.expect(self._num_expected)
+
     async def _perform(self, action: Action) -> None:
         match action:
             case Start():
-                await self._live(action)
+                await self._live(action, None)
+            case Flip():
+                await self._live(action.successor, action)
             case Drain():
                 await self._drain(action)
             case Stop():
                 await self._stop(action)
 
-    async def _live(self, start: Start) -> None:
-        """A worker's whole life. Ends when its process is gone; tells why."""
+    async def _live(self, start: Start, inherited: Flip | None) -> None:
+        """A worker's whole life, in a new process or in that of the worker it follows. Ends when its process is gone, and tells
+        why, or belongs to another worker."""
         worker_id, incarnation = start.worker_id, start.incarnation
         log.info("worker starting", worker=worker_id, incarnation=incarnation)
         permanent = False
         worker: _Worker | None = None
         try:
-            process = await self._host.launch(self._worker_spec(start))
+            spec = self._worker_spec(start)
+            process = await self._host.launch(spec) if inherited is None else self._take_over(inherited)
             worker = self._workers[worker_id] = _Worker(worker_id, incarnation, process)
             if self._state.replicas[worker_id].phase is not Phase.STARTING:
                 raise WorkerLost("stopped before it started")  # `_stop` came too early to find a process
             async with asyncio.timeout(self._spec.start_timeout_s):
-                worker.ref = await process.start()
+                worker.ref = await (process.start() if inherited is None else process.become(spec))
             worker.channel = connect(worker.ref.address, self._spec.cluster_token)
             await self._answers(worker)
             self._tell(lambda state: became_ready(state, worker_id, incarnation, self._clock.monotonic_s()))
@@ -262,30 +363,48 @@ class PoolManager:
         finally:
             if worker is not None:
                 await self._bury(worker)
+        if worker is not None and worker.handed_on.is_set():
+            log.info("worker flipped", worker=worker_id, incarnation=incarnation)
+            return
         log.info("worker gone", worker=worker_id, incarnation=incarnation, reason=reason)
         loss = Loss(worker_id, incarnation, reason, permanent)
         self._tell(lambda state: lost(state, loss, self._clock.monotonic_s(), self._spec.restarts))
 
+    def _take_over(self, flip: Flip) -> WorkerProcess:
+        """The process of a worker, which has none from now on. Raises WorkerLost."""
+        worker = self._current(flip)
+        if worker is None:
+            raise WorkerLost("the process ended before it was another worker's")
+        worker.handed_on.set()
+        del self._workers[worker.worker_id]
+        return worker.process
+
     async def _bury(self, worker: _Worker) -> None:
-        await worker.process.kill()
+        if not worker.handed_on.is_set():
+            await worker.process.kill()
         if worker.channel is not None:
             await worker.channel.close(None)
-        del self._workers[worker.worker_id]
+        if self._workers.get(worker.worker_id) is worker:
+            del self._workers[worker.worker_id]
 
     async def _watch(self, worker: _Worker) -> str:
         """Returns why the worker must be given up."""
         policy = self._spec.health
         ended = asyncio.create_task(worker.process.ended())
+        handed_on = asyncio.create_task(worker.handed_on.wait())
         try:
             misses = 0
             while misses < policy.most_misses:
-                await asyncio.wait({ended}, timeout=policy.interval_s)
+                await asyncio.wait({ended, handed_on}, timeout=policy.interval_s, return_when=asyncio.FIRST_COMPLETED)
+                if handed_on.done():
+                    return "handed on"
                 if ended.done():
                     return ended.result()
                 misses = 0 if await self._answers(worker) else misses + 1
-                self._membership.publish(self._state)
+                self.publish()
             return f"hung: missed {misses} health checks of {policy.timeout_s:g} s"
         finally:
+            await cancel_and_wait(handed_on)
             await cancel_and_wait(ended)
 
     async def _answers(self, worker: _Worker) -> bool:
@@ -329,7 +448,7 @@ class PoolManager:
                 log.warning("worker did not stop by itself", worker=stop.worker_id, error=type(error).__name__)
         await worker.process.kill()
 
-    def _current(self, action: Drain | Stop) -> _Worker | None:
+    def _current(self, action: Drain | Stop | Flip) -> _Worker | None:
         worker = self._workers.get(action.worker_id)
         return worker if worker is not None and worker.incarnation == action.incarnation else None
 

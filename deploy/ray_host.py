@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from common.errors import ClusterError, EngineFailure, PdserveError, WorkerLost
@@ -76,6 +77,12 @@ class RayHost:
             raise ClusterError(f"Ray found no room for {spec.worker_id} within {_LAUNCH_TIMEOUT_S:g} s") from error
         return _ActorProcess(actor, ProcessWatch.of(pid) if node_id == self._node_id else None)
 
+    async def expect(self, num_workers: int) -> None:
+        # Each request replaces the one before, of whoever made it: in a Ray cluster that others use too, it is for the
+        # autoscaler of one pdserve cluster alone.
+        if self._num_cpus > 0:
+            await asyncio.to_thread(request_resources, bundles=[{"CPU": self._num_cpus}] * num_workers)
+
 
 class _ActorProcess:
     def __init__(self, actor: ActorHandle, local: ProcessWatch | None) -> None:
@@ -91,6 +98,9 @@ class _ActorProcess:
             return await answer(cast(Awaitable[str], self._actor.wait_failed.remote()))
         except PdserveError as error:
             return error.message
+
+    async def become(self, spec: WorkerSpec) -> WorkerRef:
+        return await answer(cast(Awaitable[WorkerRef], self._actor.become.remote(spec)))
 
     async def stop(self, grace_s: float) -> None:
         await answer(cast(Awaitable[None], self._actor.stop.remote(grace_s)))

@@ -9,17 +9,24 @@ A replica is one slot of a pool; its worker id is `model/role/index`. Each start
                  +-- BACKOFF <-------+-------> FAILED (crash loop, or an error that a restart cannot mend)
                 (its time came)
 
+DRAINED --Flip--> STARTING in the pool of the other role: the process goes on under another id (`flip`). If that fails the
+process is gone, and the new replica is one that was lost while it started.
+
+A replica that is `outgoing` (`replace_workers`) serves until its successor does: the pool may have one worker more than desired
+while it has such replicas, and drains one of them whenever it has one ready worker more. Where nothing can be started beside
+them, and another one is ready, one drains first.
+
 `decide` emits an action in the same step in which it moves the replica, so every action is emitted once. The other functions
 tell it what happened; news about an older incarnation changes nothing. There is no clock, socket, process or Ray here: the pool
 manager performs the actions and reports back.
 
-A pool grows only into room: replicas on their way out still hold memory, and count.
+A pool grows only into room: replicas on their way out still hold memory, and count; so do those that are to come by a flip.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from common.types import Role
@@ -63,6 +70,9 @@ class Replica:
     quick_failures: int = 0  # in a row
     restart_at_s: float = 0.0
     failure: str = ""  # why the previous incarnation ended
+    outgoing: bool = False  # to be replaced
+    flip_to: Pool | None = None  # where its process goes on when it is drained
+    was: str = ""  # the worker id that its process had before a flip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,16 @@ class Stop:
     incarnation: int
 
 
-Action = Start | Drain | Stop
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """The process of `worker_id` is to be another worker from now on."""
+
+    worker_id: str
+    incarnation: int
+    successor: Start
+
+
+Action = Start | Drain | Stop | Flip
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +136,32 @@ class PoolsState:
     def pools(self) -> list[Pool]:
         return sorted({*self.desired, *(replica.pool for replica in self.replicas.values())})
 
+    def ready(self, pool: Pool) -> list[Replica]:
+        return [one for one in self.of(pool) if one.phase is Phase.READY]
+
+    def limit(self, pool: Pool) -> int:
+        """How many replicas may stay: one more than desired while one is to be replaced."""
+        replacing = any(one.outgoing and one.phase not in LEAVING for one in self.of(pool))
+        return self.desired.get(pool, 0) + int(replacing and not self.closing)
+
+    def room(self, pool: Pool) -> int:
+        """How many processes the pool may have now: those of other pools that drain to come here have their places."""
+        return self.limit(pool) - sum(one.flip_to == pool for one in self.replicas.values())
+
     def settled(self, pool: Pool) -> bool:
-        """Exactly the desired number is ready and nobody else is left."""
+        """Exactly the desired number is ready and nobody else is left, nor to be replaced."""
         replicas = self.of(pool)
-        return len(replicas) == self.desired.get(pool, 0) and all(one.phase is Phase.READY for one in replicas)
+        right = all(one.phase is Phase.READY and not one.outgoing for one in replicas)
+        return right and len(replicas) == self.desired.get(pool, 0)
 
 
 def decide(state: PoolsState, now_s: float) -> tuple[PoolsState, tuple[Action, ...]]:
     """One step towards the desired state. Idempotent: with nothing new, a second call acts no more."""
     actions: list[Action] = []
+    state = _begin_flips(state, actions)
     for pool in state.pools():
         state = _shrink(state, pool, actions)
+        state = _replace(state, pool, actions)
         state = _stop_drained(state, pool, actions)
         state = _restart(state, pool, now_s, actions)
         state = _grow(state, pool, actions)
@@ -146,6 +180,26 @@ def set_desired(state: PoolsState, desired: Mapping[Pool, int]) -> PoolsState:
         if replica.pool in desired and replica.phase is Phase.FAILED:
             state = _with(state, replace(replica, phase=Phase.BACKOFF, restart_at_s=0.0, quick_failures=0))
     return replace(state, desired={**state.desired, **desired})
+
+
+def replace_workers(state: PoolsState, worker_ids: Collection[str]) -> PoolsState:
+    """Has ready workers replaced, one by one in each pool. Others are new anyway."""
+    for worker_id in worker_ids:
+        replica = state.replicas.get(worker_id)
+        if replica is not None and replica.phase is Phase.READY:
+            state = _with(state, replace(replica, outgoing=True))
+    return state
+
+
+def flip(state: PoolsState, worker_id: str, target: Pool) -> PoolsState:
+    """Has a ready worker become one of another pool; the desired sizes go with it. Nothing changes if it is not ready."""
+    replica = state.replicas.get(worker_id)
+    if replica is None or replica.phase is not Phase.READY or replica.pool == target or state.closing:
+        return state
+    source = replica.pool
+    sizes = {source: max(0, state.desired.get(source, 0) - 1), target: state.desired.get(target, 0) + 1}
+    state = replace(state, desired={**state.desired, **sizes})
+    return _with(state, replace(replica, flip_to=target, outgoing=False))
 
 
 def close(state: PoolsState) -> PoolsState:
@@ -195,16 +249,27 @@ def lost(state: PoolsState, loss: Loss, now_s: float, policy: RestartPolicy) -> 
             quick_failures=quick_failures,
             restart_at_s=now_s + policy.wait_s(quick_failures),
             failure=loss.reason,
+            outgoing=False,  # whoever comes next is the successor
+            flip_to=None,
+            was="",
         ),
     )
 
 
+def _begin_flips(state: PoolsState, actions: list[Action]) -> PoolsState:
+    for replica in state.replicas.values():
+        if replica.flip_to is not None and replica.phase is Phase.READY and not state.closing:
+            state = _with(state, replace(replica, phase=Phase.DRAINING))
+            actions.append(Drain(replica.worker_id, replica.incarnation))
+    return state
+
+
 def _shrink(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
-    staying = [one for one in state.of(pool) if one.phase not in LEAVING]
-    excess = len(staying) - state.desired.get(pool, 0)
-    # Those without a process go first, then those that serve nobody, then the newest.
-    order = sorted(staying, key=lambda one: (one.phase in WITH_PROCESS, one.phase is Phase.READY, -one.birth))
-    for replica in order[: max(0, excess)]:
+    while len(staying := [one for one in state.of(pool) if one.phase not in LEAVING]) > state.limit(pool):
+        # Those without a process go first, then those that serve nobody, then those that are to go anyway, then the newest.
+        replica = min(
+            staying, key=lambda one: (one.phase in WITH_PROCESS, one.phase is Phase.READY, not one.outgoing, -one.birth)
+        )
         if replica.phase not in WITH_PROCESS:
             state = _without(state, replica)
         elif replica.phase is Phase.READY and not state.closing:
@@ -215,11 +280,42 @@ def _shrink(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
     return state
 
 
+def _replace(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
+    """Lets one outgoing replica go, if there are enough without it."""
+    ready = state.ready(pool)
+    outgoing = [one for one in ready if one.outgoing]
+    if not outgoing or state.closing:
+        return state
+    no_room = any(one.phase in (Phase.BACKOFF, Phase.FAILED) for one in state.of(pool))
+    leaving = any(one.phase in LEAVING for one in state.of(pool))
+    if len(ready) > state.desired.get(pool, 0) or (no_room and not leaving and len(ready) > 1):
+        state = _with(state, replace(outgoing[0], phase=Phase.DRAINING))
+        actions.append(Drain(outgoing[0].worker_id, outgoing[0].incarnation))
+    return state
+
+
 def _stop_drained(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
     for replica in state.of(pool):
-        if replica.phase is Phase.DRAINED or (state.closing and replica.phase is Phase.DRAINING):
+        target = replica.flip_to
+        wanted = target is not None and not state.closing and _num_staying(state, target) < state.limit(target)
+        if replica.phase is Phase.DRAINED and target is not None and wanted:
+            state = _flip(state, replica, target, actions)
+        elif replica.phase is Phase.DRAINED or (state.closing and replica.phase is Phase.DRAINING):
             state = _stop(state, replica, actions)
     return state
+
+
+def _num_staying(state: PoolsState, pool: Pool) -> int:
+    return sum(one.phase not in LEAVING for one in state.of(pool))
+
+
+def _flip(state: PoolsState, replica: Replica, target: Pool, actions: list[Action]) -> PoolsState:
+    state = _without(state, replica)
+    slot = _new_slot(state, target)
+    starts: list[Action] = []
+    state = _start(state, replace(slot, was=replica.worker_id), starts)
+    actions += [Flip(replica.worker_id, replica.incarnation, start) for start in starts if isinstance(start, Start)]
+    return replace(state, births=slot.birth)
 
 
 def _restart(state: PoolsState, pool: Pool, now_s: float, actions: list[Action]) -> PoolsState:
@@ -231,16 +327,19 @@ def _restart(state: PoolsState, pool: Pool, now_s: float, actions: list[Action])
 
 def _has_room(state: PoolsState, pool: Pool) -> bool:
     """Whether another process may be started: one that is leaving keeps its place until it is gone."""
-    return sum(one.phase in WITH_PROCESS for one in state.of(pool)) < state.desired.get(pool, 0)
+    return sum(one.phase in WITH_PROCESS for one in state.of(pool)) < state.room(pool)
 
 
 def _grow(state: PoolsState, pool: Pool, actions: list[Action]) -> PoolsState:
-    for _ in range(state.desired.get(pool, 0) - len(state.of(pool))):
-        worker_id = next(name for name in _worker_ids(pool) if name not in state.replicas)
-        state = replace(state, births=state.births + 1)
-        slot = Replica(pool, worker_id, birth=state.births, incarnation=0, phase=Phase.BACKOFF)
-        state = _start(state, slot, actions)
+    for _ in range(state.room(pool) - len(state.of(pool))):
+        slot = _new_slot(state, pool)
+        state = _start(replace(state, births=slot.birth), slot, actions)
     return state
+
+
+def _new_slot(state: PoolsState, pool: Pool) -> Replica:
+    worker_id = next(name for name in _worker_ids(pool) if name not in state.replicas)
+    return Replica(pool, worker_id, birth=state.births + 1, incarnation=0, phase=Phase.BACKOFF)
 
 
 def _worker_ids(pool: Pool) -> Iterator[str]:
@@ -259,7 +358,7 @@ def _start(state: PoolsState, replica: Replica, actions: list[Action]) -> PoolsS
 
 def _stop(state: PoolsState, replica: Replica, actions: list[Action]) -> PoolsState:
     actions.append(Stop(replica.worker_id, replica.incarnation))
-    return _with(state, replace(replica, phase=Phase.STOPPING))
+    return _with(state, replace(replica, phase=Phase.STOPPING, flip_to=None))
 
 
 def _current(state: PoolsState, worker_id: str, incarnation: int) -> Replica | None:

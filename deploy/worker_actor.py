@@ -1,6 +1,7 @@
 """The Ray actor around one worker: its process, and nothing of its work.
 
     describe -> start -> (serving; `wait_failed` is pending) -> stop -> killed by the manager
+                             become (another worker, over the same engine) -> serving ...
 
 Ray runs every method of it on one event loop in this process; the worker's gRPC server and data endpoints live on that loop. Ray
 calls carry control only; an actor that lost its engine is reported by `wait_failed` and then killed from outside.
@@ -8,6 +9,7 @@ calls carry control only; an actor that lost its engine is reported by `wait_fai
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import ray
@@ -15,7 +17,7 @@ import ray
 from common.errors import EngineFailure
 from common.logs import configure_logging
 from common.types import WorkerRef
-from common.worker import WorkerServer, WorkerSpec
+from common.worker import LoadedModel, WorkerServer, WorkerSpec
 from deploy.worker_host import WorkerFactory
 
 
@@ -24,6 +26,7 @@ class WorkerActor:
         self._spec = spec
         self._factory = factory
         self._server: WorkerServer | None = None
+        self._replaced = asyncio.Event()
 
     def __repr__(self) -> str:
         return self._spec.worker_id  # Ray puts it before each line that it forwards
@@ -33,15 +36,32 @@ class WorkerActor:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     async def start(self) -> WorkerRef:
-        configure_logging(self._spec.logging, process=f"{self._spec.worker_id}#{self._spec.incarnation}")
-        self._server = self._factory(self._spec)
-        return await self._server.start()
+        return await self._serve(None)
+
+    async def become(self, spec: WorkerSpec) -> WorkerRef:
+        if self._server is None:
+            raise EngineFailure("the worker was not started")
+        kept = await self._server.retire()
+        self._replaced.set()
+        self._replaced = asyncio.Event()
+        self._spec = spec
+        return await self._serve(kept)
 
     async def wait_failed(self) -> str:
         if self._server is None:
             raise EngineFailure("the worker was not started")
-        await self._server.wait_failed()
-        return "the engine failed"
+        failed, replaced = (asyncio.ensure_future(one) for one in (self._server.wait_failed(), self._replaced.wait()))
+        try:
+            await asyncio.wait({failed, replaced}, return_when=asyncio.FIRST_COMPLETED)
+            return "the engine failed" if failed.done() else "another worker took its place"
+        finally:
+            failed.cancel()
+            replaced.cancel()
+
+    async def _serve(self, kept: LoadedModel | None) -> WorkerRef:
+        configure_logging(self._spec.logging, process=f"{self._spec.worker_id}#{self._spec.incarnation}")
+        self._server = self._factory(self._spec, kept)
+        return await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
         if self._server is not None:

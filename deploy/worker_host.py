@@ -1,6 +1,7 @@
 """Where workers run, as the pool manager sees it: something that launches a `WorkerSpec` and hands back a process.
 
     launch(spec) -> WorkerProcess: start() -> WorkerRef ... ended() ... stop(grace_s) | kill()
+                                               become(spec) -> WorkerRef ... ended() ...
 
 `deploy.ray_host` is the one in production (an actor per worker); tests bring their own. The manager calls everything here from
 one event loop. What kind of worker a role means is looked up in `build_worker`, inside the worker's own process.
@@ -12,9 +13,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from common.types import Role, WorkerRef
-from common.worker import WorkerServer, WorkerSpec
+from common.worker import LoadedModel, WorkerServer, WorkerSpec
 
-WorkerFactory = Callable[[WorkerSpec], WorkerServer]
+WorkerFactory = Callable[[WorkerSpec, LoadedModel | None], WorkerServer]
 
 
 class WorkerProcess(Protocol):
@@ -24,6 +25,11 @@ class WorkerProcess(Protocol):
 
     async def ended(self) -> str:
         """Waits until the worker can serve no more or its process is gone; says why. May be called more than once."""
+        ...
+
+    async def become(self, spec: WorkerSpec) -> WorkerRef:
+        """Ends the worker and starts another one in the same process, over what is loaded there. What still runs is cancelled.
+        If it raises (WorkerLost, StartupError), nobody serves in the process any more."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -40,15 +46,19 @@ class WorkerHost(Protocol):
         """Makes the process; the worker in it has not started yet. Raises ClusterError."""
         ...
 
+    async def expect(self, num_workers: int) -> None:
+        """There will be so many workers in all: the host may fetch machines for them ahead of the launches, or let some go."""
+        ...
 
-def build_worker(spec: WorkerSpec) -> WorkerServer:
+
+def build_worker(spec: WorkerSpec, kept: LoadedModel | None = None) -> WorkerServer:
     """The engines are imported here, in the worker's process, and nowhere else in `deploy`."""
     match spec.role:
         case Role.PREFILL:
             from prefill_worker.server import PrefillWorker
 
-            return PrefillWorker(spec)
+            return PrefillWorker(spec, kept)
         case Role.DECODE:
             from decode_worker.server import DecodeWorker
 
-            return DecodeWorker(spec)
+            return DecodeWorker(spec, kept)

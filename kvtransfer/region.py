@@ -36,8 +36,8 @@ class BlockRegion:
         self._mapping: mmap.mmap | None = None
 
     @classmethod
-    def create_shared(cls, block_bytes: int, num_blocks: int) -> BlockRegion:
-        """Zeroed memory that another process can map once it was given the descriptor. It is taken now, not at first touch."""
+    def create_shared(cls, block_bytes: int, num_blocks: int, *, touch: bool = True) -> BlockRegion:
+        """Zeroed memory that another process can map once it was given the descriptor. It is taken now, or at first touch."""
         size_bytes = block_bytes * num_blocks
         if size_bytes <= 0:
             raise StartupError(f"a region of {num_blocks} blocks of {block_bytes} bytes is empty")
@@ -54,7 +54,8 @@ class BlockRegion:
             os.close(fd)
             raise StartupError(f"no shared memory for a KV pool of {size_bytes} bytes: {error.strerror}") from error
         use_huge_pages(mapping)
-        touch_all(mapping)
+        if touch:
+            touch_all(mapping)
         region = cls(memoryview(mapping), block_bytes, num_blocks, fd)
         region._mapping = mapping
         return region
@@ -77,6 +78,31 @@ class BlockRegion:
                 mapping.close()
             except BufferError:
                 return  # a tensor still lives: the last reference unmaps
+
+
+class PoolMemory:
+    """Shared memory for an engine's KV pool, made when the engine asks for it, and given up by whoever keeps the engine.
+    `touch` says whether its pages are taken at once; where nobody else writes into it they may as well come when they are
+    used."""
+
+    def __init__(self, *, touch: bool) -> None:
+        self._touch = touch
+        self._region: BlockRegion | None = None
+
+    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
+        """Given to the engine, which calls it once."""
+        self._region = BlockRegion.create_shared(block_bytes, num_blocks, touch=self._touch)
+        return self._region.buffer
+
+    @property
+    def region(self) -> BlockRegion:
+        if self._region is None:
+            raise StartupError("the engine did not take the shared memory for its pool")
+        return self._region
+
+    def close(self) -> None:
+        if self._region is not None:
+            self._region.close()
 
 
 def use_huge_pages(mapping: mmap.mmap) -> None:

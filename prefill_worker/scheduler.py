@@ -10,6 +10,7 @@ was computed, or given up, until the hand-off has stopped reading them. It knows
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
@@ -111,6 +112,7 @@ class PrefillScheduler:
         self._events: list[Event] = []
         self._dispatches: list[int] = []
         self.totals = SchedulerTotals()
+        self.waiting_since_s: float | None = None  # since when the oldest prompt waits that nothing was computed of
 
     @property
     def num_waiting(self) -> int:
@@ -200,6 +202,8 @@ class PrefillScheduler:
             slices.append(prompt.sequence.slice(count, samples, prompt_logprobs=prompt.request.sampling.prompt_logprobs))
             shares.append((prompt, count))
             budget -= count
+        unstarted = (prompt.received_s for prompt in itertools.chain(self._running, self._waiting) if prompt.started_s is None)
+        self.waiting_since_s = next(unstarted, None)  # prompts start in the order in which they came
         return StepPlan(ScheduledBatch(tuple(slices)), tuple(shares))
 
     def layers_computed(self, plan: StepPlan, first_layer: int, end_layer: int) -> None:

@@ -1,6 +1,9 @@
 """The prefill worker: an engine thread, the hand-off and the runs (`prefill_worker.runs`), behind the gRPC service `Prefill`.
 
-start: model -> engine -> hand-off -> engine thread -> ports       stop: drain -> links -> engine thread
+start: model -> engine -> hand-off -> engine thread -> ports       stop: drain -> links -> engine thread, memory
+
+`retire` stops without giving up engine and memory. Its pool lies in memory that could be shared, for the next worker in this
+process may be a decode worker.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
-from common.worker import WorkerSpec
-from prefill_worker.handoff import PrefillHandoff
+from common.worker import LoadedModel, WorkerSpec
+from prefill_worker.handoff import PoolMemory, PrefillHandoff
 from prefill_worker.runs import PrefillRuns
 from prefill_worker.scheduler import Event, PrefillScheduler
 
@@ -27,8 +30,9 @@ _log = get_logger(__name__)
 class PrefillWorker(worker_pb2_grpc.PrefillServicer):
     """A `common.worker.WorkerServer`."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, kept: LoadedModel | None = None) -> None:
         self._spec = spec
+        self._kept = kept
         self._clock = SystemClock()
 
     async def start(self) -> WorkerRef:
@@ -37,7 +41,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             scheduler=lambda: self._scheduler,
             leases=lambda: self._handoff.num_open,
         )
-        engine = await host.load(None)
+        self._loaded = await host.load(PoolMemory(touch=False), self._kept)
+        engine = self._loaded.engine
         config = self._spec.model.prefill
         self._scheduler = PrefillScheduler(config, engine.layout, engine.blocks, self._clock)
         core = Core(
@@ -76,6 +81,15 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         await self._handoff.close()
         await self._runs.wait_given_back()
         await self._loop.stop()
+        self._loaded.close()
+
+    async def retire(self) -> LoadedModel:
+        await self._host.stop(0.0)
+        await self._handoff.close()
+        await self._runs.wait_given_back()
+        await self._loop.stop()
+        self._host.check_fit_for_another()
+        return self._loaded
 
     def _engine_failed(self, error: BaseException) -> None:
         _log.error("the engine failed", error=repr(error))

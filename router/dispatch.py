@@ -2,7 +2,7 @@
 
  1. Deadline: the request's whole budget starts here; every wait below ends with it.
  2. Placement (`router.placement`): the decode worker, the prefill candidates, and who of them is to compute the prompt. Nobody
-    there: NoWorkerAvailable.
+    there: NoWorkerAvailable, or a wait for the workers of a model that slept.
  3. Connect to the decode worker, within the connect timeout.
  4. Open ONE stream, `Decode.Generate(request, prefill candidates)`. Cancelling it cancels everything below it.
  5. Wait for the first tokens. Until then nothing was handed to the caller, so nothing can have reached the client.
@@ -55,6 +55,7 @@ from router.registry import Registry
 log = get_logger(__name__)
 
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 1.0
+_WAKE_AGAIN_S = 2.0
 _QUEUED_EVENTS = 64  # of an answer whose choices go on separately, while the client is slow
 
 
@@ -116,7 +117,7 @@ class Dispatcher:
         retries = 0
         prompt = self.placer.prompt_of(request)
         while True:
-            placement = await self._place(request, prompt, tried, patience_until_s)  # 2
+            placement = await self._place(request, prompt, tried, journey, patience_until_s)  # 2
             tried.add(placement.decode)
             answer = Answer(request)
             handed_over = False
@@ -149,16 +150,19 @@ class Dispatcher:
             async for event in events:
                 yield DispatchEvent(event.chunks)
 
-    async def _place(self, request: Request, prompt: Prompt, tried: set[WorkerRef], patience_until_s: float) -> Placement:
+    async def _place(
+        self, request: Request, prompt: Prompt, tried: set[WorkerRef], journey: _Journey, patience_until_s: float
+    ) -> Placement:
         while True:
             self.placer.sync(self._registry.view.workers)
             try:
                 return self.placer.place(request.model, prompt, tried | self._registry.suspects())
             except NoWorkerAvailable:
-                left_s = patience_until_s - self._clock.monotonic_s()
+                asleep = self._registry.wake(request.model)
+                left_s = (journey.deadline_s if asleep else patience_until_s) - self._clock.monotonic_s()
                 if left_s <= 0:
                     raise
-            await self._registry.wait_changed(left_s)
+            await self._registry.wait_changed(min(left_s, _WAKE_AGAIN_S) if asleep else left_s)
 
     def _attempt(self, request: Request, prompt: Prompt, placement: Placement, deadline_s: float) -> _Attempt:
         dispatched = self.placer.open(placement, request.model, prompt)
@@ -176,14 +180,15 @@ class Dispatcher:
         patience_until_s: float,
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
-        patient = self._clock.monotonic_s() < patience_until_s
+        waking = isinstance(failure, NoWorkerAvailable) and self._registry.wake(request.model)  # a part of its workers is there
+        patient = self._clock.monotonic_s() < (journey.deadline_s if waking else patience_until_s)
         if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
             raise failure
         self.placer.sync(self._registry.view.workers)
         elsewhere = next((ref for ref in self.placer.decode_workers(request.model) if ref not in tried), None)
         if elsewhere is None:
-            if not isinstance(failure, WorkerLost) and not patient:
-                raise failure  # a worker that is full is not helped by asking it again at once
+            if not isinstance(failure, WorkerLost | NoWorkerAvailable) and not patient:
+                raise failure  # a worker that is full is not helped by asking it again at once; one that drains has a successor
             left_s = journey.deadline_s - self._clock.monotonic_s()
             await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S, max(0.0, left_s)))
             elsewhere = placement.decode

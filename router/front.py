@@ -58,7 +58,7 @@ class Front:
         self.keys = KeyRing(config.router)
         self.examination = Examination(config.router.grammar_timeout_s)
         self.validator = Validator(config.router, registry, self.examination)
-        self.models = ModelRouter(config.routing, is_ready=lambda name: bool(registry.view.ready(name, Role.DECODE)))
+        self.models = ModelRouter(config.routing, is_ready=registry.serves)
         self.in_flight = in_flight
         self._cache = cache
         self._semantics = semantics
@@ -150,9 +150,9 @@ class Front:
         return {"object": "cache.feedback", "id": body.id, "ok": body.ok, "removed": removed}
 
     def ready_models(self) -> tuple[str, ...]:
-        """Models with at least one ready decode worker; none while draining."""
-        view = self.registry.view
-        return () if self.draining else tuple(name for name in view.models if view.ready(name, Role.DECODE))
+        """Models with at least one ready decode worker, or that wake when they are asked for; none while draining."""
+        names = self.registry.view.models
+        return () if self.draining else tuple(name for name in names if self.registry.serves(name))
 
 
 def _forecast(config: Config, registry: Registry, predict: Callable[[Request], float | None]) -> Forecast:

@@ -6,6 +6,9 @@ Each snapshot replaces the one before; while the manager is away the last one st
 manager. Between snapshots the dispatcher may learn earlier than the manager that a worker is dead: a suspected worker is avoided
 until a snapshot shows a newer incarnation of it (which is another `WorkerRef`) or a short time has passed.
 
+A model may sleep: the manager has taken its workers away because nobody used it, and says so. `wake` tells the manager that
+somebody does.
+
 The registry also loads the tokenizer of each model, in a thread, as soon as the model is first seen. It opens no connection to a
 worker and chooses none.
 """
@@ -40,6 +43,7 @@ _FIRST_SNAPSHOT_S = 5.0  # a manager that accepts a connection and says nothing 
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.1, 2.0
 _SUSPECT_S = 3.0
 _TOKENIZER_WAIT_S = 10.0
+_DEMAND_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class ModelView:
     context_tokens: int
     created_s: int
     fingerprint: str
+    wakes: bool = False  # it has no worker, and gets some when somebody asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Registry:
         self._clock = clock
         self._canonical = {alias: model.name for model in config.models for alias in (model.name, *model.aliases)}
         self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}  # by path
+        self._waking: dict[str, asyncio.Task[None]] = {}  # by model
         self._suspects: dict[WorkerRef, float] = {}  # until when
         self._changed = asyncio.Event()
         self.view = ClusterView()
@@ -102,9 +108,10 @@ class Registry:
             backoff_s = min(2 * backoff_s, _BACKOFF_LAST_S)
 
     async def close(self) -> None:
-        for task in self._tokenizers.values():
+        for task in (*self._tokenizers.values(), *self._waking.values()):
             await cancel_and_wait(task)
         self._tokenizers.clear()
+        self._waking.clear()
 
     async def _watch(self, announcement: registry_pb2.WatchRequest) -> None:
         channel = connect(self._manager_address, self._cluster_token)
@@ -123,7 +130,14 @@ class Registry:
     def apply(self, snapshot: registry_pb2.ClusterSnapshot) -> None:
         """Takes over a snapshot. Called by `run`."""
         models = {
-            model.name: ModelView(model.name, model.path, model.context_tokens, model.created_s, model.layout_fingerprint)
+            model.name: ModelView(
+                model.name,
+                model.path,
+                model.context_tokens,
+                model.created_s,
+                model.layout_fingerprint,
+                model.wakes_on_demand,
+            )
             for model in snapshot.models
         }
         workers = tuple(_worker_views(snapshot.workers))
@@ -145,6 +159,26 @@ class Registry:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
+    def wake(self, name: str) -> bool:
+        """Whether the model has no worker but will have one because it is asked for; the manager is told, again and again while
+        it does not hear."""
+        model = self.view.models.get(name)
+        if model is None or not model.wakes:
+            return False
+        task = self._waking.get(name)
+        if task is None or task.done():
+            self._waking[name] = asyncio.create_task(self._demand(name), name=f"wake {name}")
+        return True
+
+    async def _demand(self, name: str) -> None:
+        channel = connect(self._manager_address, self._cluster_token)
+        try:
+            await RegistryStub(channel).Demand(registry_pb2.DemandRequest(model=name), timeout=_DEMAND_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("the manager was not told that a model is wanted", model=name, error=error_from_rpc(error).code)
+        finally:
+            await channel.close(None)
+
     def suspect(self, ref: WorkerRef) -> None:
         """This incarnation did not answer; avoid it for a while."""
         self._suspects[ref] = self._clock.monotonic_s() + _SUSPECT_S
@@ -153,6 +187,11 @@ class Registry:
         now_s = self._clock.monotonic_s()
         self._suspects = {ref: until_s for ref, until_s in self._suspects.items() if until_s > now_s}
         return frozenset(self._suspects)
+
+    def serves(self, name: str) -> bool:
+        """Whether a request for this model would find a worker, or wake one."""
+        model = self.view.models.get(name)
+        return model is not None and (model.wakes or bool(self.view.ready(name, Role.DECODE)))
 
     def names(self) -> tuple[tuple[str, ModelView], ...]:
         """Every name that can be asked for, aliases included, with its model."""

@@ -286,17 +286,12 @@ class MaskThread:
         return self._executor.submit(_work_out, masks)
 
 
-_CEILINGS = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32(np.inf), np.float32(-np.inf)
-).astype(np.float32)
-
-
 def _work_out(masks: Sequence[NextMask]) -> None:
     for mask in masks:
         mask.work_out()
 
 
-def ceilings(words: Words, vocab_size: int) -> npt.NDArray[np.float32]:
-    """What the logits may be at most, [vocab]: +inf for tokens that may come, -inf for others. A byte of the mask picks eight of
-    them from a table: no branch, so that a mask with as many ones as zeros costs what any other does."""
-    return np.take(_CEILINGS, words.view(np.uint8), axis=0, mode="clip").reshape(-1)[:vocab_size]
+def unpack(masks: Sequence[Words], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """[rows, vocab], one byte per bit."""
+    bits = np.unpackbits(np.stack(masks).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    return bits.view(np.bool_)

@@ -13,20 +13,23 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from common.codec import report_to_wire, role_to_wire
+from common.clock import SystemClock
+from common.codec import pace_to_wire, report_to_wire, role_to_wire
 from common.config import pdserve_home
 from common.engine.core import SchedulerTotals
 from common.engine.engine import Engine, build_engine
 from common.engine.grammar import CompiledGrammar, GrammarCompiler
 from common.engine.loop import Inbox
+from common.engine.pace import Pace
 from common.engine.reporter import Reporter, ReportingScheduler
-from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError
+from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError, WorkerLost
 from common.in_flight import InFlight
 from common.load import WorkerShape
 from common.loopback import is_loopback
@@ -36,11 +39,33 @@ from common.rpc import RpcServer, start_server, typed_errors
 from common.tokenizer import Tokenizer
 from common.types import Request, WorkerRef, WorkerState
 from common.wire import worker_pb2, worker_pb2_grpc
-from common.worker import WorkerSpec
+from common.worker import LoadedModel, WorkerSpec
 
 _COMPILE_S = (
     5.0  # the router gives a new grammar less, but the model's tokens may be more work than its bytes, and the machine busy
 )
+
+MemoryType = TypeVar("MemoryType", bound="Memory")
+
+
+class Memory(Protocol):
+    """What an engine's KV pool lies in."""
+
+    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine(Generic[MemoryType]):
+    """A `common.worker.LoadedModel`: what one worker of a process leaves to the next, whatever its role."""
+
+    engine: Engine
+    grammars: GrammarCompiler
+    memory: MemoryType
+
+    def close(self) -> None:
+        self.memory.close()
 
 
 class SchedulerReadings(Protocol):
@@ -70,6 +95,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._engine: Engine | None = None
         self._reporter: Reporter | None = None
+        self._pace: Pace | None = None
         self._grammars: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile grammar")
         self._not_serving: asyncio.Task[None] | None = None
@@ -80,11 +106,17 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             raise EngineFailure("the engine is not loaded yet")
         return self._engine
 
-    async def load(self, memory: Callable[[int, int], memoryview] | None) -> Engine:
-        """Builds the engine in a thread. Raises a StartupError."""
+    async def load(self, memory: MemoryType, kept: LoadedModel | None = None) -> LoadedEngine[MemoryType]:
+        """Builds the engine in a thread, its pool in `memory`, or takes over what the last worker in this process kept. Raises a
+        StartupError."""
         spec = self.spec
         if not is_loopback(spec.host):  # every port of a worker is in the clear
             raise StartupError(f"a worker does not listen on {spec.host}: only on loopback", param="host")
+        if kept is not None:
+            if not isinstance(kept, LoadedEngine) or not isinstance(kept.memory, type(memory)):
+                raise StartupError("what the last worker in this process kept is no engine")
+            self._engine, self._grammars = kept.engine, kept.grammars
+            return kept
         path = Path(spec.model_path)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
 
@@ -95,12 +127,21 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
                 threads=spec.threads,
                 model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
                 tokenizer_digest=tokenizer.digest,
-                memory=memory,
+                memory=memory.allocate,
             )
 
         self._engine = await asyncio.to_thread(build)
         self._grammars = GrammarCompiler(tokenizer, self._engine.architecture.vocab_size)
-        return self._engine
+        return LoadedEngine(self._engine, self._grammars, memory)
+
+    def check_fit_for_another(self) -> None:
+        """Once everything has been stopped: whether another worker may use this engine. Raises WorkerLost."""
+        blocks = self.engine.blocks
+        blocks.tell(None)
+        if self.failed:
+            raise WorkerLost("the engine failed")
+        if blocks.num_used or blocks.num_in_transfer:
+            raise WorkerLost(f"{blocks.num_used} blocks are still used, {blocks.num_in_transfer} may still be written to")
 
     def report(self, scheduler: ReportingScheduler, inbox: Inbox, *, step_tokens: int, local_prefill: str = "auto") -> None:
         """Lets routers watch this worker. Called between `load` and `serve`."""
@@ -114,11 +155,14 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             prefix_cache=blocks.prefix_cache,
         )
         self._reporter = Reporter(scheduler, blocks, inbox, shape)
+        self._pace = Pace(scheduler, SystemClock())
 
     def step_done(self, tokens: int, pairs: float, seconds: float) -> None:
         """For the engine's core, on its thread."""
         if self._reporter is not None:
             self._reporter.step_done(tokens, pairs, seconds)
+        if self._pace is not None:
+            self._pace.step_done(seconds)
 
     async def serve(self, register: Callable[[grpc.aio.Server], None], services: Sequence[str]) -> WorkerRef:
         """Opens the ports; from here on requests come in."""
@@ -262,6 +306,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             dtype=engine.layout.dtype,
             exact=engine.layout.exact,
             layout_fingerprint=engine.layout.fingerprint.hex(),
+            pace=None if self._pace is None else pace_to_wire(self._pace.read()),
         )
 
     def _read(self) -> WorkerReadings:

@@ -32,6 +32,7 @@ class ReportingScheduler(Protocol):
     """What the reporter asks of a scheduler. `load`, `open_dispatches` and `take_dispatches` on the engine's thread only."""
 
     totals: SchedulerTotals
+    waiting_since_s: float | None
 
     @property
     def num_running(self) -> int: ...

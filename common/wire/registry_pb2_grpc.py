@@ -39,6 +39,11 @@ class RegistryStub:
                 request_serializer=common_dot_wire_dot_registry__pb2.WatchRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
                 _registered_method=True)
+        self.Demand = channel.unary_unary(
+                '/pdserve.v1.Registry/Demand',
+                request_serializer=common_dot_wire_dot_registry__pb2.DemandRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_registry__pb2.DemandReply.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -51,6 +56,13 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Demand(self, request, context):
+        """Somebody waits for a model that has no workers. Answers at once; what comes of it is seen in Watch. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=common_dot_wire_dot_registry__pb2.WatchRequest.FromString,
                     response_serializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.SerializeToString,
+            ),
+            'Demand': grpc.unary_unary_rpc_method_handler(
+                    servicer.Demand,
+                    request_deserializer=common_dot_wire_dot_registry__pb2.DemandRequest.FromString,
+                    response_serializer=common_dot_wire_dot_registry__pb2.DemandReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -97,9 +114,38 @@ class Registry:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Demand(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Registry/Demand',
+            common_dot_wire_dot_registry__pb2.DemandRequest.SerializeToString,
+            common_dot_wire_dot_registry__pb2.DemandReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class ControlStub:
-    """Missing associated documentation comment in .proto file."""
+    """Scale, Drain, Flip and Roll change what is desired and return at once, or when it is reached if wait_s > 0 (DEADLINE_EXCEEDED
+    if it is not).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -117,6 +163,26 @@ class ControlStub:
                 request_serializer=common_dot_wire_dot_registry__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/pdserve.v1.Control/Drain',
+                request_serializer=common_dot_wire_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+                _registered_method=True)
+        self.Flip = channel.unary_unary(
+                '/pdserve.v1.Control/Flip',
+                request_serializer=common_dot_wire_dot_registry__pb2.FlipRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+                _registered_method=True)
+        self.Roll = channel.unary_unary(
+                '/pdserve.v1.Control/Roll',
+                request_serializer=common_dot_wire_dot_registry__pb2.RollRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+                _registered_method=True)
+        self.Autoscaler = channel.unary_unary(
+                '/pdserve.v1.Control/Autoscaler',
+                request_serializer=common_dot_wire_dot_registry__pb2.AutoscalerRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_registry__pb2.AutoscalerReport.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/pdserve.v1.Control/Shutdown',
                 request_serializer=common_dot_wire_dot_registry__pb2.ShutdownRequest.SerializeToString,
@@ -125,7 +191,9 @@ class ControlStub:
 
 
 class ControlServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Scale, Drain, Flip and Roll change what is desired and return at once, or when it is reached if wait_s > 0 (DEADLINE_EXCEEDED
+    if it is not).
+    """
 
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -134,7 +202,35 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Sets the desired state and returns at once, or when it is reached if wait_s > 0 (DEADLINE_EXCEEDED if it is not).
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes one worker out of service without losing a request, ends its process, and puts another in its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Flip(self, request, context):
+        """Makes a prefill worker of a decode worker or the other way round. It keeps its process and its weights, drains first, and
+        goes by another id afterwards. The desired sizes of both pools change with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Roll(self, request, context):
+        """Replaces all workers of a model, or those of one role, one by one: first the new one, then the old one drains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Autoscaler(self, request, context):
+        """What the autoscaler sees and why it decided as it did; with `mode`, also how it is to work from now on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +255,26 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=common_dot_wire_dot_registry__pb2.ScaleRequest.FromString,
                     response_serializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=common_dot_wire_dot_registry__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.SerializeToString,
+            ),
+            'Flip': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flip,
+                    request_deserializer=common_dot_wire_dot_registry__pb2.FlipRequest.FromString,
+                    response_serializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.SerializeToString,
+            ),
+            'Roll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Roll,
+                    request_deserializer=common_dot_wire_dot_registry__pb2.RollRequest.FromString,
+                    response_serializer=common_dot_wire_dot_registry__pb2.ClusterSnapshot.SerializeToString,
+            ),
+            'Autoscaler': grpc.unary_unary_rpc_method_handler(
+                    servicer.Autoscaler,
+                    request_deserializer=common_dot_wire_dot_registry__pb2.AutoscalerRequest.FromString,
+                    response_serializer=common_dot_wire_dot_registry__pb2.AutoscalerReport.SerializeToString,
+            ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
                     request_deserializer=common_dot_wire_dot_registry__pb2.ShutdownRequest.FromString,
@@ -173,7 +289,9 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """Missing associated documentation comment in .proto file."""
+    """Scale, Drain, Flip and Roll change what is desired and return at once, or when it is reached if wait_s > 0 (DEADLINE_EXCEEDED
+    if it is not).
+    """
 
     @staticmethod
     def Status(request,
@@ -219,6 +337,114 @@ class Control:
             '/pdserve.v1.Control/Scale',
             common_dot_wire_dot_registry__pb2.ScaleRequest.SerializeToString,
             common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Control/Drain',
+            common_dot_wire_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
+            common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flip(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Control/Flip',
+            common_dot_wire_dot_registry__pb2.FlipRequest.SerializeToString,
+            common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Roll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Control/Roll',
+            common_dot_wire_dot_registry__pb2.RollRequest.SerializeToString,
+            common_dot_wire_dot_registry__pb2.ClusterSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Autoscaler(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Control/Autoscaler',
+            common_dot_wire_dot_registry__pb2.AutoscalerRequest.SerializeToString,
+            common_dot_wire_dot_registry__pb2.AutoscalerReport.FromString,
             options,
             channel_credentials,
             insecure,

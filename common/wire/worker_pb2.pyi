@@ -248,7 +248,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint", "pace")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -270,6 +270,7 @@ class InfoReply(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     role: _types_pb2.Role
@@ -291,7 +292,26 @@ class InfoReply(_message.Message):
     exact: bool
     failure: str
     layout_fingerprint: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ...) -> None: ...
+    pace: WorkerPace
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., pace: _Optional[_Union[WorkerPace, _Mapping]] = ...) -> None: ...
+
+class WorkerPace(_message.Message):
+    __slots__ = ("queue_age_s", "queued_tokens", "decoding", "computed_tokens", "generated_tokens", "step_s", "sequence_step_s")
+    QUEUE_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    queue_age_s: float
+    queued_tokens: int
+    decoding: int
+    computed_tokens: int
+    generated_tokens: int
+    step_s: float
+    sequence_step_s: float
+    def __init__(self, queue_age_s: _Optional[float] = ..., queued_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., step_s: _Optional[float] = ..., sequence_step_s: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

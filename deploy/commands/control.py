@@ -32,7 +32,7 @@ def status(
         if as_json:
             out.print_json(json.dumps(described))
         else:
-            _draw(described)
+            draw(described)
 
 
 def scale(
@@ -49,8 +49,8 @@ def scale(
         if prefill is None and decode is None:
             raise typer.BadParameter("give --prefill, --decode or both")
         request = ScaleRequest(model=model, prefill=prefill, decode=decode, wait_s=wait)
-        snapshot = _call(cluster, lambda stub: stub.Scale(request, timeout=wait + _CALL_TIMEOUT_S))
-        _draw(_describe(snapshot))
+        snapshot = call_manager(cluster, lambda stub: stub.Scale(request, timeout=wait + _CALL_TIMEOUT_S))
+        draw(describe(snapshot))
 
 
 def down(cluster: ClusterName = "local") -> None:
@@ -75,7 +75,7 @@ def down(cluster: ClusterName = "local") -> None:
 
 def cluster_status(cluster: str) -> dict[str, Any]:
     """What `status --json` prints. Raises ClusterError if no such cluster runs."""
-    return _describe(_call(cluster, _status))
+    return describe(call_manager(cluster, _status))
 
 
 def _status(stub: Any) -> Awaitable[Any]:
@@ -85,7 +85,7 @@ def _status(stub: Any) -> Awaitable[Any]:
     return reply
 
 
-def _call(cluster: str, call: Callable[[Any], Awaitable[Reply]]) -> Reply:
+def call_manager(cluster: str, call: Callable[[Any], Awaitable[Reply]]) -> Reply:
     """One call to the cluster's manager."""
     import grpc.aio
 
@@ -108,7 +108,7 @@ def _call(cluster: str, call: Callable[[Any], Awaitable[Reply]]) -> Reply:
     return asyncio.run(run())
 
 
-def _describe(snapshot: Any) -> dict[str, Any]:
+def describe(snapshot: Any) -> dict[str, Any]:
     from common.codec import role_from_wire
 
     return {
@@ -164,7 +164,7 @@ def _describe(snapshot: Any) -> dict[str, Any]:
 _STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red"}
 
 
-def _draw(described: dict[str, Any]) -> None:
+def draw(described: dict[str, Any]) -> None:
     for router in described["routers"]:
         out.print(f"router  http://{router['http_address']}  gRPC {router['grpc_address']}  pid {router['pid']}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")

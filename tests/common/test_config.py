@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from common.config import Config, RouterConfig, load_config, pdserve_home
+from common.config import Config, ModelConfig, RouterConfig, load_config, pdserve_home
 from common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,3 +177,35 @@ def test_routes_that_lead_nowhere_are_refused(tmp_path: Path, change: dict[str, 
 def test_the_shipped_configuration_with_two_models_is_read() -> None:
     config = load_config(Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml", environment={})
     assert {"auto", "best", "canary"} == set(config.routing.aliases)
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "complaint"),
+    [
+        ({"prefill": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3 is above max_replicas 2"),
+        ({"mode": "on", "decode": {"min_replicas": 0, "max_replicas": 0}}, "nobody could ever serve"),
+        ({"mode": "on", "decode": {"min_replicas": 0, "max_replicas": 1}}, "sleeps as a whole"),
+        ({"mode": "on", "max_workers": 1}, "max_workers is below"),
+        ({"mode": "auto"}, "mode"),
+        ({"min_replica": 1}, "min_replica"),
+    ],
+)
+def test_autoscaling_that_makes_no_sense_is_refused(autoscaling: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ModelConfig.model_validate({"name": "m", "source": "s", "autoscaling": autoscaling})
+
+
+def test_a_model_may_sleep_only_if_both_pools_may_be_empty() -> None:
+    none, one = {"min_replicas": 0}, {"min_replicas": 1}
+    for prefill, decode, sleeps in ((none, none, True), (none, one, False), (one, one, False)):
+        config = ModelConfig.model_validate(
+            {"name": "m", "source": "s", "autoscaling": {"mode": "on", "prefill": prefill, "decode": decode}}
+        )
+        assert config.autoscaling.may_sleep is sleeps
+
+
+@pytest.mark.parametrize(("written", "mode"), [("on", "on"), ("off", "off"), ("dry-run", "dry-run"), ('"on"', "on")])
+def test_on_and_off_mean_what_they_say_in_yaml(tmp_path: Path, written: str, mode: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"models: [{{name: m, source: s, autoscaling: {{mode: {written}}}}}]", encoding="utf-8")
+    assert load_config(path, environment={}).models[0].autoscaling.mode == mode

@@ -12,13 +12,28 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.clock import SystemClock
-from common.config import DecodeConfig, LoggingConfig, ModelConfig, PrefillConfig, TransferConfig
-from common.errors import ClusterError, DeadlineExceeded, ModelLoadError, ModelNotFound
+from common.config import AutoscalingConfig, DecodeConfig, LoggingConfig, ModelConfig, PrefillConfig, TransferConfig
+from common.errors import ClusterError, DeadlineExceeded, InvalidRequest, ModelLoadError, ModelNotFound, WorkerLost
 from common.metrics import ManagerMetrics
 from common.rpc import cancel_and_wait, connect, error_from_rpc
 from common.types import Role
-from common.wire.registry_pb2 import ClusterSnapshot, ScaleRequest, ShutdownRequest, StatusRequest, WatchRequest
+from common.wire import registry_pb2
+from common.wire.registry_pb2 import (
+    AutoscalerRequest,
+    ClusterSnapshot,
+    DemandRequest,
+    DrainWorkerRequest,
+    FlipRequest,
+    RollRequest,
+    ScaleRequest,
+    ShutdownRequest,
+    StatusRequest,
+    WatchRequest,
+)
 from common.wire.registry_pb2_grpc import ControlStub, RegistryStub
+from common.wire.types_pb2 import ROLE_DECODE, ROLE_PREFILL
+from common.wire.worker_pb2 import WorkerPace
+from deploy.autoscaler.loop import Autoscaler
 from deploy.control import serve_manager
 from deploy.pool_manager import HealthPolicy, ManagerSpec, ModelToServe, PoolManager
 from deploy.reconcile import RestartPolicy
@@ -29,8 +44,14 @@ PREFILL, DECODE = "m/prefill/0", "m/decode/0"
 WAIT_S = 20.0
 
 
-def spec_of(prefill: int = 1, decode: int = 1) -> ManagerSpec:
-    model = ModelConfig(name="m", source="s", prefill=PrefillConfig(replicas=prefill), decode=DecodeConfig(replicas=decode))
+def spec_of(prefill: int = 1, decode: int = 1, autoscaling: AutoscalingConfig | None = None) -> ManagerSpec:
+    model = ModelConfig(
+        name="m",
+        source="s",
+        prefill=PrefillConfig(replicas=prefill),
+        decode=DecodeConfig(replicas=decode),
+        autoscaling=autoscaling or AutoscalingConfig(),
+    )
     return ManagerSpec(
         cluster="c",
         models=(ModelToServe(model, "/models/m", 7, threads=1),),
@@ -73,8 +94,10 @@ def states_of(snapshot: ClusterSnapshot) -> dict[str, str]:
 async def running(spec: ManagerSpec, host: FakeHost | None = None) -> AsyncIterator[Running]:
     host = host or FakeHost()
     manager = PoolManager(spec, host, SystemClock())
-    server = await serve_manager(manager, host="127.0.0.1", token=TOKEN)
+    autoscaler = Autoscaler(manager, {one.config.name: one.config.autoscaling for one in spec.models}, SystemClock())
+    server = await serve_manager(manager, autoscaler, host="127.0.0.1", token=TOKEN)
     task = asyncio.create_task(manager.run())
+    scaling = asyncio.create_task(autoscaler.run())
     channel = connect(server.address, TOKEN)
     try:
         yield Running(host, manager, RegistryStub(channel), ControlStub(channel), server.address)
@@ -83,6 +106,7 @@ async def running(spec: ManagerSpec, host: FakeHost | None = None) -> AsyncItera
             await task
         assert not any(worker.alive for worker in host.workers)
     finally:
+        await cancel_and_wait(scaling)
         await cancel_and_wait(task)
         await channel.close(None)
         await server.stop(0)
@@ -243,3 +267,159 @@ async def test_only_models_that_are_served_can_be_scaled() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await cluster.control.Scale(ScaleRequest(model="other", decode=1), timeout=WAIT_S)
         assert isinstance(error_from_rpc(refused.value), ModelNotFound)
+
+
+def kinds(snapshot: ClusterSnapshot, worker_id: str) -> list[str]:
+    return [event.kind for event in snapshot.events if event.worker_id == worker_id]
+
+
+async def test_a_drained_worker_serves_until_its_successor_does() -> None:
+    host = FakeHost()
+    async with running(spec_of(), host) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        host.gates["m/decode/1"] = asyncio.Event()
+        await cluster.control.Drain(DrainWorkerRequest(worker_id=DECODE), timeout=WAIT_S)
+        await cluster.until_states(prefill_0="ready", decode_0="ready", decode_1="starting")
+        assert host.latest(DECODE).drains == 0
+        host.gates["m/decode/1"].set()
+        await cluster.until_states(prefill_0="ready", decode_0="draining", decode_1="ready")
+        host.latest(DECODE).may_drain.set()
+        snapshot = await cluster.until_states(prefill_0="ready", decode_1="ready")
+        assert snapshot.models[0].desired_decode == 1
+        assert kinds(snapshot, DECODE) == ["started", "ready", "draining", "drained", "stopped"]
+        (draining,) = [event for event in snapshot.events if event.kind == "draining"]
+        assert (draining.worker_id, draining.model, draining.text) == (DECODE, "m", "to be replaced")
+        assert [event.sequence for event in snapshot.events] == list(range(1, len(snapshot.events) + 1))
+
+
+async def test_a_flipped_worker_keeps_its_process_under_another_name() -> None:
+    host = FakeHost(drains_at_once=True)
+    async with running(spec_of(prefill=2), host) as cluster:
+        await cluster.until_states(prefill_0="ready", prefill_1="ready", decode_0="ready")
+        process = host.latest("m/prefill/1")
+        snapshot = await cluster.control.Flip(
+            FlipRequest(worker_id="m/prefill/1", role=ROLE_DECODE, wait_s=WAIT_S), timeout=WAIT_S
+        )
+        assert states_of(snapshot) == {PREFILL: "ready", DECODE: "ready", "m/decode/1": "ready"}
+        assert (snapshot.models[0].desired_prefill, snapshot.models[0].desired_decode) == (1, 2)
+        assert host.latest("m/decode/1") is process
+        assert len(host.workers) == 3
+        assert kinds(snapshot, "m/decode/1") == ["flipped", "ready"]
+        # The next one in its old place is another incarnation, in a process of its own.
+        snapshot = await cluster.control.Scale(ScaleRequest(model="m", prefill=2, wait_s=WAIT_S), timeout=WAIT_S)
+        back = next(worker for worker in snapshot.workers if worker.worker_id == "m/prefill/1")
+        assert (back.incarnation, len(host.workers)) == (2, 4)
+        # And what was flipped dies like any other.
+        process.die("exit 9")
+        snapshot = await cluster.until(lambda now: "restarted" in kinds(now, "m/decode/1"))
+        await cluster.until_states(prefill_0="ready", prefill_1="ready", decode_0="ready", decode_1="ready")
+        assert host.latest("m/decode/1") is not process
+
+
+async def test_a_flip_that_fails_costs_the_process_and_ends_in_the_wanted_role() -> None:
+    host = FakeHost(drains_at_once=True, flip_errors={"m/decode/1": WorkerLost("3 blocks may still be written to")})
+    async with running(spec_of(prefill=2), host) as cluster:
+        await cluster.until_states(prefill_0="ready", prefill_1="ready", decode_0="ready")
+        process = host.latest("m/prefill/1")
+        snapshot = await cluster.control.Flip(
+            FlipRequest(worker_id="m/prefill/1", role=ROLE_DECODE, wait_s=WAIT_S), timeout=WAIT_S
+        )
+        assert states_of(snapshot) == {PREFILL: "ready", DECODE: "ready", "m/decode/1": "ready"}
+        assert not process.alive
+        assert host.latest("m/decode/1") is not process
+        assert kinds(snapshot, "m/decode/1") == ["flipped", "lost", "restarted", "ready"]
+
+
+async def test_the_last_decode_worker_is_not_flipped_and_wrong_names_are_refused() -> None:
+    async with running(spec_of()) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        for call, param in (
+            (cluster.control.Flip(FlipRequest(worker_id=DECODE, role=ROLE_PREFILL), timeout=WAIT_S), "worker_id"),
+            (cluster.control.Flip(FlipRequest(worker_id=DECODE, role=ROLE_DECODE), timeout=WAIT_S), "role"),
+            (cluster.control.Flip(FlipRequest(worker_id=DECODE), timeout=WAIT_S), "role"),
+            (cluster.control.Drain(DrainWorkerRequest(worker_id="m/decode/7"), timeout=WAIT_S), "worker_id"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            error = error_from_rpc(refused.value)
+            assert isinstance(error, InvalidRequest)
+            assert error.param == param
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await cluster.control.Roll(RollRequest(model="other"), timeout=WAIT_S)
+        assert isinstance(error_from_rpc(unknown.value), ModelNotFound)
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+
+
+async def test_a_roll_replaces_every_worker_and_there_is_always_one_who_serves() -> None:
+    host = FakeHost(drains_at_once=True)
+    async with running(spec_of(prefill=1, decode=2), host) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready", decode_1="ready")
+        before = {id(worker) for worker in host.workers}
+        rolled = asyncio.ensure_future(cluster.control.Roll(RollRequest(model="m", wait_s=WAIT_S), timeout=WAIT_S))
+        fewest: dict[int, int] = {}
+        version = cluster.manager.snapshot.version
+        while not rolled.done():
+            snapshot = await cluster.manager.after(version)
+            version = snapshot.version
+            for role in (ROLE_PREFILL, ROLE_DECODE):
+                ready = sum(worker.role == role and worker.state == "ready" for worker in snapshot.workers)
+                fewest[role] = min(fewest.get(role, 99), ready)
+            if "rolled" in [event.kind for event in snapshot.events] and not any(
+                id(worker) in before and worker.alive for worker in host.workers
+            ):
+                break
+        snapshot = await rolled
+        assert not any(id(worker) in before for worker in host.workers if worker.alive)
+        assert sum(worker.state == "ready" for worker in snapshot.workers) == len(snapshot.workers) == 3
+        assert fewest == {ROLE_PREFILL: 1, ROLE_DECODE: 2}
+
+
+ON = {"mode": "on", "upscale_delay_s": 0.0, "flip_delay_s": 0.0, "cooldown_s": 0.0, "interval_s": 0.05}
+
+
+async def test_the_autoscaler_lends_an_idle_worker_and_says_why() -> None:
+    pools = {"prefill": {"max_replicas": 3}, "decode": {"max_replicas": 3}}
+    autoscaling = AutoscalingConfig.model_validate({**ON, **pools, "mode": "dry-run"})
+    host = FakeHost(drains_at_once=True)
+    async with running(spec_of(prefill=2, decode=1, autoscaling=autoscaling), host) as cluster:
+        await cluster.until_states(prefill_0="ready", prefill_1="ready", decode_0="ready")
+        host.latest(DECODE).pace = WorkerPace(queue_age_s=7.0)
+        async with asyncio.timeout(WAIT_S):
+            while not (report := await cluster.control.Autoscaler(AutoscalerRequest(model="m"))).models[0].decisions:
+                await cluster.manager.after(cluster.manager.snapshot.version)
+        (first, *_) = report.models[0].decisions
+        assert (first.action, first.performed, first.prefill_after, first.decode_after) == ("flip", False, 1, 2)
+        assert "waited 7.00 s" in first.reason
+        assert report.models[0].decode.pressure == 2.0
+        assert cluster.manager.snapshot.models[0].desired_decode == 1
+        await cluster.control.Autoscaler(AutoscalerRequest(model="m", mode=registry_pb2.AUTOSCALER_MODE_ON))
+        snapshot = await cluster.until(lambda now: states_of(now).get("m/decode/1") == "ready")
+        assert (snapshot.models[0].desired_prefill, snapshot.models[0].desired_decode) == (1, 2)
+        assert any(event.kind == "decision" and "becomes a decode worker" in event.text for event in snapshot.events)
+
+
+async def test_an_unused_model_sleeps_and_wakes_when_it_is_asked_for() -> None:
+    pools = {"prefill": {"min_replicas": 0}, "decode": {"min_replicas": 0}}
+    autoscaling = AutoscalingConfig.model_validate({**ON, **pools, "idle_s": 0.2})
+    host = FakeHost(drains_at_once=True)
+    async with running(spec_of(autoscaling=autoscaling), host) as cluster:
+        asleep = await cluster.until(lambda now: not now.workers and now.models[0].desired_decode == 0)
+        assert asleep.models[0].wakes_on_demand
+        assert asleep.models[0].context_tokens == 99
+        for worker in host.workers:
+            assert not worker.alive
+        reply = await cluster.registry.Demand(DemandRequest(model="m"), timeout=WAIT_S)
+        assert reply.waking
+        awake = await cluster.until(lambda now: set(states_of(now).values()) == {"ready"} and len(now.workers) == 2)
+        assert not awake.models[0].wakes_on_demand
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await cluster.registry.Demand(DemandRequest(model="other"), timeout=WAIT_S)
+        assert isinstance(error_from_rpc(unknown.value), ModelNotFound)
+
+
+async def test_a_model_that_may_not_sleep_is_not_woken() -> None:
+    async with running(spec_of()) as cluster:
+        await cluster.control.Scale(ScaleRequest(model="m", prefill=0, decode=0, wait_s=WAIT_S), timeout=WAIT_S)
+        assert not (await cluster.registry.Demand(DemandRequest(model="m"), timeout=WAIT_S)).waking
+        assert not cluster.manager.snapshot.models[0].wakes_on_demand
+        assert not cluster.manager.snapshot.workers

@@ -12,7 +12,9 @@ from common.types import Role
 from deploy.reconcile import (
     LEAVING,
     WITH_PROCESS,
+    Action,
     Drain,
+    Flip,
     Loss,
     Phase,
     Pool,
@@ -24,7 +26,9 @@ from deploy.reconcile import (
     became_ready,
     close,
     decide,
+    flip,
     lost,
+    replace_workers,
     set_desired,
     wake_at_s,
 )
@@ -42,7 +46,7 @@ class World:
     told: dict[str, set[str]] = field(default_factory=dict)
     highest: dict[str, int] = field(default_factory=dict)
 
-    def perform(self, action: Start | Drain | Stop) -> None:
+    def perform(self, action: Action) -> None:
         name = action.worker_id
         match action:
             case Start():
@@ -59,6 +63,11 @@ class World:
                 assert self.processes.get(name) == action.incarnation
                 assert "stop" not in self.told[name]
                 self.told[name].add("stop")
+            case Flip():
+                assert self.processes.get(name) == action.incarnation
+                assert self.told[name] == {"drain"}, "a worker changes its role without being drained, or on its way out"
+                del self.processes[name]
+                self.perform(action.successor)
 
 
 class Pools(RuleBasedStateMachine):
@@ -72,6 +81,7 @@ class Pools(RuleBasedStateMachine):
 
     def step(self) -> None:
         before = {pool: self.count(pool) for pool in (PREFILL, DECODE)}
+        limit = {pool: self.state.limit(pool) for pool in (PREFILL, DECODE)}
         ready = {name for name, one in self.state.replicas.items() if one.phase is Phase.READY}
         self.state, actions = decide(self.state, self.now_s)
         for action in actions:
@@ -79,7 +89,7 @@ class Pools(RuleBasedStateMachine):
             if isinstance(action, Stop) and not self.closed:
                 assert action.worker_id not in ready, "stopped a serving worker without draining it"
         for pool in (PREFILL, DECODE):
-            assert self.count(pool) <= max(before[pool], self.state.desired[pool]), "grew beyond what is desired"
+            assert self.count(pool) <= max(before[pool], limit[pool]), "grew beyond what is desired"
         again, nothing = decide(self.state, self.now_s)
         assert nothing == ()
         assert again == self.state
@@ -95,6 +105,26 @@ class Pools(RuleBasedStateMachine):
         if not self.closed:
             self.state = set_desired(self.state, {PREFILL: prefill, DECODE: decode})
             self.step()
+
+    @precondition(lambda self: self.world.processes)
+    @rule(data=st.data())
+    def replaces(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(self.alive()), unique=True, max_size=3))
+        before = self.state.desired
+        self.state = replace_workers(self.state, chosen)
+        assert self.state.desired == before
+        self.step()
+
+    @precondition(lambda self: self.world.processes)
+    @rule(data=st.data())
+    def flips(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.alive()))
+        total = sum(self.state.desired.values())
+        source = self.state.replicas[name].pool
+        if self.state.desired[source] > 0:  # one that is on its way out is none to give away
+            self.state = flip(self.state, name, DECODE if source == PREFILL else PREFILL)
+            assert sum(self.state.desired.values()) == total
+        self.step()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0, 100.0]))
     def time_passes(self, seconds: float) -> None:
@@ -163,7 +193,7 @@ class Pools(RuleBasedStateMachine):
                 self.step()
         for pool in (PREFILL, DECODE):
             gave_up = sum(one.phase is Phase.FAILED for one in self.state.of(pool))
-            assert self.count(pool) == self.state.desired[pool] - gave_up
+            assert self.state.desired[pool] - gave_up <= self.count(pool) <= self.state.limit(pool)
             assert gave_up or self.state.settled(pool)
         if self.closed:
             assert not self.world.processes
@@ -173,7 +203,7 @@ TestPools = Pools.TestCase
 TestPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-def _run(state: PoolsState, now_s: float = 0.0) -> tuple[PoolsState, tuple[Start | Drain | Stop, ...]]:
+def _run(state: PoolsState, now_s: float = 0.0) -> tuple[PoolsState, tuple[Action, ...]]:
     return decide(state, now_s)
 
 
@@ -225,3 +255,76 @@ def test_the_newest_ready_replica_leaves_first_and_its_slot_keeps_counting() -> 
 
 def test_phases_that_leave_have_a_process() -> None:
     assert LEAVING < WITH_PROCESS
+
+
+def _ready(**desired: int) -> PoolsState:
+    """Pools in which everybody is ready."""
+    state, _ = _run(PoolsState(desired={PREFILL: desired.get("prefill", 0), DECODE: desired.get("decode", 0)}))
+    for replica in list(state.replicas.values()):
+        state = became_ready(state, replica.worker_id, replica.incarnation, 0.0)
+    return state
+
+
+def test_a_roll_takes_one_after_the_other_and_always_has_enough() -> None:
+    state, actions = _run(replace_workers(_ready(decode=2), ["m/decode/0", "m/decode/1"]))
+    assert actions == (Start("m/decode/2", 1, DECODE),)
+    state, actions = _run(became_ready(state, "m/decode/2", 1, 0.0))
+    assert actions == (Drain("m/decode/0", 1),)
+    state, actions = _run(became_drained(state, "m/decode/0", 1))
+    assert actions == (Stop("m/decode/0", 1),)
+    state, actions = _run(lost(state, Loss("m/decode/0", 1, "stopped"), 0.0, POLICY))
+    assert actions == (Start("m/decode/0", 2, DECODE),)
+    state, actions = _run(became_ready(state, "m/decode/0", 2, 0.0))
+    assert actions == (Drain("m/decode/1", 1),)
+    state, _ = _run(became_drained(state, "m/decode/1", 1))
+    state, actions = _run(lost(state, Loss("m/decode/1", 1, "stopped"), 0.0, POLICY))
+    assert actions == ()
+    assert state.settled(DECODE)
+    assert sorted(state.replicas) == ["m/decode/0", "m/decode/2"]
+
+
+def test_where_no_successor_fits_in_one_of_several_leaves_first_and_a_single_one_stays() -> None:
+    state, _ = _run(replace_workers(_ready(decode=2), ["m/decode/0"]))
+    state, actions = _run(lost(state, Loss("m/decode/2", 1, "no room"), 0.0, POLICY))
+    assert actions == (Drain("m/decode/0", 1),)
+    state, _ = _run(became_drained(state, "m/decode/0", 1))
+    state = lost(state, Loss("m/decode/0", 1, "stopped"), 0.0, POLICY)
+    _, actions = _run(state, 1.0)
+    assert actions == (Start("m/decode/2", 2, DECODE),)
+
+    state, _ = _run(replace_workers(_ready(decode=1), ["m/decode/0"]))
+    _, actions = _run(lost(state, Loss("m/decode/1", 1, "no room"), 0.0, POLICY))
+    assert actions == ()
+
+
+def test_a_worker_that_dies_while_it_is_replaced_is_replaced_by_that() -> None:
+    state, _ = _run(replace_workers(_ready(decode=1), ["m/decode/0"]))
+    state, actions = _run(lost(state, Loss("m/decode/0", 1, "killed"), 0.0, POLICY))
+    assert actions == ()  # its successor is on its way already
+    assert _run(became_ready(state, "m/decode/1", 1, 0.0))[0].settled(DECODE)
+
+
+def test_a_flip_drains_first_and_then_hands_the_process_on() -> None:
+    state, actions = _run(flip(_ready(prefill=2, decode=1), "m/prefill/1", DECODE))
+    assert actions == (Drain("m/prefill/1", 1),)
+    assert (state.desired[PREFILL], state.desired[DECODE]) == (1, 2)
+    state, actions = _run(became_drained(state, "m/prefill/1", 1))
+    assert actions == (Flip("m/prefill/1", 1, Start("m/decode/1", 1, DECODE)),)
+    state, actions = _run(became_ready(state, "m/decode/1", 1, 0.0))
+    assert actions == ()
+    assert state.settled(PREFILL)
+    assert state.settled(DECODE)
+
+
+def test_a_worker_that_dies_before_its_flip_is_started_anew_in_the_other_pool() -> None:
+    state, _ = _run(flip(_ready(prefill=2, decode=1), "m/prefill/1", DECODE))
+    _, actions = _run(lost(state, Loss("m/prefill/1", 1, "killed"), 0.0, POLICY))
+    assert actions == (Start("m/decode/1", 1, DECODE),)
+
+
+def test_a_flip_that_is_no_longer_wanted_ends_the_worker() -> None:
+    state, _ = _run(flip(_ready(prefill=2, decode=1), "m/prefill/1", DECODE))
+    state, actions = _run(set_desired(state, {DECODE: 1}))
+    assert actions == ()
+    _, actions = _run(became_drained(state, "m/prefill/1", 1))
+    assert actions == (Stop("m/prefill/1", 1),)

@@ -47,6 +47,7 @@ class FakeManager(registry_pb2_grpc.RegistryServicer):
         self._token = token
         self.snapshot = registry_pb2.ClusterSnapshot()
         self.announced: list[registry_pb2.WatchRequest] = []
+        self.demanded: asyncio.Queue[str] = asyncio.Queue()  # models that routers want woken
         self._changed = asyncio.Event()
         self._rpc: RpcServer | None = None
 
@@ -70,6 +71,10 @@ class FakeManager(registry_pb2_grpc.RegistryServicer):
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def Demand(self, request: registry_pb2.DemandRequest, context: Any) -> registry_pb2.DemandReply:
+        self.demanded.put_nowait(request.model)
+        return registry_pb2.DemandReply(waking=True)
 
     async def Watch(self, request: registry_pb2.WatchRequest, context: Any) -> None:
         self.announced.append(request)

@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import PdserveError, WorkerLost
 from common.rpc import RpcServer, start_server
 from common.types import WorkerRef
-from common.wire.worker_pb2 import DrainReply, DrainRequest, InfoReply, InfoRequest
+from common.wire.worker_pb2 import DrainReply, DrainRequest, InfoReply, InfoRequest, WorkerPace
 from common.wire.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from common.worker import WorkerSpec
 from deploy.worker_host import WorkerProcess
@@ -22,6 +22,8 @@ class FakeWorker(WorkerServicer):
         self.answers = asyncio.Event()
         self.answers.set()
         self.drains = 0
+        self.requests = 0
+        self.pace = WorkerPace()
         self.alive = True
         self._host = host
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -56,6 +58,18 @@ class FakeWorker(WorkerServicer):
     async def ended(self) -> str:
         return await asyncio.shield(self._dead)
 
+    async def become(self, spec: WorkerSpec) -> WorkerRef:
+        self._host.journal.append(("become", spec.worker_id, spec.incarnation))
+        error = self._host.flip_errors.get(spec.worker_id)
+        if error is not None:
+            raise error
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(0)
+        self.spec = spec
+        self.may_drain.clear()
+        return await self.start()
+
     async def stop(self, grace_s: float) -> None:
         self._host.journal.append(("stop", self.spec.worker_id, self.spec.incarnation))
 
@@ -74,14 +88,23 @@ class FakeWorker(WorkerServicer):
         await self.answers.wait()
         spec = self.spec
         return InfoReply(
-            worker_id=spec.worker_id, incarnation=spec.incarnation, pid=4711, state="ready", blocks_total=8, max_model_tokens=99
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            pid=4711,
+            state="ready",
+            blocks_total=8,
+            blocks_free=8,
+            max_model_tokens=99,
+            requests_running=self.requests,
+            pace=self.pace,
         )
 
     async def Drain(self, request: DrainRequest, context: Any) -> DrainReply:
         self.drains += 1
         self._host.journal.append(("drain", self.spec.worker_id, self.spec.incarnation))
-        async with asyncio.timeout(request.timeout_s):
-            await self.may_drain.wait()
+        if not self._host.drains_at_once:
+            async with asyncio.timeout(request.timeout_s):
+                await self.may_drain.wait()
         return DrainReply(drained=True)
 
 
@@ -93,6 +116,9 @@ class FakeHost:
     journal: list[tuple[str, str, int]] = field(default_factory=list)
     start_errors: dict[str, PdserveError] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)  # a worker starts only when its gate is open
+    flip_errors: dict[str, PdserveError] = field(default_factory=dict)  # by the id that the process would have
+    drains_at_once: bool = False
+    expected: list[int] = field(default_factory=list)
 
     async def launch(self, spec: WorkerSpec) -> WorkerProcess:
         alive = [one for one in self.workers if one.alive and one.spec.worker_id == spec.worker_id]
@@ -102,6 +128,9 @@ class FakeHost:
         self.workers.append(worker)
         self.journal.append(("launch", spec.worker_id, spec.incarnation))
         return worker
+
+    async def expect(self, num_workers: int) -> None:
+        self.expected.append(num_workers)
 
     def gate_of(self, worker_id: str) -> asyncio.Event:
         if worker_id not in self.gates:
