@@ -31,9 +31,9 @@ model: install ## Fetch the default model into the model cache (MODEL=)
 serve: install ## Start a cluster on this machine, models fetched; Ctrl-C stops it (CONFIG=, HTTP_PORT=, GRPC_PORT=)
 	exec $(BIN)/pdserve up $(CONFIG) --set router.http_port=$(HTTP_PORT) --set router.grpc_port=$(GRPC_PORT)
 
-tools: # The model checker and a Redis, where they can be installed; tests that need them are skipped where they are not
-	@{ command -v spin && command -v redis-server; } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc redis-server >/dev/null; } || true
+tools: # The model checker, a Redis and promtool, where they can be installed; tests that need them are skipped where they are not
+	@{ command -v spin && command -v redis-server && command -v promtool; } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc redis-server prometheus >/dev/null; } || true
 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
 	$(QUICK_TESTS)

@@ -23,6 +23,7 @@ from common.types import (
     Ticket,
     TokenChunk,
     TokenLogprob,
+    WorkAccount,
     WorkerRef,
 )
 from common.wire import types_pb2 as pb
@@ -241,6 +242,14 @@ def started_from_wire(message: pb.Started) -> Started:
         cached_tokens=message.cached_tokens,
         prompt_logprobs=tuple(token_logprob_from_wire(item) for item in message.prompt_logprobs),
     )
+
+
+def work_to_wire(work: WorkAccount) -> pb.WorkAccount:
+    return pb.WorkAccount(**{name: getattr(work, name) for name in WorkAccount.__slots__})
+
+
+def work_from_wire(message: pb.WorkAccount) -> WorkAccount:
+    return WorkAccount(**{name: getattr(message, name) for name in WorkAccount.__slots__})
 
 
 def layout_to_wire(layout: KVLayout) -> pb.KVLayout:

@@ -163,12 +163,6 @@ class AutoscalingConfig(_Part):
     def may_sleep(self) -> bool:
         return self.prefill.min_replicas == 0 and self.decode.min_replicas == 0
 
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _as_yaml_has_it(cls, mode: object) -> object:
-        """YAML takes a bare on or off for a truth value."""
-        return {True: "on", False: "off"}[mode] if isinstance(mode, bool) else mode
-
     @model_validator(mode="after")
     def _can_serve(self) -> AutoscalingConfig:
         if self.mode == "off":
@@ -290,6 +284,37 @@ class AdmissionConfig(_Part):
     slo_slack: float = Field(0.2, ge=0, description="A prediction may exceed the promise by this share.")
 
 
+class SloConfig(_Part):
+    """What the requests of a band are promised; for counting, nothing is refused for it."""
+
+    ttft_s: float | None = Field(None, gt=0, description="Longest time to the first token.")
+    tpot_s: float | None = Field(None, gt=0, description="Longest mean time per token after the first.")
+
+    @model_validator(mode="after")
+    def _promises_something(self) -> SloConfig:
+        if self.ttft_s is None and self.tpot_s is None:
+            raise ValueError("a promise needs ttft_s or tpot_s")
+        return self
+
+
+class PricesConfig(_Part):
+    """Of a worker's hour, in any one currency. For metrics of cost."""
+
+    prefill_hour: float = Field(0.0, ge=0, description="A prefill worker's.")
+    decode_hour: float = Field(0.0, ge=0, description="A decode worker's.")
+
+    @property
+    def given(self) -> bool:
+        return self.prefill_hour > 0 or self.decode_hour > 0
+
+
+class ConsoleConfig(_Part):
+    """The page at / and the JSON under /admin/v1 that it reads. With API keys, reading it needs one of a tenant with `admin`."""
+
+    enabled: bool = Field(True, description="Serve the console on the HTTP port.")
+    max_viewers: int = Field(32, ge=1, description="Pages that are kept up to date at the same time; more get 429.")
+
+
 class RouterConfig(_Part):
     http_host: str = Field("127.0.0.1", description="Address of the OpenAI HTTP server.")
     http_port: int = Field(8000, ge=0, le=65_535, description="0 takes a free port.")
@@ -313,6 +338,9 @@ class RouterConfig(_Part):
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
     placement: PlacementConfig = PlacementConfig()
+    slo: dict[BandName, SloConfig] = Field({}, description="By priority: what counts as goodput.")
+    prices: PricesConfig = PricesConfig()
+    console: ConsoleConfig = ConsoleConfig()
     grammar_timeout_s: float = Field(
         1.0, gt=0, description="How long a JSON schema, regular expression or grammar may take to compile before it is refused."
     )
@@ -524,6 +552,19 @@ class RayConfig(_Part):
     num_cpus_per_worker: float = Field(0.0, ge=0, description="Ray CPU resource that each worker takes.")
 
 
+class TracingConfig(_Part):
+    """OpenTelemetry. Needs pdserve[otel]."""
+
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+/?$",
+        description="The collector's OTLP/gRPC address, such as http://127.0.0.1:4317. Default: nothing is traced.",
+    )
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of the traces that begin here; those that a client began are its to decide."
+    )
+
+
 class LoggingConfig(_Part):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, JSON elsewhere.")
@@ -540,6 +581,7 @@ class Config(_Part):
     cache: CacheConfig = CacheConfig()
     ray: RayConfig = RayConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @field_validator("models")
     @classmethod
@@ -667,6 +709,9 @@ def _known_keys() -> list[str]:
         LimitsConfig,
         TenantConfig,
         AdmissionConfig,
+        SloConfig,
+        PricesConfig,
+        ConsoleConfig,
         RouterConfig,
         RoutingConfig,
         RouteAlias,
@@ -679,5 +724,6 @@ def _known_keys() -> list[str]:
         RedisConfig,
         RayConfig,
         LoggingConfig,
+        TracingConfig,
     ]
     return [name for part in parts for name in part.model_fields]

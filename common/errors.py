@@ -7,11 +7,13 @@
     │   ├── AuthenticationFailed      401
     │   ├── PermissionDenied          403  the key is good, but not for this
     │   ├── ModelNotFound             404
+    │   ├── RequestNotFound           404  it ended too long ago to be known, or never was
     │   └── PayloadTooLarge           413
     ├── CapacityError                 nothing is wrong with the request; come back later
     │   ├── Overloaded                429  shed on purpose
     │   │   └── RateLimited           429  the caller has used up what it may
     │   ├── NoWorkerAvailable         503  nobody can serve this model now
+    │   ├── ManagerUnavailable        503  the pool manager cannot be reached; only what operates the cluster says so
     │   └── StoreUnavailable          503  the store of the caches cannot be reached; only its administration says so
     ├── RequestEnded                  the request was ended from outside
     │   ├── RequestCancelled          499
@@ -94,6 +96,12 @@ class ModelNotFound(RequestError):
     openai_type = "NotFoundError"
 
 
+class RequestNotFound(RequestError):
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    openai_type = "NotFoundError"
+
+
 class PayloadTooLarge(RequestError):
     http_status = 413
     grpc_code = "INVALID_ARGUMENT"
@@ -118,6 +126,10 @@ class RateLimited(Overloaded):
 
 
 class NoWorkerAvailable(CapacityError):
+    pass
+
+
+class ManagerUnavailable(CapacityError):
     pass
 
 

@@ -79,11 +79,17 @@ class Lifecycle:
 class Waterfall:
     """Where a request's time went, as the router saw it. `stages()` adds up to `ttft_s`."""
 
-    router_s: float  # received until dispatched: validation, template, tokenisation, placement
+    router_s: float  # received until dispatched: validation, template, tokenisation, waiting for room, placement
     ttft_s: float  # received until the first token was ready to be written to the client
     total_s: float
     num_output_tokens: int
     worker: StageTimings
+    queue_s: float = 0.0  # of router_s: waiting in the router until workers had room
+
+    @property
+    def unexplained_s(self) -> float:
+        """What no stage accounts for, either way: gaps between the clocks' accounts, and overlaps of them."""
+        return abs(self.ttft_s - self.router_s - self.worker.total_s) + self.worker.rpc_s
 
     @property
     def network_s(self) -> float:
@@ -98,7 +104,8 @@ class Waterfall:
     def stages(self) -> tuple[tuple[str, float], ...]:
         worker = self.worker
         return (
-            ("router", self.router_s),
+            ("router", self.router_s - self.queue_s),
+            ("queue", self.queue_s),
             ("network", self.network_s),
             ("decode queue", worker.decode_queue_s),
             ("prefill queue", worker.prefill_queue_s),

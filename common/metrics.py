@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -29,8 +29,10 @@ _TOKEN_BUCKETS_S = (
 _PHASE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 30, 60, 120, 600, 1800, 7680)
 _LOOKUP_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1, 0.5)
 _STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.05, 0.1, 0.5, 1)
+_COMPILE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 BREAKER_STATES = ("closed", "open", "half_open")
 _STEP_TOKEN_BUCKETS = tuple(2**exponent for exponent in range(15))
+_REQUEST_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _RATIO_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
@@ -97,6 +99,7 @@ class RouterMetrics:
         self.semantic = SemanticMetrics(registry)
         self.store = StoreMetrics(registry)
         self.admission = AdmissionMetrics(registry)
+        self.observe = ObserveMetrics(registry)
         self._inflight: Callable[[], dict[str, int]] = dict
         registry.register(_Gauges(self._read))
 
@@ -141,11 +144,17 @@ class SemanticMetrics:
         )
         self.vetoes = Counter("pdserve_cache_vetoes", "Candidates that were ruled out.", ("reason",), registry=registry)
         self._read: Callable[[], tuple[list[SemanticClass], int]] | None = None
+        self._promised_ratio = 0.0
         registry.register(_Gauges(self._gauges))
 
-    def read_from(self, read: Callable[[], tuple[list[SemanticClass], int]]) -> None:
-        """`read` returns the classes and the number of known questions; called at scrape time. Until then there are no gauges."""
-        self._read = read
+    def read_from(self, read: Callable[[], tuple[list[SemanticClass], int]], *, promised_ratio: float) -> None:
+        """`read` returns the classes and the number of known questions; called at scrape time. Until then there are no gauges.
+        `promised_ratio` is the share of wrong answers among hits that is not to be exceeded."""
+        self._read, self._promised_ratio = read, promised_ratio
+
+    def standing(self) -> tuple[list[SemanticClass], int]:
+        """The classes and the number of known questions, now."""
+        return ([], 0) if self._read is None else self._read()
 
     def _gauges(self) -> Iterable[Metric]:
         if self._read is None:
@@ -157,6 +166,7 @@ class SemanticMetrics:
         for kind in classes:
             ratio.add_metric((kind.name, "estimate"), kind.wrong_ratio)
             ratio.add_metric((kind.name, "ucb"), kind.upper_bound)
+            ratio.add_metric((kind.name, "promised"), self._promised_ratio)
             threshold.add_metric((kind.name,), kind.threshold)
             state.add_metric((kind.name, kind.state), 1)
         yield from (ratio, threshold, state)
@@ -293,6 +303,181 @@ class AdmissionMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class PromiseReadings:
+    """How one class of promises (`router.slo`) was kept lately. Written by the observatory."""
+
+    name: str
+    met_ratio: float  # NaN = there was nothing to keep
+    goodput_per_s: float  # requests that got what they were promised
+
+
+@dataclass(frozen=True, slots=True)
+class CostReadings:
+    """What a model's answers have cost since the router started (`router.observe.cost`). Written by the observatory."""
+
+    model: str
+    seconds: Mapping[str, float]  # of workers, by what for
+    saved_s: float
+    tokens: Mapping[str, int]
+    money: Mapping[str, float]  # empty without prices
+    saved_money: float
+
+
+@dataclass(frozen=True, slots=True)
+class ObserveReadings:
+    promises: tuple[PromiseReadings, ...] = ()
+    costs: tuple[CostReadings, ...] = ()
+    fairness: Mapping[tuple[str, str], float] = field(default_factory=dict)  # Jain's index by model and band
+
+
+@dataclass(slots=True)
+class _OfModel:
+    """A model's metrics, looked up once: looking a label up takes longer than counting."""
+
+    unexplained: Histogram
+    prompt_tokens: Histogram
+    generation_tokens: Histogram
+    promised: dict[tuple[str, bool], Counter] = field(default_factory=dict)
+
+
+class ObserveMetrics:
+    """What a router's observatory counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._promised = Counter(
+            "pdserve_slo_requests",
+            "Requests by whether they got the times that their class is promised.",
+            ("model_name", "slo", "outcome"),
+            registry=registry,
+        )
+        self.loop_delay_s = Histogram(
+            "pdserve_router_loop_delay_seconds",
+            "How late the router's event loop was, looked at once a second.",
+            buckets=_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._unexplained = Histogram(
+            "pdserve_waterfall_unexplained_ratio",
+            "Part of the time to the first token that no stage accounts for: network, event loops.",
+            ("model_name",),
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
+        self._prompt_tokens = Histogram(
+            "vllm:request_prompt_tokens",
+            "Tokens of a prompt.",
+            ("model_name",),
+            buckets=_REQUEST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._generation_tokens = Histogram(
+            "vllm:request_generation_tokens",
+            "Tokens of an answer.",
+            ("model_name",),
+            buckets=_REQUEST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._of_model: dict[str, _OfModel] = {}
+        self._readings: Callable[[], ObserveReadings] = ObserveReadings
+        registry.register(_Gauges(self._read))
+
+    def ended(
+        self,
+        model: str,
+        *,
+        slo: str = "",
+        met: bool | None = None,
+        unexplained_ratio: float | None = None,
+        tokens: tuple[int, int] | None = None,
+    ) -> None:
+        """A request. `slo` is "" if it was promised nothing, `met` None if it counts for neither; `unexplained_ratio` is there if
+        workers gave it a first token, `tokens` (prompt, generated) if it ended well."""
+        of = self._of_model.get(model)
+        if of is None:
+            of = self._of_model[model] = _OfModel(
+                self._unexplained.labels(model), self._prompt_tokens.labels(model), self._generation_tokens.labels(model)
+            )
+        if slo and met is not None:
+            counter = of.promised.get((slo, met))
+            if counter is None:
+                counter = of.promised[slo, met] = self._promised.labels(model, slo, "met" if met else "missed")
+            counter.inc()
+        if unexplained_ratio is not None:
+            of.unexplained.observe(unexplained_ratio)
+        if tokens is not None:
+            of.prompt_tokens.observe(tokens[0])
+            of.generation_tokens.observe(tokens[1])
+
+    def read_from(self, read: Callable[[], ObserveReadings]) -> None:
+        """Called at scrape time."""
+        self._readings = read
+
+    def _read(self) -> Iterable[Metric]:
+        now = self._readings()
+        yield from self._of_promises(now.promises)
+        yield from self._of_costs(now.costs)
+        fairness = GaugeMetricFamily(
+            "pdserve_fairness_jain_index",
+            "How evenly waiting tenants were served for their weight in half a minute; 1 = all the same.",
+            labels=("model_name", "band"),
+        )
+        for (model, band), index in now.fairness.items():
+            fairness.add_metric((model, band), index)
+        yield fairness
+
+    def _of_costs(self, costs: Iterable[CostReadings]) -> Iterable[Metric]:
+        labels = ("model_name", "part")
+        seconds = CounterMetricFamily("pdserve_cost_seconds", "Seconds of workers, by what they went for.", labels=labels)
+        saved = CounterMetricFamily(
+            "pdserve_cost_saved_seconds", "Seconds of workers that caches saved, by estimate.", labels=("model_name",)
+        )
+        tokens = CounterMetricFamily("pdserve_cost_tokens", "Tokens behind those seconds.", labels=labels)
+        money = CounterMetricFamily("pdserve_cost_money", "The same seconds at router.prices.", labels=labels)
+        saved_money = CounterMetricFamily(
+            "pdserve_cost_saved_money", "The saved seconds at router.prices.", labels=("model_name",)
+        )
+        for one in costs:
+            for family, values in ((seconds, one.seconds), (tokens, one.tokens), (money, one.money)):
+                for part, value in values.items():
+                    family.add_metric((one.model, part), value)
+            saved.add_metric((one.model,), one.saved_s)
+            if one.money:
+                saved_money.add_metric((one.model,), one.saved_money)
+        yield from (seconds, saved, tokens, money, saved_money)
+
+    def _of_promises(self, promises: Iterable[PromiseReadings]) -> Iterable[Metric]:
+        ratio = GaugeMetricFamily(
+            "pdserve_slo_met_ratio", "Share of the last five minutes' requests that got what was promised.", labels=("slo",)
+        )
+        goodput = GaugeMetricFamily(
+            "pdserve_goodput_requests_per_second", "Requests that got what was promised, over five minutes.", labels=("slo",)
+        )
+        for one in promises:
+            ratio.add_metric((one.name,), one.met_ratio)
+            goodput.add_metric((one.name,), one.goodput_per_s)
+        yield from (ratio, goodput)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReadings:
+    """Transfers that may still read or write KV, on one side. Written by `kvtransfer`."""
+
+    open: int = 0
+    expired: int = 0  # since the start: whose ticket or lease ran out
+    oldest_s: float = 0.0
+    quarantined: int = 0  # given up, while a writer may still write
+    quarantined_oldest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MaskReadings:
+    """Masks of grammars that were worked out beside the model since the start. Written by the engine."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReadings:
     """A worker's state at the moment of a scrape. Written by the worker's host."""
 
@@ -303,7 +488,7 @@ class WorkerReadings:
     blocks_cached: int
     blocks_used: int
     blocks_in_transfer: int
-    leases_open: int
+    leases: LeaseReadings
     block_tokens: int
     computed_tokens: int
     generated_tokens: int
@@ -313,6 +498,8 @@ class WorkerReadings:
     drafted_tokens: int
     accepted_tokens: int
     steps_by_accepted: tuple[int, ...]
+    work_s: Mapping[str, float]  # time of steps, by what their rows were for
+    masks: MaskReadings
 
 
 class WorkerMetrics:
@@ -342,7 +529,21 @@ class WorkerMetrics:
         self.transfer_exposed_s = histogram(
             "pdserve_transfer_exposed_seconds", "KV transfer that prefill did not hide.", _TOKEN_BUCKETS_S
         )
+        self.transfer_hidden_s = histogram(
+            "pdserve_transfer_hidden_seconds", "KV transfer that went on while the prompt was computed.", _TOKEN_BUCKETS_S
+        )
+        self.inference_s = histogram("vllm:request_inference_time_seconds", "Prompt and answer together.", _PHASE_BUCKETS_S)
+        self._grammars = counter("pdserve_grammar_requests", "Requests with a grammar, by what that took.", "outcome")
+        self._grammar_s = histogram(
+            "pdserve_grammar_compile_seconds", "Compiling a grammar that was not known.", _COMPILE_BUCKETS_S
+        )
         registry.register(_Gauges(self._read))
+
+    def grammar(self, outcome: str, seconds: float | None = None) -> None:
+        """`outcome` is cached, compiled or refused; `seconds` if there was anything to compile."""
+        self._grammars.labels(*self._values, outcome).inc()
+        if seconds is not None:
+            self._grammar_s.observe(seconds)
 
     def finished(self, reason: str) -> None:
         self._finished.labels(*self._values, reason).inc()
@@ -361,7 +562,10 @@ class WorkerMetrics:
             ("vllm:num_requests_running", "Requests in the current batch.", now.requests_running),
             ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", now.requests_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use.", 1.0 - available / max(1, now.blocks_total)),
-            ("pdserve_kv_leases_open", "Transfers that may still read or write KV.", now.leases_open),
+            ("pdserve_kv_leases_open", "Transfers that may still read or write KV.", now.leases.open),
+            ("pdserve_kv_lease_oldest_seconds", "Age of the oldest of those.", now.leases.oldest_s),
+            ("pdserve_kv_leases_quarantined", "Those that were given up, whose blocks wait for it.", now.leases.quarantined),
+            ("pdserve_kv_quarantine_oldest_seconds", "Age of the oldest of those.", now.leases.quarantined_oldest_s),
         )
         for name, text, value in single:
             gauge = GaugeMetricFamily(name, text, labels=("model_name", "engine"))
@@ -375,11 +579,21 @@ class WorkerMetrics:
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits),
             ("vllm:spec_decode_num_draft_tokens", "Tokens guessed and checked.", now.drafted_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", now.accepted_tokens),
+            ("vllm:spec_decode_num_drafts", "Guesses of one or more tokens.", sum(now.steps_by_accepted)),
+            ("pdserve_kv_leases_expired", "Transfers whose ticket or lease ran out.", now.leases.expired),
+            ("pdserve_grammar_masks", "Masks of grammars that were worked out.", now.masks.count),
+            ("pdserve_grammar_mask_seconds", "Time that took, beside the model.", now.masks.seconds),
             ("pdserve_speculation_wasted_rows", "Rows computed for wrong guesses.", now.drafted_tokens - now.accepted_tokens),
         ):
             counter = CounterMetricFamily(name, text, labels=("model_name", "engine"))
             counter.add_metric(self._values, total)
             yield counter
+        work = CounterMetricFamily(
+            "pdserve_work_seconds", "Time of steps, shared by what their rows were for.", labels=("model_name", "engine", "part")
+        )
+        for part, seconds in now.work_s.items():
+            work.add_metric((*self._values, part), seconds)
+        yield work
         accepted = HistogramMetricFamily(
             "pdserve_speculation_accepted_tokens", "Right guesses in a step of one sequence.", labels=("model_name", "engine")
         )

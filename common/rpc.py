@@ -31,6 +31,7 @@ from common.errors import (
     RequestCancelled,
     WorkerLost,
 )
+from common.tracing.span import current_span
 from common.wire import types_pb2
 
 ERROR_TRAILER = "pdserve-error-bin"
@@ -114,7 +115,8 @@ async def start_server(
 
 
 def connect(address: str, token: str | None) -> grpc.aio.Channel:
-    """A channel that connects lazily and adds the bearer token to every call. Close it with `await channel.close()`."""
+    """A channel that connects lazily and adds the bearer token, and the trace that it is part of, to every call. Close it with
+    `await channel.close()`."""
     interceptors: list[Any] = [_AddToken(token), _AddTokenToStream(token)] if token is not None else []
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS, interceptors=interceptors)
 
@@ -200,6 +202,8 @@ class _RequireToken(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # ge
 def _with_token(details: grpc.aio.ClientCallDetails, token: str) -> grpc.aio.ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     metadata.add(_AUTHORIZATION, f"Bearer {token}")
+    for key, value in current_span().headers:
+        metadata.add(key, value)
     return grpc.aio.ClientCallDetails(details.method, details.timeout, metadata, details.credentials, details.wait_for_ready)
 
 

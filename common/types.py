@@ -196,6 +196,21 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkAccount:
+    """What an answer took of the workers' steps: their seconds, shared by rows, and tokens. Comes with the last tokens. Written
+    by the decode worker, with what the prefill worker told; what was computed for a hand-off that failed is not in there."""
+
+    prefill_s: float = 0.0  # for rows of prompt tokens, on either side, and of tokens that were computed again
+    decode_s: float = 0.0  # for rows of tokens that came
+    wasted_s: float = 0.0  # for rows of guesses of tokens that did not come
+    transfer_s: float = 0.0  # as StageTimings.transfer_exposed_s
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    wasted_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, computed by nobody
+
+
+@dataclass(frozen=True, slots=True)
 class KVLayout:
     """What a block of KV memory holds: `[layer][kv_head][K,V][token][head_dim]`, contiguous. Written by the engine.
 

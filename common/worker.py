@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.config import LoggingConfig, ModelConfig, TransferConfig
+from common.config import LoggingConfig, ModelConfig, TracingConfig, TransferConfig
 from common.types import Role, WorkerRef
 
 
@@ -25,6 +25,7 @@ class WorkerSpec:
     host: str = "127.0.0.1"  # every port of the worker binds here
     threads: int = 1  # CPU threads of the engine
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
 
 
 class LoadedModel(Protocol):

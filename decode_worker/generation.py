@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from common.clock import Clock
 from common.engine.batch import SampleSpec
@@ -23,7 +24,17 @@ from common.engine.sequence import PagedSequence
 from common.engine.token_rules import TokenRules
 from common.errors import IllegalTransition
 from common.lifecycle import Lifecycle, Phase
-from common.types import FinishReason, PrefillChoice, Request, SampledToken, StageTimings, TokenChunk, TokenLogprob, WorkerRef
+from common.types import (
+    FinishReason,
+    PrefillChoice,
+    Request,
+    SampledToken,
+    StageTimings,
+    TokenChunk,
+    TokenLogprob,
+    WorkAccount,
+    WorkerRef,
+)
 from decode_worker.speculation.proposer import ChoiceKey
 
 
@@ -115,6 +126,18 @@ class Choice:
         )
 
 
+@dataclass(slots=True)
+class Work:
+    """What a request took of steps so far."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    wasted_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    wasted_tokens: int = 0
+
+
 class Generation:
     """One request. Lives in the scheduler from `submit` until its last choice has finished, it failed or was aborted."""
 
@@ -137,6 +160,7 @@ class Generation:
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.timings = StageTimings()
+        self.work = Work()
         self.choices = [Choice(self, request.first_choice, prompt)]
 
     @property
@@ -146,6 +170,19 @@ class Generation:
     @property
     def finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
+
+    def account(self) -> WorkAccount:
+        work = self.work
+        return WorkAccount(
+            prefill_s=work.prefill_s,
+            decode_s=work.decode_s,
+            wasted_s=work.wasted_s,
+            transfer_s=self.timings.transfer_exposed_s,
+            prefill_tokens=work.prefill_tokens,
+            decode_tokens=work.decode_tokens,
+            wasted_tokens=work.wasted_tokens,
+            cached_tokens=self.cached_tokens,
+        )
 
     def local_timings(self) -> StageTimings:
         """The stages of a prompt that was prefilled here; called when it enters DECODING."""

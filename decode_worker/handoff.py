@@ -31,6 +31,8 @@ from common.codec import (
 from common.config import TransferConfig
 from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch, TransferBroken, WorkerLost
 from common.logs import get_logger
+from common.metrics import LeaseReadings
+from common.tracing.span import Kind, Span, Value, current_span, within
 from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
@@ -71,6 +73,9 @@ class _Peer:
     transport: str = ""  # "" until the handshake succeeded
     handshake: asyncio.Task[None] | None = None  # the one that is under way, for all who need it
     num_waiting: int = 0  # for it
+    num_transfers: int = 0  # that were verified
+    num_failures: int = 0
+    transferred_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -113,9 +118,28 @@ class DecodeHandoff:
         self._peers: dict[str, _Peer] = {}
         self._background: set[asyncio.Task[None]] = set()
 
+    def leases(self) -> LeaseReadings:
+        """From any thread."""
+        return self._receiver.leases()
+
     @property
-    def num_open(self) -> int:
-        return self._receiver.num_open
+    def num_blocks_arriving(self) -> int:
+        """Held by requests whose KV is under way; those in quarantine are not."""
+        return self._receiver.num_blocks_arriving
+
+    def link_uses(self) -> tuple[worker_pb2.LinkUse, ...]:
+        """What came from each prefill worker that is known, in the order in which they were met."""
+        return tuple(
+            worker_pb2.LinkUse(
+                prefill_worker_id=peer.ref.worker_id,
+                prefill_incarnation=peer.ref.incarnation,
+                transport=peer.transport,
+                transfers=peer.num_transfers,
+                failures=peer.num_failures,
+                bytes=peer.transferred_bytes,
+            )
+            for peer in self._peers.values()
+        )
 
     async def start(self) -> None:
         self._offers = await self._receiver.start(self._config.transports, self._spec.host)
@@ -199,10 +223,14 @@ class DecodeHandoff:
         except PdserveError as error:
             if progress.peer is not None:
                 progress.peer.transport = ""  # whatever went wrong, shake hands again before the next ticket
+                progress.peer.num_failures += 1
             report(error)
         else:
             # No await between the last one of the hand-off and here: an abort comes before both, or after both.
             progress.succeeded = True
+            if progress.peer is not None:
+                progress.peer.num_transfers += 1
+                progress.peer.transferred_bytes += ready.timings.transfer_bytes
             report(ready)
 
     async def _obtain(self, progress: _Progress) -> RemotePrefill:
@@ -218,9 +246,11 @@ class DecodeHandoff:
             num_tokens=wanted.request.num_prompt_tokens,
             ttl_s=min(self._config.ticket_ttl_s, wanted.request.timeout_s),
         )
-        return await self._run(peer, incoming, wanted.request)
+        attributes: dict[str, Value] = {"pdserve.prefill_worker": wanted.prefill.worker_id, "pdserve.attempt": wanted.attempt}
+        with within(current_span().child("remote prefill", kind=Kind.CLIENT, attributes=attributes)) as span:
+            return await self._run(peer, incoming, wanted.request, span)
 
-    async def _run(self, peer: _Peer, incoming: Incoming, request: Request) -> RemotePrefill:
+    async def _run(self, peer: _Peer, incoming: Incoming, request: Request, span: Span) -> RemotePrefill:
         started_s = self._clock.monotonic_s()
         message = worker_pb2.PrefillRequest(request=request_to_wire(request), ticket=ticket_to_wire(incoming.ticket))
         run = asyncio.ensure_future(peer.rpc.run(message, incoming.ticket.ttl_s))
@@ -236,6 +266,17 @@ class DecodeHandoff:
         replied_s = self._clock.monotonic_s()
         await incoming.complete(_seal(reply))
         verify_s = self._clock.monotonic_s() - replied_s
+        num_blocks = len(incoming.ticket.blocks)
+        transfer = span.child(
+            "transfer",  # what the computation did not hide
+            start_s=max(started_s, replied_s - reply.tail_s),
+            attributes={
+                "pdserve.transport": peer.transport,
+                "pdserve.blocks": num_blocks,
+                "pdserve.bytes": num_blocks * self._layout.block_bytes,
+            },
+        )
+        transfer.end()
         return self._account(peer, incoming, request, reply, replied_s - started_s, verify_s)
 
     def _account(
@@ -262,6 +303,8 @@ class DecodeHandoff:
             first_tokens=tuple(sampled_token_from_wire(token) for token in reply.first_tokens),
             prompt_logprobs=logprobs,
             cached_tokens=max(0, reply.cached_tokens - local_tokens),
+            work_s=reply.work_s,
+            work_tokens=max(0, request.num_prompt_tokens - reply.cached_tokens),
             timings=StageTimings(
                 prefill_queue_s=reply.queue_s,
                 prefill_s=reply.prefill_s,

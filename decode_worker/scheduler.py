@@ -41,6 +41,7 @@ from common.types import (
     Started,
     TokenChunk,
     TokenLogprob,
+    WorkAccount,
     WorkerRef,
 )
 from decode_worker.admission import PrefillPlace, choose_place
@@ -53,12 +54,13 @@ _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """News of a request for its stream. `done` = every choice has finished; nothing follows."""
+    """News of a request for its stream. `done` = every choice has finished; nothing follows, and the account is there."""
 
     request_id: str
     started: Started | None
     chunks: tuple[TokenChunk, ...]
     done: bool
+    account: WorkAccount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class RemotePrefill:
     prompt_logprobs: tuple[TokenLogprob, ...]
     cached_tokens: int
     timings: StageTimings
+    work_s: float = 0.0  # the prompt's share of steps elsewhere,
+    work_tokens: int = 0  # and how many tokens of it were computed there
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class DecodeScheduler:
         self._clock = clock
         self._speculator = speculator
         self._step_started_s = 0.0
+        self._row_s = 0.0  # of the last step: its time per row
         self._generations: dict[str, Generation] = {}
         self._waiting: deque[Choice] = deque()
         self._remote: dict[str, Choice] = {}
@@ -209,6 +214,8 @@ class DecodeScheduler:
         generation.cached_tokens += result.cached_tokens
         generation.prompt_logprobs = list(result.prompt_logprobs)
         generation.timings = result.timings
+        generation.work.prefill_s += result.work_s
+        generation.work.prefill_tokens += result.work_tokens
         choice.sequence.advance(choice.sequence.remaining, self._blocks)
         choice.enter(ChoiceState.RUNNING)
         self._enlist(choice)
@@ -279,11 +286,19 @@ class DecodeScheduler:
 
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
         """Accounts for a computed step, in which every share of the plan is still running."""
+        rows, step_s = plan.batch.num_tokens, self._clock.monotonic_s() - self._step_started_s
         if self._speculator is not None:
-            self._speculator.observe_step(plan.batch.num_tokens, self._clock.monotonic_s() - self._step_started_s)
+            self._speculator.observe_step(rows, step_s)
+        self._row_s = step_s / max(1, rows)
+        prefill_rows, wasted_before = 0, self.totals.drafted_tokens - self.totals.accepted_tokens
         outputs: dict[str, list[TokenChunk]] = {}
         for share, computed in zip(plan.shares, result.slices, strict=True):
             choice, generation = share.choice, share.choice.generation
+            if share.count > 1 or not generation.prompt_in_kv:
+                prompt_rows = share.count - (generation.prompt_in_kv and bool(computed.tokens))
+                prefill_rows += prompt_rows
+                generation.work.prefill_s += prompt_rows * self._row_s
+                generation.work.prefill_tokens += prompt_rows
             if generation.lifecycle.phase is Phase.FAILED:
                 continue  # by another choice, a moment ago
             if computed.error is not None:
@@ -300,6 +315,8 @@ class DecodeScheduler:
             elif computed.tokens:
                 chunk = self._accept(choice, computed.tokens, share)
                 outputs.setdefault(generation.request.request_id, []).append(chunk)
+        wasted_rows = self.totals.drafted_tokens - self.totals.accepted_tokens - wasted_before
+        self.totals.step_done(step_s, rows=rows, prefill_rows=prefill_rows, wasted_rows=wasted_rows)
         for request_id, chunks in outputs.items():
             self._emit(self._generations[request_id], None, chunks)
 
@@ -499,13 +516,19 @@ class DecodeScheduler:
         """What was drawn becomes part of the answer; `share` is the choice's part of the step, unless its prompt was computed."""
         chunk = choice.accept(tokens)
         sequence, num_said = choice.sequence, len(chunk.token_ids)
-        self.totals.generated_tokens += num_said + (chunk.stop_token_id is not None)
+        num_drawn = num_said + (chunk.stop_token_id is not None)
+        self.totals.generated_tokens += num_drawn
+        work = choice.generation.work
+        work.decode_tokens += num_drawn
         if share is not None:
             num_right = min(len(tokens) - 1, num_said)  # drafts that the sequence now has, and whose KV is in place
             self._advance(choice, share.count + num_right)
+            work.decode_s += (1 + num_right) * self._row_s
             self._blocks.release(sequence.trim(len(sequence.tokens)))
             if share.num_drafts:
                 self.totals.drafted(share.num_drafts, num_right)
+                work.wasted_s += (share.num_drafts - num_right) * self._row_s
+                work.wasted_tokens += share.num_drafts - num_right
             if self._speculator is not None:
                 self._speculator.settle(choice.key, [token.token_id for token in tokens])
         if chunk.finish_reason is not None:
@@ -514,7 +537,8 @@ class DecodeScheduler:
 
     def _emit(self, generation: Generation, started: Started | None, chunks: Sequence[TokenChunk]) -> None:
         done = generation.finished
-        self._events.append(Output(generation.request.request_id, started, tuple(chunks), done))
+        account = generation.account() if done else None
+        self._events.append(Output(generation.request.request_id, started, tuple(chunks), done, account))
         if done:
             self._end(generation, Phase.FINISHED)
 

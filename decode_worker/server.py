@@ -15,13 +15,15 @@ from contextlib import aclosing
 import grpc.aio
 
 from common.clock import SystemClock
-from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, started_to_wire, worker_ref_from_wire
+from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, started_to_wire, work_to_wire, worker_ref_from_wire
 from common.engine.core import Core
-from common.engine.host import WorkerHost
+from common.engine.host import Arrivals, WorkerHost
 from common.engine.loop import EngineLoop
 from common.errors import DeadlineExceeded, PdserveError
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
+from common.tracing.span import within
+from common.tracing.tracer import header_of
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
@@ -49,7 +51,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         self._host = host = WorkerHost(
             spec,
             scheduler=lambda: self._scheduler,
-            leases=lambda: self._handoff.num_open,
+            leases=lambda: self._handoff.leases(),
+            arrivals=lambda: Arrivals(self._handoff.num_blocks_arriving, self._handoff.link_uses()),
         )
         self._loaded = await host.load(PoolMemory(touch=True), self._kept)
         engine = self._loaded.engine
@@ -114,7 +117,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             work = request_from_wire(request.request)
             candidates = tuple(worker_ref_from_wire(ref) for ref in request.prefill)
             choice = choice_from_wire(request.choice)
-            with self._host.in_flight.entered(), bind_request(work.request_id):
+            span = self._host.tracer.serve("decode", header_of(context.invocation_metadata()))
+            with self._host.in_flight.entered(), bind_request(work.request_id), within(span):
                 self._host.check(work)
                 grammar = await self._host.compile_grammar(work)
                 try:
@@ -130,6 +134,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
                                 worker_pb2.GenerateEvent(
                                     started=started_to_wire(output.started) if output.started is not None else None,
                                     chunks=[chunk_to_wire(chunk) for chunk in output.chunks],
+                                    account=work_to_wire(output.account) if output.account is not None else None,
                                 )
                             )
                 except TimeoutError as error:

@@ -23,7 +23,8 @@ from common.engine.loop import Inbox
 from common.errors import DeadlineExceeded, EngineFailure, PdserveError
 from common.logs import get_logger
 from common.metrics import WorkerMetrics
-from common.types import PrefillChoice, Request, WorkerRef
+from common.tracing.span import Span, current_span, entered
+from common.types import PrefillChoice, Request, Started, WorkerRef
 from decode_worker.handoff import DecodeHandoff
 from decode_worker.scheduler import DecodeScheduler, Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 
@@ -37,6 +38,7 @@ class _Stream:
         self.request = request
         self.news: asyncio.Queue[Output | PdserveError] = asyncio.Queue()
         self.fetch: asyncio.Task[None] | None = None
+        self.span = current_span()
 
 
 class DecodeStreams:
@@ -70,18 +72,22 @@ class DecodeStreams:
         stream = self._streams[key] = _Stream(request)
         self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates, grammar, choice)
         started_s = first_token_s = self._clock.monotonic_s()
+        queue_s = 0.0
         try:
             while True:
                 news = await self._next(stream, deadline_s)
                 if news.started is not None:
                     first_token_s = self._clock.monotonic_s()
+                    queue_s = news.started.timings.decode_queue_s
+                    _trace_start(stream.span, started_s, first_token_s, news.started)
                     self._observe_start(news)
                 for chunk in news.chunks:
                     if chunk.finish_reason is not None:
                         self._metrics.finished(chunk.finish_reason.value)
                 if news.done:
                     # Before the last tokens leave: whoever has them may cancel at once, and the request was served all the same.
-                    self._account(request, first_token_s - started_s, self._clock.monotonic_s() - started_s)
+                    stream.span.child("generate", start_s=first_token_s).end()
+                    self._account(request, queue_s, first_token_s - started_s, self._clock.monotonic_s() - started_s)
                 yield news
                 if news.done:
                     break
@@ -145,10 +151,12 @@ class DecodeStreams:
             self._metrics.transferred("", outcome.code)
             self._inbox.post(scheduler.remote_failed, key, outcome)
 
-        stream.fetch = self._handoff.fetch(replace(wanted, request=stream.request), report)
+        with entered(stream.span):
+            stream.fetch = self._handoff.fetch(replace(wanted, request=stream.request), report)
 
-    def _account(self, request: Request, ttft_s: float, total_s: float) -> None:
+    def _account(self, request: Request, queue_s: float, ttft_s: float, total_s: float) -> None:
         self._metrics.decode_s.observe(total_s - ttft_s)
+        self._metrics.inference_s.observe(max(0.0, total_s - queue_s))
         _log.info(
             "served",
             prompt_tokens=request.num_prompt_tokens,
@@ -164,8 +172,23 @@ class DecodeStreams:
         metrics.queue_s.observe(timings.decode_queue_s)
         if timings.transport:
             metrics.transfer_exposed_s.observe(timings.transfer_exposed_s)
+            metrics.transfer_hidden_s.observe(timings.transfer_hidden_s)
             metrics.transfer_bytes.inc(timings.transfer_bytes)
             metrics.transfer_blocks.inc(timings.transfer_blocks)
             metrics.transferred(timings.transport, "ok")
         else:
             metrics.prefill_s.observe(timings.prefill_s)
+
+
+def _trace_start(span: Span, received_s: float, first_token_s: float, started: Started) -> None:
+    """The way to the first token, as far as it was here; what a prefill worker did is told by itself, and by the hand-off."""
+    if not span:
+        return
+    timings = started.timings
+    span.event("first token")
+    begun_s = received_s + timings.decode_queue_s
+    span.child("queue", start_s=received_s).end(at_s=begun_s)
+    if not timings.transport:
+        computing_s = begun_s + timings.prefill_queue_s
+        prefill = span.child("prefill", start_s=computing_s, attributes={"pdserve.cached_tokens": started.cached_tokens})
+        prefill.end(at_s=min(computing_s + timings.prefill_s, first_token_s))

@@ -137,6 +137,7 @@ class _Cluster:
             models=self._models,
             transfer=config.transfer,
             logging=config.logging,
+            tracing=config.tracing,
             cluster_token=self._token,
         )
         options = {

@@ -112,17 +112,16 @@ class Membership:
             self._known[model.name] = (longest or old_longest, layout or old_layout)
 
     def _model(self, model: ServedModel, state: PoolsState) -> ModelInfo:
-        desired, prefill, decode = state.desired, Pool(model.name, Role.PREFILL), Pool(model.name, Role.DECODE)
-        missing = [pool for pool in (prefill, decode) if not state.ready(pool) and (pool == decode or desired.get(pool, 0))]
-        gave_up = any(one.phase is Phase.FAILED for pool in missing for one in state.of(pool))
+        desired, decode = state.desired, Pool(model.name, Role.DECODE)
+        gave_up = any(one.phase is Phase.FAILED for one in state.of(decode))
         context_tokens, layout = self._known[model.name]
         return ModelInfo(
             name=model.name,
             path=model.path,
             context_tokens=context_tokens,
             created_s=model.created_s,
-            desired_prefill=desired.get(prefill, 0),
+            desired_prefill=desired.get(Pool(model.name, Role.PREFILL), 0),
             desired_decode=desired.get(decode, 0),
             layout_fingerprint=layout,
-            wakes_on_demand=model.name in self.waking and bool(missing) and not gave_up,
+            wakes_on_demand=model.name in self.waking and not state.ready(decode) and not gave_up,
         )

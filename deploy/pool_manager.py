@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from common.clock import Clock
-from common.config import LoggingConfig, ModelConfig, TransferConfig
+from common.config import LoggingConfig, ModelConfig, TracingConfig, TransferConfig
 from common.errors import (
     ClusterError,
     ConfigError,
@@ -94,6 +94,7 @@ class ManagerSpec:
     transfer: TransferConfig
     logging: LoggingConfig
     cluster_token: str = field(repr=False)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     host: str = "127.0.0.1"  # the manager's and the workers' ports bind here
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     health: HealthPolicy = field(default_factory=HealthPolicy)
@@ -133,7 +134,6 @@ class PoolManager:
         self._events = EventLog(clock)
         self._workers: dict[str, _Worker] = {}
         self._num_expected = 0
-        self._expecting = asyncio.Lock()
         self._news = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -176,7 +176,7 @@ class PoolManager:
                         tasks.create_task(self._perform(action), name=f"{type(action).__name__} {action.worker_id}")
                     if sum(state.desired.values()) != self._num_expected:
                         self._num_expected = sum(state.desired.values())
-                        tasks.create_task(self._expect(), name="expect workers")
+                        tasks.create_task(self._host.expect(self._num_expected), name="expect workers")
                     self.publish()
                     if self._state.closing and not self._state.replicas:
                         break
@@ -321,10 +321,6 @@ class PoolManager:
                 return
             version = (await self._membership.after(version)).version
 
-    async def _expect(self) -> None:
-        async with self._expecting:  # the last word is the latest figure
-            await self._host.expect(self._num_expected)
-
     async def _perform(self, action: Action) -> None:
         match action:
             case Start():
@@ -465,4 +461,5 @@ class PoolManager:
             host=self._spec.host,
             threads=model.threads,
             logging=self._spec.logging,
+            tracing=self._spec.tracing,
         )

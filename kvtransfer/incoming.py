@@ -70,6 +70,7 @@ class Incoming:
         self.transfer = transfer
         self.link: ReceiverLink | None = None  # the one over which the writer was let in
         self.drained = asyncio.Event()  # failed or cancelled, and no writer can touch the blocks
+        self.opened_s = side.clock.monotonic_s()
         self.transport = ""  # kind of that link; stays when the link is gone
         self._side = side
         self._first_block, self._blocks = transfer.ticket.first_block, transfer.ticket.blocks

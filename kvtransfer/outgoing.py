@@ -60,6 +60,7 @@ class SourceSide:
     clock: Clock
     lease_s: float
     forget: Callable[[bytes], object]  # the nonce of a transfer that has ended
+    expired: Callable[[], None]  # a transfer's time is over, its ticket's or its lease's
     silent: Callable[[SenderLink], None]  # over this link the decode worker was not heard for the time of a lease
 
 
@@ -78,6 +79,7 @@ class Outgoing:
 
     def __init__(self, ticket: Ticket, side: SourceSide, enter: Enter) -> None:
         self.ticket = ticket
+        self.opened_s = side.clock.monotonic_s()
         self._side = side
         self._enter = enter
         self._phase = _Phase.PUSHING
@@ -285,6 +287,8 @@ class Outgoing:
         if self._phase in (_Phase.PUSHING, _Phase.FINISHING):
             self._error = error
             self._phase = _Phase.STOPPING
+            if isinstance(error, TransferTimeout):
+                self._side.expired()
             self._changed.set()
             self._room.set()
             self._later(STOP_GRACE_S, self._stop_by_force)

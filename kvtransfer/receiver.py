@@ -12,11 +12,12 @@ Does not know what is in the blocks, who computes it, or how control messages tr
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from common.clock import Clock
-from common.errors import HandoffError, IllegalTransition, StartupError, TransferBroken
+from common.errors import HandoffError, IllegalTransition, StartupError, TransferBroken, TransferTimeout
 from common.loopback import is_loopback
+from common.metrics import LeaseReadings
 from common.types import KVLayout, WorkerRef
 from kvtransfer.incoming import Incoming, PoolSide, ReceiverCounters
 from kvtransfer.layout import layer_bytes
@@ -39,6 +40,7 @@ from kvtransfer.transports.base import (
 
 __all__ = ["CREDIT_BYTES", "Incoming", "KVReceiver", "ReceiverCounters"]
 
+_QUARANTINED = (HandoffState.POISONED, HandoffState.CANCELLED)
 CREDIT_BYTES = 32 * 1024 * 1024  # what a writer may have on its way, unverified; at least four blocks
 
 
@@ -149,7 +151,24 @@ class KVReceiver:
     @property
     def num_quarantined(self) -> int:
         """Those of `num_open` that have failed or been cancelled while their writer may still write."""
-        return sum(incoming.state in (HandoffState.POISONED, HandoffState.CANCELLED) for incoming in self._incoming.values())
+        return sum(incoming.state in _QUARANTINED for incoming in self._incoming.values())
+
+    def leases(self) -> LeaseReadings:
+        """From any thread."""
+        now_s, transfers = self._clock.monotonic_s(), tuple(self._incoming.values())
+        given_up = [transfer for transfer in transfers if transfer.state in _QUARANTINED]
+        return LeaseReadings(
+            open=len(transfers),
+            expired=self.counters.failures[TransferTimeout.__name__],
+            oldest_s=_oldest_s(transfers, now_s),
+            quarantined=len(given_up),
+            quarantined_oldest_s=_oldest_s(given_up, now_s),
+        )
+
+    @property
+    def num_blocks_arriving(self) -> int:
+        """Blocks of those transfers that may still succeed."""
+        return sum(len(incoming.ticket.blocks) for incoming in self._incoming.values() if incoming.state not in _QUARANTINED)
 
     async def close(self) -> None:
         """Ends all links and fails what is open. Idempotent. The pool must not be used afterwards: a process that has it mapped
@@ -218,3 +237,8 @@ class KVReceiver:
     def _written_over(self, link: ReceiverLink, nonce: bytes) -> Incoming | None:
         incoming = self._incoming.get(nonce)
         return incoming if incoming is not None and incoming.link is link else None
+
+
+def _oldest_s(transfers: Iterable[Incoming], now_s: float) -> float:
+    """The age of the oldest; 0 without any."""
+    return max((now_s - transfer.opened_s for transfer in transfers), default=0.0)

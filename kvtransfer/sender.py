@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from common.clock import Clock
 from common.errors import HandoffError, HandshakeRefused, StartupError, TicketRefused, TransferBroken, TransferTimeout
+from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
 from kvtransfer.lease import LEASE_S
 from kvtransfer.outgoing import Outgoing, SourceSide, TransferAccount
@@ -65,12 +66,14 @@ class KVSender:
         self._spent: OrderedDict[bytes, None] = OrderedDict()  # seen or released: never accepted (again)
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._num_expired = 0
         self._side = SourceSide(
             region=region,
             num_layers=layout.num_layers,
             clock=clock,
             lease_s=lease_s,
             forget=lambda nonce: self._outgoing.pop(nonce, None),
+            expired=self._count_expired,
             silent=self._link_silent,
         )
 
@@ -131,6 +134,12 @@ class KVSender:
         """Transfers that may still write, and so read their source blocks."""
         return len(self._outgoing)
 
+    def leases(self) -> LeaseReadings:
+        """From any thread."""
+        opened_s = [outgoing.opened_s for outgoing in tuple(self._outgoing.values())]
+        oldest_s = self._side.clock.monotonic_s() - min(opened_s) if opened_s else 0.0
+        return LeaseReadings(open=len(opened_s), expired=self._num_expired, oldest_s=oldest_s)
+
     async def close(self) -> None:
         """Aborts what is open and ends all links. Idempotent."""
         self._closed = True
@@ -140,6 +149,9 @@ class KVSender:
         self._peers.clear()
         if self._retiring:
             await asyncio.wait(self._retiring)
+
+    def _count_expired(self) -> None:
+        self._num_expired += 1
 
     # -- within -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from common.blocks import num_blocks, num_full_blocks
 from common.clock import Clock
 from common.codec import layout_from_wire, ticket_from_wire
 from common.errors import HandshakeRefused
+from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
@@ -58,9 +59,9 @@ class PrefillHandoff:
         self._sender = make_sender(region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)
 
-    @property
-    def num_open(self) -> int:
-        return self._sender.num_open
+    def leases(self) -> LeaseReadings:
+        """From any thread."""
+        return self._sender.leases()
 
     async def handshake(self, message: worker_pb2.HandshakeRequest) -> worker_pb2.HandshakeReply:
         """A decode worker introduces itself. Raises HandshakeRefused naming what differs, or what could not be reached."""

@@ -23,6 +23,7 @@ from common.engine.grammar import CompiledGrammar
 from common.engine.loop import Inbox
 from common.errors import DeadlineExceeded, EngineFailure, PdserveError, TicketRefused
 from common.metrics import WorkerMetrics
+from common.tracing.span import current_span
 from common.types import Request, Ticket
 from common.wire import worker_pb2
 from prefill_worker.handoff import PrefillHandoff, Push
@@ -96,6 +97,7 @@ class PrefillRuns:
         key = f"{request.request_id}#{next(self._serial)}"
         news: asyncio.Queue[Event | PdserveError] = asyncio.Queue()
         self._news[key] = news
+        received_s = self._clock.monotonic_s()
         self._inbox.post(self._scheduler.submit, replace(request, request_id=key), grammar)
         try:
             computed = await self._push_while_computing(news, push)
@@ -105,6 +107,7 @@ class PrefillRuns:
             del self._news[key]
             self._inbox.post(self._scheduler.stop, key)
             self._spawn_give_back(push, key)
+        self._trace(received_s, computed)
         self._metrics.queue_s.observe(computed.queue_s)
         self._metrics.prefill_s.observe(computed.prefill_s)
         self._metrics.transfer_bytes.inc(account.bytes)
@@ -121,6 +124,7 @@ class PrefillRuns:
             prefill_s=computed.prefill_s,
             tail_s=self._clock.monotonic_s() - computed_s,
             transfer_s=account.transfer_s,
+            work_s=computed.work_s,
         )
 
     async def _push_while_computing(self, news: asyncio.Queue[Event | PdserveError], push: Push) -> PromptComputed:
@@ -128,6 +132,8 @@ class PrefillRuns:
             event = await news.get()  # bounded by the ticket's time
             match event:
                 case LayersComputed():
+                    if event.first_layer == 0:
+                        current_span().event("chunk", {"pdserve.tokens": event.num_tokens})
                     await push.computed(event.num_tokens, event.blocks, event.first_layer, event.end_layer)
                 case PromptComputed():
                     return event
@@ -135,6 +141,15 @@ class PrefillRuns:
                     raise event.error
                 case PdserveError():
                     raise event
+
+    def _trace(self, received_s: float, computed: PromptComputed) -> None:
+        span = current_span()
+        if not span:
+            return
+        started_s = received_s + computed.queue_s
+        span.child("queue", start_s=received_s).end(at_s=started_s)
+        compute = span.child("compute", start_s=started_s, attributes={"pdserve.cached_tokens": computed.cached_tokens})
+        compute.end(at_s=started_s + computed.prefill_s)
 
     def _spawn_give_back(self, push: Push, key: str) -> None:
         async def give_back() -> None:

@@ -51,6 +51,7 @@ class PromptComputed:
     cached_tokens: int
     queue_s: float
     prefill_s: float
+    work_s: float  # its share of the steps' time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class _Prompt:
         self.logprobs: list[TokenLogprob] = []
         self.received_s = received_s
         self.started_s: float | None = None
+        self.work_s = 0.0
 
     def enter(self, state: _State) -> None:
         if state not in _LEGAL[self.state]:
@@ -111,6 +113,7 @@ class PrefillScheduler:
         self._running: list[_Prompt] = []  # in order of arrival
         self._events: list[Event] = []
         self._dispatches: list[int] = []
+        self._step_started_s = 0.0
         self.totals = SchedulerTotals()
         self.waiting_since_s: float | None = None  # since when the oldest prompt waits that nothing was computed of
 
@@ -187,6 +190,7 @@ class PrefillScheduler:
 
     def schedule(self) -> StepPlan:
         """The next step. Its batch is empty when nothing can be computed now."""
+        self._step_started_s = self._clock.monotonic_s()
         while self._waiting and len(self._running) < self._config.max_running and self._admit(self._waiting[0]):
             self._waiting.popleft()
         budget = self._config.chunk_tokens
@@ -223,9 +227,13 @@ class PrefillScheduler:
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
         """Accounts for a computed step, whose layers have all been reported."""
         now_s = self._clock.monotonic_s()
+        rows = sum(count for _, count in plan.prompts)
+        step_s = now_s - self._step_started_s
+        self.totals.step_done(step_s, rows=rows, prefill_rows=rows, wasted_rows=0)
         for (prompt, count), computed in zip(plan.prompts, result.slices, strict=True):
             sequence, request_id = prompt.sequence, prompt.request.request_id
             sequence.advance(count, self._blocks)
+            prompt.work_s += step_s * count / rows
             self.totals.computed_tokens += count
             prompt.logprobs.extend(computed.prompt_logprobs)
             if sequence.remaining == 0:
@@ -243,6 +251,7 @@ class PrefillScheduler:
                         cached_tokens=prompt.cached_tokens,
                         queue_s=started_s - prompt.received_s,
                         prefill_s=now_s - started_s,
+                        work_s=prompt.work_s,
                     )
                 )
 

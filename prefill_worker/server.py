@@ -17,6 +17,8 @@ from common.engine.loop import EngineLoop
 from common.errors import PdserveError
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
+from common.tracing.span import within
+from common.tracing.tracer import header_of
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
@@ -39,7 +41,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         self._host = host = WorkerHost(
             self._spec,
             scheduler=lambda: self._scheduler,
-            leases=lambda: self._handoff.num_open,
+            leases=lambda: self._handoff.leases(),
         )
         self._loaded = await host.load(PoolMemory(touch=False), self._kept)
         engine = self._loaded.engine
@@ -112,7 +114,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         context: grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillReply],
     ) -> worker_pb2.PrefillReply:
         async with typed_errors(context):
-            with self._host.in_flight.entered(), bind_request(request.request.request_id):
+            span = self._host.tracer.serve("prefill", header_of(context.invocation_metadata()))
+            with self._host.in_flight.entered(), bind_request(request.request.request_id), within(span):
                 try:
                     reply = await self._runs.run(request)
                 except PdserveError as error:

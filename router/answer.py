@@ -27,6 +27,15 @@ class Answer:
     def finished(self) -> bool:
         return not self._unfinished
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._request.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(map(len, self._tokens.values()))
+
     def add(self, chunks: Iterable[TokenChunk]) -> None:
         """Raises EngineFailure for a choice that is finished already or was not asked for."""
         for chunk in chunks:

@@ -30,7 +30,7 @@ from typing import Any
 import grpc.aio
 
 from common.clock import Clock
-from common.codec import choice_to_wire, chunk_from_wire, request_to_wire, started_from_wire, worker_ref_to_wire
+from common.codec import choice_to_wire, chunk_from_wire, request_to_wire, started_from_wire, work_from_wire, worker_ref_to_wire
 from common.config import RouterConfig
 from common.errors import (
     DeadlineExceeded,
@@ -43,11 +43,13 @@ from common.errors import (
 from common.logs import get_logger
 from common.metrics import RouterMetrics
 from common.rpc import cancel_and_wait, error_from_rpc
+from common.tracing.span import Kind, current_span, entered
 from common.types import Request, Started, TokenChunk, WorkerRef
 from common.wire import worker_pb2
 from common.wire.worker_pb2_grpc import DecodeStub
 from router.answer import Answer
 from router.links import Links
+from router.observe.cost import BrokenOff, CostSplit, Ledger, Ledgers
 from router.placement.membership import Placement, Prompt
 from router.placement.placer import Dispatched, Placer
 from router.registry import Registry
@@ -67,6 +69,7 @@ class Admission:
     decode_worker: WorkerRef
     dispatched_s: float  # monotonic: when the successful attempt was opened
     retries: int
+    queued_s: float = 0.0  # before that, in the router's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class DispatchEvent:
 
     chunks: tuple[TokenChunk, ...]
     admission: Admission | None = None
+    moved_to: WorkerRef | None = None  # who goes on with the answer, on the first event from there
+    cost: CostSplit | None = None  # with the last tokens that a worker sends for the request, or for the rest of it
 
 
 @dataclass(slots=True)
@@ -99,6 +104,7 @@ class Dispatcher:
         self._active: set[_Attempt] = set()
         self._tidied = registry.view
         self.placer = Placer(config.placement, clock=clock)
+        self.ledgers = Ledgers()
 
     async def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
         """Events until every choice has finished. Close it (`aclosing`) to cancel. Raises one PdserveError, at most."""
@@ -122,7 +128,7 @@ class Dispatcher:
             answer = Answer(request)
             handed_over = False
             try:
-                async with self._attempt(request, prompt, placement, journey.deadline_s) as attempt:
+                async with self._attempt(request, prompt, placement, journey.deadline_s, answer) as attempt:
                     event = await attempt.first_tokens(retries)  # 3, 4, 5
                     while True:  # 7
                         answer.add(event.chunks)
@@ -148,7 +154,8 @@ class Dispatcher:
         patience_until_s = min(self._clock.monotonic_s() + self._config.migration_wait_s, journey.deadline_s)
         async with aclosing(_merged([self._generate(one, journey, patience_until_s=patience_until_s) for one in rest])) as events:
             async for event in events:
-                yield DispatchEvent(event.chunks)
+                moved_to = event.moved_to if event.admission is None else event.admission.decode_worker
+                yield DispatchEvent(event.chunks, moved_to=moved_to, cost=event.cost)
 
     async def _place(
         self, request: Request, prompt: Prompt, tried: set[WorkerRef], journey: _Journey, patience_until_s: float
@@ -164,10 +171,13 @@ class Dispatcher:
                     raise
             await self._registry.wait_changed(min(left_s, _WAKE_AGAIN_S) if asleep else left_s)
 
-    def _attempt(self, request: Request, prompt: Prompt, placement: Placement, deadline_s: float) -> _Attempt:
+    def _attempt(self, request: Request, prompt: Prompt, placement: Placement, deadline_s: float, answer: Answer) -> _Attempt:
         dispatched = self.placer.open(placement, request.model, prompt)
         self._metrics.placed(request.model, placement.choice.value)
-        return _Attempt(request, placement, deadline_s, self._links, dispatched, self._clock, self._metrics, self._active)
+        account = _Account(answer, self.ledgers.of(request.model))
+        return _Attempt(
+            request, placement, deadline_s, self._links, dispatched, self._clock, self._metrics, self._active, account
+        )
 
     async def _before_retry(
         self,
@@ -180,8 +190,7 @@ class Dispatcher:
         patience_until_s: float,
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
-        waking = isinstance(failure, NoWorkerAvailable) and self._registry.wake(request.model)  # a part of its workers is there
-        patient = self._clock.monotonic_s() < (journey.deadline_s if waking else patience_until_s)
+        patient = self._clock.monotonic_s() < patience_until_s
         if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
             raise failure
         self.placer.sync(self._registry.view.workers)
@@ -212,6 +221,34 @@ class Dispatcher:
         await self._links.close()
 
 
+class _Account:
+    """What an attempt cost: what its worker says, or else, once it had begun to answer, an estimate."""
+
+    def __init__(self, answer: Answer, ledger: Ledger) -> None:
+        self._answer = answer
+        self._ledger = ledger
+        self._started: Started | None = None
+        self._told = False
+
+    def began(self, started: Started) -> None:
+        self._started = started
+
+    def told(self, message: worker_pb2.GenerateEvent) -> CostSplit | None:
+        if not message.HasField("account"):
+            return None
+        self._told = True
+        return self._ledger.paid(work_from_wire(message.account))
+
+    def close(self) -> None:
+        if self._started is not None and not self._told:
+            self._ledger.broken_off(broken_off(self._answer.num_prompt_tokens, self._started, self._answer.num_tokens))
+
+
+def broken_off(prompt_tokens: int, started: Started, generated_tokens: int) -> BrokenOff:
+    """An answer as far as it came."""
+    return BrokenOff(prompt_tokens, started.cached_tokens, generated_tokens, started.timings.transfer_exposed_s)
+
+
 class _Attempt:
     """One try of one request at one decode worker: at most one gRPC stream, cancelled on exit whatever happened."""
 
@@ -225,7 +262,14 @@ class _Attempt:
         clock: Clock,
         metrics: RouterMetrics,
         active: set[_Attempt],
+        account: _Account,
     ) -> None:
+        self._account = account
+        self._span = current_span().child(
+            "dispatch",
+            kind=Kind.CLIENT,
+            attributes={"pdserve.decode_worker": placement.decode.worker_id, "pdserve.placement": placement.choice.value},
+        )
         self._request = request
         self._placement = placement
         self._deadline_s = deadline_s
@@ -247,6 +291,8 @@ class _Attempt:
     ) -> None:
         self._active.discard(self)
         self._dispatched.close()
+        self._account.close()
+        self._span.end(error="" if kind is None or kind is GeneratorExit else kind.__name__)
         if self._call is not None:
             self._call.cancel()
         await self._stack.__aexit__(kind, error, traceback)
@@ -267,14 +313,17 @@ class _Attempt:
         except TimeoutError:
             raise DeadlineExceeded("the request's time is over") from None
         remaining_s = max(0.001, self._deadline_s - self._clock.monotonic_s())
-        self._call = DecodeStub(channel).Generate(
-            worker_pb2.GenerateRequest(
-                request=request_to_wire(replace(self._request, timeout_s=remaining_s, dispatch_id=self._dispatched.dispatch_id)),
-                prefill=[worker_ref_to_wire(ref) for ref in self._placement.prefill],
-                choice=choice_to_wire(self._placement.choice),
-            ),
-            timeout=remaining_s,
-        )
+        with entered(self._span):
+            self._call = DecodeStub(channel).Generate(
+                worker_pb2.GenerateRequest(
+                    request=request_to_wire(
+                        replace(self._request, timeout_s=remaining_s, dispatch_id=self._dispatched.dispatch_id)
+                    ),
+                    prefill=[worker_ref_to_wire(ref) for ref in self._placement.prefill],
+                    choice=choice_to_wire(self._placement.choice),
+                ),
+                timeout=remaining_s,
+            )
         self._events = aiter(self._call)
         started: Started | None = None
         while True:
@@ -286,16 +335,20 @@ class _Attempt:
         if started is None:
             raise EngineFailure("the worker sent tokens before it said how it started")
         self._dispatched.started(started)
+        self._account.began(started)
+        self._span.event("first token")
         if self._placement.ttft_s is not None:
             taken_s = self._clock.monotonic_s() - dispatched_s
             self._metrics.forecast(self._request.model, predicted_s=self._placement.ttft_s, taken_s=taken_s)
-        return DispatchEvent(_chunks(message), Admission(started, worker, dispatched_s, retries))
+        return DispatchEvent(
+            _chunks(message), Admission(started, worker, dispatched_s, retries), cost=self._account.told(message)
+        )
 
     async def next_tokens(self) -> DispatchEvent:
         while True:
             message = await self._read()
             if message.chunks:
-                return DispatchEvent(_chunks(message))
+                return DispatchEvent(_chunks(message), cost=self._account.told(message))
 
     async def _read(self) -> worker_pb2.GenerateEvent:
         if self._aborted is not None:

@@ -79,7 +79,7 @@ async def sse_events(answer: Answer, formatter: Formatter) -> AsyncGenerator[byt
 
 
 class EventStream(Response):
-    """Sends the events of a generation, and closes it however the sending ends. `scope["state"]["outcome"]` tells the edge how
+    """Sends the events of a generation, and closes it however the sending ends. `scope["state"]` tells the edge how
     a stream ended that had already begun with 200."""
 
     media_type = "text/event-stream"
@@ -110,6 +110,7 @@ class EventStream(Response):
             failure = error  # the client has left, or reads so slowly that its time is over: there is nobody to tell
         if failure is not None:
             scope["state"]["outcome"] = str(failure.http_status)
+            scope["state"]["failure"] = failure
 
 
 def _event(data: Json) -> bytes:

@@ -14,6 +14,7 @@ from common.clock import Clock
 from common.config import Config
 from common.errors import InvalidRequest, RateLimited
 from common.metrics import RouterMetrics
+from common.tracing.tracer import Tracer
 from common.types import Request, Role
 from router.admission.bands import Band
 from router.admission.forecast import Forecast, PoolRoom
@@ -30,6 +31,7 @@ from router.keys import KeyRing
 from router.models.decision import Decision
 from router.models.facts import Header, facts_of
 from router.models.routes import ModelRouter, Route, Validate
+from router.observe.observatory import Observatory
 from router.registry import ModelView, Registry
 from router.schemas import ChatBody, CompletionBody, FeedbackBody, InvalidateBody
 from router.structured.examination import Examination
@@ -49,6 +51,7 @@ class Front:
         semantics: SemanticLookup,
         in_flight: InFlight,
         metrics: RouterMetrics,
+        tracer: Tracer,
         clock: Clock,
     ) -> None:
         self.config = config.router
@@ -70,6 +73,14 @@ class Front:
             limiter=self.limiter,
             metrics=metrics.admission,
             clock=clock,
+        )
+        self.observatory = Observatory(
+            config.router,
+            lines=self.gate.lines,
+            ledgers=dispatcher.ledgers,
+            tracer=tracer,
+            clock=clock,
+            metrics=metrics.observe,
         )
         metrics.read_inflight_from(lambda: dict(self.in_flight.by_model))
 

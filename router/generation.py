@@ -24,9 +24,10 @@ from common.types import TokenLogprob
 from router.cache.answers import AnswerCache
 from router.cache.control import CacheControl
 from router.cache.flight import TokenSource
-from router.cache.report import CacheReport, headers_of
+from router.cache.report import CacheReport, headers_of, result_of
 from router.choice_text import choice_text
-from router.dispatch import Admission, DispatchEvent
+from router.dispatch import Admission, DispatchEvent, broken_off
+from router.observe.cost import NOTHING, CostSplit, Ledger
 from router.streaming import ChoiceDelta
 from router.validate import ValidCall
 
@@ -112,6 +113,10 @@ class Generation:
         self._first_token_s: float | None = None
         self._last_token_s: dict[int, float] = {}  # by choice
         self._ended_s: float | None = None
+        self._moved_to: list[str] = []
+        self._finish_reasons: list[str] = []
+        self._cost = NOTHING  # as far as workers have told,
+        self._told: set[int] = set()  # of these requests
         self.failure: PdserveError | None = None
 
     @property
@@ -121,6 +126,32 @@ class Generation:
             sum(choice.num_tokens for choice in self._choices),
             sum(admission.started.cached_tokens for admission in self._admissions.values()),
         )
+
+    @property
+    def migrated_to(self) -> tuple[str, ...]:
+        """Decode workers that went on with answers after others were lost, in order."""
+        return tuple(self._moved_to)
+
+    @property
+    def finish_reasons(self) -> tuple[str, ...]:
+        """Of the choices that have ended, in order of their ends."""
+        return tuple(self._finish_reasons)
+
+    def settle(self, ledger: Ledger) -> CostSplit:
+        """What it cost, by what workers told, or by an estimate of what it came to where none did. What nobody computed is
+        entered into the ledger here, all else by the dispatcher. Called once, when it is over."""
+        cost = self._cost
+        for index, admission in self._admissions.items():
+            if index in self._told:
+                continue
+            request = self.call.requests[index]
+            choices = self._choices[index * request.num_choices : (index + 1) * request.num_choices]
+            num_tokens = sum(choice.num_tokens for choice in choices)
+            if admission.decode_worker.worker_id:
+                cost += ledger.estimate(broken_off(request.num_prompt_tokens, admission.started, num_tokens))
+            else:
+                cost += ledger.spared(prompt_tokens=request.num_prompt_tokens, answer_tokens=num_tokens)
+        return cost
 
     @property
     def timings(self) -> Timings | None:
@@ -134,10 +165,16 @@ class Generation:
             total_s=(self._ended_s or self._clock.monotonic_s()) - self._received_s,
             num_output_tokens=self._choices[0].num_tokens,
             worker=admission.started.timings,
+            queue_s=admission.queued_s,
         )
         cached_tokens = admission.started.cached_tokens
         worker, cache = admission.decode_worker.worker_id, str(self._cache_reports[0].result or "")
         return Timings(waterfall, worker, cache, cached_tokens, admission.retries)
+
+    @property
+    def cache_result(self) -> str:
+        """What x-cache says; "" if nothing was answered."""
+        return str(result_of(self._cache_reports) or "")
 
     @property
     def cache_headers(self) -> dict[str, str]:
@@ -217,6 +254,11 @@ class Generation:
         now_s = self._clock.monotonic_s()
         if event.admission is not None:
             self._admissions[request] = event.admission
+        if event.moved_to is not None:
+            self._moved_to.append(event.moved_to.worker_id)
+        if event.cost is not None:
+            self._cost = event.cost if self._cost is NOTHING else self._cost + event.cost
+            self._told.add(request)
         if self._first_token_s is None:
             self._first_token_s = now_s
             self._metrics.ttft_s.labels(self.call.model.name).observe(now_s - self._received_s)
@@ -233,6 +275,7 @@ class Generation:
             delta = choice.push(chunk)
             if delta.finish_reason is not None:
                 self._metrics.success_total.labels(self.call.model.name, str(delta.finish_reason)).inc()
+                self._finish_reasons.append(str(delta.finish_reason))
             if first or not delta.empty:
                 yield ChoiceDelta(index, delta.text, delta.tokens, delta.finish_reason, delta.stop_reason)
 

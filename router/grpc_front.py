@@ -9,6 +9,7 @@ The last event of a stream carries usage, and nothing else. What the cache did i
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -21,6 +22,7 @@ from common.errors import PdserveError
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
 from common.tokenizer import Tokenizer
+from common.tracing.span import entered
 from common.types import TokenLogprob
 from common.wire import inference_pb2 as pb
 from common.wire import inference_pb2_grpc
@@ -30,6 +32,8 @@ from router.front import Front, request_id_or_new
 from router.generation import Generation
 from router.models.fallback import Answer
 from router.models.routes import Route
+from router.observe.observatory import Sighting
+from router.observe.slo import CLIENT_LEFT
 from router.schemas import ChatBody, CompletionBody, TokenizeBody, parse
 from router.streaming import ChoiceDelta
 from router.structured.wanted import parsed_schema
@@ -62,17 +66,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._front = front
 
     async def Generate(self, request: pb.InferenceRequest, context: Context) -> None:
-        async with self._call(context, "Generate", request.request_id) as call:
+        async with self._call(context, "Generate", request.request_id) as call, self._observed(call) as sighting:
             self._front.admit(call.identity)
             control = cache_control(lambda name: call.metadata.get(name, ""))
-            standing = self._front.standing(call.identity, call.priority)
+            standing = sighting.standing = self._front.standing(call.identity, call.priority)
             tenant = call.identity.tenant
             caller = Caller(call.request_id, tenant.cache_salt, timeout_s=context.time_remaining())
             route = await self._front.route(_parsed(request), caller, lambda name: call.metadata.get(name, ""), tenant.name)
 
             def begin(route: Route) -> Generation:
                 call.model = route.call.model.name
-                return self._front.generation(route.call, call.received_s, standing, control)
+                generation = self._front.generation(route.call, call.received_s, standing, control)
+                sighting.generation = generation
+                return generation
 
             answer = Answer(route, begin)
             events: _Events | None = None
@@ -139,6 +145,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 front.metrics.requests_total.labels(model, f"grpc/{method}", status).inc()
                 seconds = front.clock.monotonic_s() - received_s
                 log.info("request", method="gRPC", endpoint=method, status=status, model=model, seconds=seconds)
+
+    @asynccontextmanager
+    async def _observed(self, call: _Call) -> AsyncIterator[Sighting]:
+        """Around the handler that answers. Not entered by who has no good key."""
+        observatory = self._front.observatory
+        sighting = observatory.begin(call.request_id, "grpc/Generate", call.received_s, lambda name: call.metadata.get(name, ""))
+        status = 500  # unless it ends otherwise
+        failure: PdserveError | None = None
+        try:
+            with entered(sighting.span):
+                yield sighting
+            status = 200
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        except PdserveError as error:
+            status, failure = error.http_status, error
+            raise
+        finally:
+            observatory.end(sighting, status, failure)
 
 
 class _Events:

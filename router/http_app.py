@@ -25,6 +25,8 @@ from router.admission.tenants import Standing
 from router.cache.control import CacheControl, cache_control
 from router.chat_format import ChatFormat
 from router.completion_format import CompletionFormat
+from router.console.console import Console
+from router.console.routes import add_routes
 from router.event_stream import EventStream, until_disconnect
 from router.front import Front
 from router.generation import Generation
@@ -56,7 +58,7 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
+def build_app(front: Front, prometheus: CollectorRegistry, console: Console | None = None) -> ASGIApp:
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -97,7 +99,9 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
             state.model, state.answer_headers = call.model.name, route.headers
             if request.headers.get("x-pdserve-timings") == "1":
                 call = replace(call, plan=replace(call.plan, timings=True))
-            return front.generation(call, state.received_s, state.standing, control)
+            generation = front.generation(call, state.received_s, state.standing, control)
+            state.sighting.generation = generation
+            return generation
 
         given = Answer(route, begin)
         created_s = int(front.clock.wall_s())
@@ -110,7 +114,9 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
         return Json(formatter.body(whole_choices(deltas, route.call.num_choices)), headers=given.generation.cache_headers)
 
     def standing(request: Request, body: GenerationBody) -> Standing:
-        return front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
+        found = front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
+        request.state.sighting.standing = found
+        return found
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -176,7 +182,15 @@ def build_app(front: Front, prometheus: CollectorRegistry) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(prometheus), media_type=_METRICS_TYPE)
 
-    return Edge(app, front)
+    @app.get("/metrics/targets")
+    async def metrics_targets(request: Request) -> Response:
+        front.require_admin(request.state.identity)
+        return Json(front.registry.view.scrape_targets)
+
+    if console is None:
+        return Edge(app, front)
+    add_routes(app, console, lambda request: _read_json(request, front))
+    return Edge(app, front, open_paths=console.pages.paths)
 
 
 def _caller(request: Request) -> Caller:
@@ -242,7 +256,12 @@ async def _read_json(request: Request, front: Front) -> object:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(cast(PdserveError, error))
+    return _failed(request, cast(PdserveError, error))
+
+
+def _failed(request: Request, error: PdserveError) -> Response:
+    request.state.failure = error  # for the edge
+    return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -255,4 +274,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """What should not happen. The traceback goes to the log, by the framework; the client learns nothing of it."""
-    return error_response(EngineFailure("internal error"))
+    return _failed(request, EngineFailure("internal error"))

@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import AuthenticationFailed, CapacityError, PayloadTooLarge, PdserveError
 from common.logs import bind_request, get_logger
+from common.tracing.span import NO_SPAN, entered
 from router.front import Front, request_id_or_new
+from router.observe.observatory import Sighting
 from router.openai_format import error_body
 
 log = get_logger(__name__)
@@ -48,9 +50,11 @@ def error_response(error: PdserveError) -> Json:
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, front: Front) -> None:
+    def __init__(self, app: ASGIApp, front: Front, *, open_paths: frozenset[str] = frozenset()) -> None:
+        """`open_paths` are open without a key, beside those that always are."""
         self._app = app
         self._front = front
+        self._open_paths = OPEN_PATHS | open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +64,11 @@ class Edge:
         request_id = request_id_or_new(headers.get("x-request-id", ""))
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, received_s=self._front.clock.monotonic_s(), model="", answer_headers={})
+        sighting: Sighting | None = None
+        if scope["path"] in _LIMITED_PATHS:
+            sighting = state["sighting"] = self._front.observatory.begin(
+                request_id, scope["path"], state["received_s"], lambda name: headers.get(name, "")
+            )
         status = "499"  # unless an answer begins
 
         async def send_with_id(message: Message) -> None:
@@ -72,20 +81,24 @@ class Edge:
                     headers_out.update(self._front.limiter.headers(state["identity"], self._front.clock.monotonic_s()))
             await send(message)
 
-        with bind_request(request_id):
+        with bind_request(request_id), entered(NO_SPAN if sighting is None else sighting.span):
             try:
-                if scope["path"] not in OPEN_PATHS:
+                if scope["path"] not in self._open_paths:
                     state["identity"] = await self._front.keys.identify(headers.get("authorization"))
                 await self._app(scope, receive, send_with_id)
             except (AuthenticationFailed, CapacityError) as error:
+                state["failure"] = error
                 await error_response(error)(scope, receive, send_with_id)
             finally:
-                self._account(scope, state.get("outcome", status))
+                outcome = state.get("outcome", status)
+                if sighting is not None:
+                    self._front.observatory.end(sighting, int(outcome), state.get("failure"))
+                self._account(scope, outcome)
 
     def _account(self, scope: Scope, status: str) -> None:
         path, state = scope["path"], scope["state"]
         endpoint = path if path in _COUNTED_PATHS else "other"
         self._front.metrics.requests_total.labels(state["model"], endpoint, status).inc()
-        if path not in OPEN_PATHS:
+        if path not in self._open_paths:
             seconds = self._front.clock.monotonic_s() - state["received_s"]
             log.info("request", method=scope["method"], endpoint=endpoint, status=status, model=state["model"], seconds=seconds)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -34,6 +35,7 @@ from common.tokenizer import Tokenizer
 from common.types import Role, WorkerRef, WorkerState
 from common.wire import registry_pb2, worker_pb2
 from common.wire.registry_pb2_grpc import RegistryStub
+from router.observe.targets import scrape_targets
 from router.placement.membership import WorkerView
 from router.validate import ServedModel
 
@@ -63,6 +65,7 @@ class ClusterView:
     version: int = 0
     models: Mapping[str, ModelView] = field(default_factory=dict)
     workers: tuple[WorkerView, ...] = ()
+    scrape_targets: tuple[dict[str, Any], ...] = ()  # as Prometheus reads them
 
     def ready(self, model: str, role: Role) -> tuple[WorkerView, ...]:
         return tuple(view for view in self.workers if (view.model, view.role, view.state) == (model, role, WorkerState.READY))
@@ -84,7 +87,9 @@ class Registry:
         self._suspects: dict[WorkerRef, float] = {}  # until when
         self._changed = asyncio.Event()
         self.view = ClusterView()
+        self.snapshot = registry_pb2.ClusterSnapshot()  # as the manager drew it, for those who show it
         self.connected = False
+        self.away_since_s = clock.monotonic_s()  # while not connected
 
     async def run(self, announcement: registry_pb2.WatchRequest) -> None:
         """Watches for ever; ends only by cancellation."""
@@ -103,6 +108,8 @@ class Registry:
                 backoff_s, reported = _BACKOFF_FIRST_S, False
             if not reported:
                 log.warning("pool manager away, keeping the last snapshot", reason=reason, version=self.view.version)
+            if self.connected:
+                self.away_since_s = self._clock.monotonic_s()
             self.connected, reported = False, True
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, _BACKOFF_LAST_S)
@@ -147,7 +154,8 @@ class Registry:
                 version=snapshot.version,
                 workers={f"{view.ref.worker_id}#{view.ref.incarnation}": str(view.state) for view in workers},
             )
-        self.view = ClusterView(snapshot.version, models, workers)
+        self.view = ClusterView(snapshot.version, models, workers, scrape_targets(snapshot))
+        self.snapshot = snapshot
         self._load_tokenizers({model.path for model in models.values() if model.path})
         present = self.view.refs()
         self._suspects = {ref: until_s for ref, until_s in self._suspects.items() if ref in present}

@@ -24,8 +24,10 @@ from common.errors import ClusterError
 from common.logs import get_logger
 from common.metrics import RouterMetrics
 from common.rpc import cancel_and_wait, start_server
+from common.tracing.tracer import make_tracer
 from common.wire import inference_pb2_grpc, registry_pb2
 from router.cache.answers import AnswerCache
+from router.console.console import Console
 from router.dispatch import Dispatcher
 from router.front import Front
 from router.generation import InFlight
@@ -61,6 +63,7 @@ async def run(
     Raises ClusterError if a port is taken.
     """
     clock = clock or SystemClock()
+    tracer = make_tracer(config.tracing, service="pdserve-router", instance=uuid.uuid4().hex, clock=clock)
     prometheus = CollectorRegistry()
     metrics = RouterMetrics(prometheus)
     store = make_store(config.cache, cluster_token=cluster_token, clock=clock, metrics=metrics.store)
@@ -84,6 +87,7 @@ async def run(
         semantics=semantics,
         in_flight=in_flight,
         metrics=metrics,
+        tracer=tracer,
         clock=clock,
     )
     with _bound_socket(config.router) as listener:
@@ -111,19 +115,39 @@ async def run(
         watching_workers = asyncio.create_task(reports.run(), name="watch workers")
         storing = asyncio.create_task(store.run(), name="store")
         reading = asyncio.create_task(semantics.run(), name="semantic cache")
+        console = None
+        if config.router.console.enabled:
+            console = Console(
+                config,
+                front=front,
+                registry=registry,
+                dispatcher=dispatcher,
+                metrics=metrics,
+                clock=clock,
+                router_id=announcement.router_id,
+                manager_address=manager_address,
+                cluster_token=cluster_token,
+            )
+        showing = asyncio.create_task(console.run(), name="console") if console is not None else None
+        observing = asyncio.create_task(front.observatory.run(), name="observatory")
         following = asyncio.create_task(_follow(registry, front), name="room of workers")
         try:
-            async with _http_server(build_app(front, prometheus), listener):
+            async with _http_server(build_app(front, prometheus, console), listener):
                 on_ready(http_address, rpc.address)
                 log.info("router is up", http=http_address, grpc=rpc.address)
                 await stop.wait()
                 front.in_flight.close()
                 await rpc.set_serving(False)
                 await _drain(front, dispatcher, drain_grace_s)
+                if console is not None:
+                    await console.close()
         finally:
+            if showing is not None:
+                await cancel_and_wait(showing)
             await rpc.stop(_CLOSING_S)
             await cancel_and_wait(watching_workers)
             await cancel_and_wait(following)
+            await cancel_and_wait(observing)
             await cancel_and_wait(watching)
             await registry.close()
             await cache.close()
@@ -133,6 +157,7 @@ async def run(
             await dispatcher.close()
             await front.examination.close()
             await store.close()
+            await tracer.close()
     log.info("router stopped")
 
 

@@ -22,6 +22,7 @@ LONG = (
     "workers",
     "zoo",
     "kvtransfer/test_nixl.py",
+    "router/console/test_page.py",
     "router/store/test_redis_faults.py",
     "router/store/test_replicas.py",
 )

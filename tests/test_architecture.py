@@ -114,6 +114,10 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         "gRPC carries control; bulk KV and the engine do without it",
     ),
     "redis": ({"router": When.LAZILY}, "redis is an extra: a router without it must import"),
+    "opentelemetry": (
+        {"common/tracing/otlp.py": When.ALWAYS},  # itself imported lazily, by a process that traces
+        "an extra: who does not trace does not load it",
+    ),
     "transformers": ({}, "an oracle for tests, not a dependency"),
     "grpc_tools": ({}, "generated code is checked in; nobody runs protoc at run time"),
     "tests": ({}, "tests are not shipped"),

@@ -49,11 +49,29 @@ def test_the_wheel_holds_the_packages_and_nothing_else() -> None:
     assert tools["hatch"]["build"]["targets"]["wheel"]["packages"] == list(PACKAGES)
 
 
+def test_the_page_of_the_console_is_in_the_wheel_with_all_that_it_loads() -> None:
+    """A wheel holds what is in a package's folder and not ignored."""
+    folder = ROOT / "router" / "console" / "static"
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    text = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    loaded = {name for name in re.findall(r'(?:href|src)="/console/([^"]+)"', text["index.html"])}
+    for name in [name for name in files if name.endswith(".js") and not name.startswith("vendor/")]:
+        loaded |= set(re.findall(r'from "\./([^"]+)"', text[name]))
+        assert not re.findall(r"""["'`(](?:https?:)?//""", text[name].replace("http://www.w3.org/2000/svg", "")), name
+    licences = {name for name in files if name.endswith("LICENSE.txt")}
+    assert licences == {"vendor/uPlot.LICENSE.txt"}
+    assert loaded | licences | {"index.html"} == set(files), "a file is missing, or nobody loads it"
+    if (ROOT / ".git").exists():
+        names = [str(path.relative_to(ROOT)) for path in files.values()]
+        done = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout == ""
+
+
 @pytest.mark.parametrize(
     "module", ["router.server", "deploy.cli", "kvtransfer", "common.codec", "common.rpc", "common.tokenizer"]
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
-    heavy = "{'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules)"
+    heavy = "{'torch', 'ray', 'numpy', 'transformers', 'opentelemetry.sdk'} & set(sys.modules)"
     script = f"import sys, {module}; heavy = {heavy}; sys.exit(f'{module} loads {{heavy}}' if heavy else 0)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,16 @@ class SchedulerTotals:
     generated_tokens: int = 0  # tokens drawn here
     drafted_tokens: int = 0  # rows that were spent on guesses
     accepted_tokens: int = 0  # guesses that were right, and were used
+    prefill_s: float = 0.0  # of the steps' time, shared by rows: for prompt tokens, and tokens computed again
+    decode_s: float = 0.0  # for tokens that came
+    wasted_s: float = 0.0  # for guesses that were wrong
     steps_by_accepted: list[int] = field(default_factory=list)  # steps of a sequence that had drafts, by how many were right
+
+    def step_done(self, seconds: float, *, rows: int, prefill_rows: int, wasted_rows: int) -> None:
+        row_s = seconds / max(1, rows)
+        self.prefill_s += prefill_rows * row_s
+        self.wasted_s += wasted_rows * row_s
+        self.decode_s += (rows - prefill_rows - wasted_rows) * row_s
 
     def drafted(self, num_drafts: int, num_accepted: int) -> None:
         self.drafted_tokens += num_drafts

@@ -13,6 +13,7 @@ together with the request's other rules: then the request ends, and nobody else 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from common.errors import InvalidRequest, PdserveError
 from common.grammar.compiling import check, compile_grammar
+from common.metrics import MaskReadings
 from common.tokenizer import Tokenizer
 from common.types import Grammar
 
@@ -276,6 +278,12 @@ class MaskThread:
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
+        self._count, self._seconds = 0, 0.0
+
+    @property
+    def readings(self) -> MaskReadings:
+        """What it has worked out so far; from any thread."""
+        return MaskReadings(self._count, self._seconds)
 
     def begin(self, masks: Sequence[NextMask]) -> Future[None] | None:
         """None if there is nothing to do. Until the future is done, nobody else touches the masks or their states."""
@@ -283,15 +291,22 @@ class MaskThread:
             return None
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar masks")
-        return self._executor.submit(_work_out, masks)
+        return self._executor.submit(self._work_out, masks)
+
+    def _work_out(self, masks: Sequence[NextMask]) -> None:
+        started_s = time.perf_counter()
+        for mask in masks:
+            mask.work_out()
+        self._seconds += time.perf_counter() - started_s
+        self._count += len(masks)
 
 
-def _work_out(masks: Sequence[NextMask]) -> None:
-    for mask in masks:
-        mask.work_out()
+_CEILINGS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32(np.inf), np.float32(-np.inf)
+).astype(np.float32)
 
 
-def unpack(masks: Sequence[Words], vocab_size: int) -> npt.NDArray[np.bool_]:
-    """[rows, vocab], one byte per bit."""
-    bits = np.unpackbits(np.stack(masks).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-    return bits.view(np.bool_)
+def ceilings(words: Words, vocab_size: int) -> npt.NDArray[np.float32]:
+    """What the logits may be at most, [vocab]: +inf for tokens that may come, -inf for others. A byte of the mask picks eight of
+    them from a table: no branch, so that a mask with as many ones as zeros costs what any other does."""
+    return np.take(_CEILINGS, words.view(np.uint8), axis=0, mode="clip").reshape(-1)[:vocab_size]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -33,10 +34,11 @@ from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupE
 from common.in_flight import InFlight
 from common.load import WorkerShape
 from common.loopback import is_loopback
-from common.metrics import WorkerMetrics, WorkerReadings, start_metrics_server
+from common.metrics import LeaseReadings, WorkerMetrics, WorkerReadings, start_metrics_server
 from common.model_store import resolve
 from common.rpc import RpcServer, start_server, typed_errors
 from common.tokenizer import Tokenizer
+from common.tracing.tracer import make_tracer
 from common.types import Request, WorkerRef, WorkerState
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
@@ -80,13 +82,34 @@ class SchedulerReadings(Protocol):
     def num_waiting(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What a decode worker says of the KV that others send to it."""
+
+    blocks_arriving: int = 0
+    links: tuple[worker_pb2.LinkUse, ...] = ()
+
+
 class WorkerHost(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, spec: WorkerSpec, *, scheduler: Callable[[], SchedulerReadings], leases: Callable[[], int]) -> None:
-        """The callables give the worker's live state; they are called only after `load`, from any thread."""
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        scheduler: Callable[[], SchedulerReadings],
+        leases: Callable[[], LeaseReadings],
+        arrivals: Callable[[], Arrivals] = Arrivals,
+    ) -> None:
+        """The callables give the worker's live state; they are called only after `load`: `arrivals` on the loop, the others from
+        any thread."""
         self.spec = spec
+        self._arrivals = arrivals
+        self._started_s = 0.0  # wall clock
         self.in_flight = InFlight()
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, model=spec.model.name, role=spec.role.value, read=self._read)
+        self.tracer = make_tracer(
+            spec.tracing, service=f"pdserve-{spec.role.value}", instance=spec.worker_id, clock=SystemClock()
+        )
         self._scheduler, self._leases = scheduler, leases
         self._served = 0
         self._rpc: RpcServer | None = None
@@ -178,6 +201,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             token=self.spec.cluster_token,
             services=(*services, "pdserve.v1.Worker"),
         )
+        self._started_s = SystemClock().wall_s()
         if self.failed:  # while the ports were being opened
             await self._rpc.set_serving(False)
         return WorkerRef(self.spec.worker_id, self.spec.incarnation, self._rpc.address)
@@ -211,13 +235,19 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             raise EngineFailure("the engine is not loaded yet")
         found = compiler.cached(grammar)
         if found is not None:
+            self.metrics.grammar("cached")
             return found
+        outcome, started_s = "refused", time.monotonic()
         try:
             # What takes too long ends by its own limits, in a thread that nobody waits for any more.
             async with asyncio.timeout(_COMPILE_S):
-                return await asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, grammar)
+                compiled = await asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, grammar)
+            outcome = "compiled"
+            return compiled
         except TimeoutError:
             raise InvalidRequest(f"the grammar takes more than {_COMPILE_S:g} s to compile", param="grammar") from None
+        finally:
+            self.metrics.grammar(outcome, time.monotonic() - started_s)
 
     def count_served(self) -> None:
         self._served += 1
@@ -257,6 +287,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._compiling.shutdown(wait=False, cancel_futures=True)
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
+        await self.tracer.close()
 
     # -- the Worker service --------------------------------------------------------------------------------------------
 
@@ -285,6 +316,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
     def info(self) -> worker_pb2.InfoReply:
         spec, engine, blocks, scheduler = self.spec, self.engine, self.engine.blocks, self._scheduler()
         state = WorkerState.FAILED if self.failed else WorkerState.READY if self.in_flight.is_open else WorkerState.DRAINING
+        totals, arrivals = scheduler.totals, self._arrivals()
         return worker_pb2.InfoReply(
             worker_id=spec.worker_id,
             incarnation=spec.incarnation,
@@ -297,7 +329,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             blocks_total=blocks.num_total,
             blocks_free=blocks.num_free + blocks.num_cached,
             blocks_in_transfer=blocks.num_in_transfer,
-            leases_open=self._leases(),
+            leases_open=self._leases().open,
             requests_running=scheduler.num_running,
             requests_waiting=scheduler.num_waiting,
             max_model_tokens=engine.max_model_tokens,
@@ -306,6 +338,15 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             dtype=engine.layout.dtype,
             exact=engine.layout.exact,
             layout_fingerprint=engine.layout.fingerprint.hex(),
+            started_s=self._started_s,
+            blocks_cached=blocks.num_cached,
+            blocks_arriving=arrivals.blocks_arriving,
+            preemptions=totals.preemptions,
+            prefix_queries=totals.prefix_queries,
+            prefix_hits=totals.prefix_hits,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
+            links=arrivals.links,
             pace=None if self._pace is None else pace_to_wire(self._pace.read()),
         )
 
@@ -320,7 +361,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             blocks_cached=blocks.num_cached,
             blocks_used=blocks.num_used,
             blocks_in_transfer=blocks.num_in_transfer,
-            leases_open=self._leases(),
+            leases=self._leases(),
             block_tokens=self.engine.layout.block_tokens,
             computed_tokens=totals.computed_tokens,
             generated_tokens=totals.generated_tokens,
@@ -330,4 +371,6 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
             steps_by_accepted=tuple(totals.steps_by_accepted),
+            work_s={"prefill": totals.prefill_s, "decode": totals.decode_s, "wasted": totals.wasted_s},
+            masks=self.engine.runner.mask_readings,
         )

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.engine.grammar import NextMask, unpack
+from common.engine.grammar import NextMask, ceilings
 from common.engine.token_rules import Bias, Ids, Penalties, RowRules
 
 
@@ -79,14 +79,14 @@ def _ban(logits: torch.Tensor, banned: Sequence[tuple[int, Ids]]) -> None:
 def _mask(logits: torch.Tensor, masks: Sequence[tuple[int, NextMask]]) -> None:
     if not masks:
         return
-    away = unpack([~mask.words for _, mask in masks], logits.shape[1])
-    if logits.device.type == "cpu":  # numpy is twice as fast here
+    if logits.device.type == "cpu":  # numpy is several times as fast here
         on_host = logits.numpy()
-        for (row, _), row_away in zip(masks, away, strict=True):
-            np.copyto(on_host[row], -np.inf, where=row_away)
+        for row, mask in masks:
+            np.minimum(on_host[row], ceilings(mask.words, logits.shape[1]), out=on_host[row])
         return
     rows = _on(logits, np.array([row for row, _ in masks]))
-    logits[rows] = logits[rows].masked_fill(_on(logits, away), -torch.inf)
+    limits = _on(logits, np.stack([ceilings(mask.words, logits.shape[1]) for _, mask in masks]))
+    logits[rows] = torch.minimum(logits[rows], limits)
 
 
 def _flat(logits: torch.Tensor, entries: Sequence[tuple[int, Ids]]) -> Ids:

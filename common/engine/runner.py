@@ -26,6 +26,7 @@ from common.engine.sampler import report_logprobs
 from common.engine.step_input import StepBuffers, StepInput
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
+from common.metrics import MaskReadings
 from common.types import SampledToken, TokenLogprob
 
 _LOGPROB_ROWS = 64
@@ -49,6 +50,10 @@ class ModelRunner:
         self._attention = create_attention(numerics.attention, pool, num_heads)
         self._buffers = StepBuffers(pool)
         self._mask_thread = MaskThread()
+
+    @property
+    def mask_readings(self) -> MaskReadings:
+        return self._mask_thread.readings
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:

@@ -192,6 +192,26 @@ class StageTimings(_message.Message):
     transfer_blocks: int
     def __init__(self, decode_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., rpc_s: _Optional[float] = ..., activate_s: _Optional[float] = ..., transfer_hidden_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., transport: _Optional[str] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ...) -> None: ...
 
+class WorkAccount(_message.Message):
+    __slots__ = ("prefill_s", "decode_s", "wasted_s", "transfer_s", "prefill_tokens", "decode_tokens", "wasted_tokens", "cached_tokens")
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    WASTED_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WASTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prefill_s: float
+    decode_s: float
+    wasted_s: float
+    transfer_s: float
+    prefill_tokens: int
+    decode_tokens: int
+    wasted_tokens: int
+    cached_tokens: int
+    def __init__(self, prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., wasted_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., wasted_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
 class Started(_message.Message):
     __slots__ = ("timings", "cached_tokens", "prompt_logprobs")
     TIMINGS_FIELD_NUMBER: _ClassVar[int]

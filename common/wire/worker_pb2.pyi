@@ -66,12 +66,14 @@ class GenerateRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ..., choice: _Optional[_Union[PrefillChoice, str]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("started", "chunks")
+    __slots__ = ("started", "chunks", "account")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     started: _types_pb2.Started
     chunks: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenChunk]
-    def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ...) -> None: ...
+    account: _types_pb2.WorkAccount
+    def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ..., account: _Optional[_Union[_types_pb2.WorkAccount, _Mapping]] = ...) -> None: ...
 
 class PushProbeRequest(_message.Message):
     __slots__ = ("decode_worker_id", "decode_incarnation", "offer", "pool_blocks", "layout", "tickets")
@@ -146,7 +148,7 @@ class BlockDigest(_message.Message):
     def __init__(self, logical_block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s")
+    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s", "work_s")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +159,7 @@ class PrefillReply(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TAIL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    WORK_S_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
     num_tokens: int
     digests: _containers.RepeatedCompositeFieldContainer[BlockDigest]
@@ -167,7 +170,8 @@ class PrefillReply(_message.Message):
     prefill_s: float
     tail_s: float
     transfer_s: float
-    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ...) -> None: ...
+    work_s: float
+    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., work_s: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("nonces",)
@@ -248,7 +252,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint", "pace")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint", "pace", "started_s", "blocks_cached", "blocks_arriving", "preemptions", "prefix_queries", "prefix_hits", "drafted_tokens", "accepted_tokens", "links")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +275,15 @@ class InfoReply(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PACE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_ARRIVING_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     role: _types_pb2.Role
@@ -293,7 +306,32 @@ class InfoReply(_message.Message):
     failure: str
     layout_fingerprint: str
     pace: WorkerPace
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., pace: _Optional[_Union[WorkerPace, _Mapping]] = ...) -> None: ...
+    started_s: float
+    blocks_cached: int
+    blocks_arriving: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    drafted_tokens: int
+    accepted_tokens: int
+    links: _containers.RepeatedCompositeFieldContainer[LinkUse]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., pace: _Optional[_Union[WorkerPace, _Mapping]] = ..., started_s: _Optional[float] = ..., blocks_cached: _Optional[int] = ..., blocks_arriving: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ...) -> None: ...
+
+class LinkUse(_message.Message):
+    __slots__ = ("prefill_worker_id", "prefill_incarnation", "transport", "transfers", "failures", "bytes")
+    PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    prefill_worker_id: str
+    prefill_incarnation: int
+    transport: str
+    transfers: int
+    failures: int
+    bytes: int
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., failures: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class WorkerPace(_message.Message):
     __slots__ = ("queue_age_s", "queued_tokens", "decoding", "computed_tokens", "generated_tokens", "step_s", "sequence_step_s")

@@ -3,6 +3,9 @@
 Both are counted per class of evidence, over all sequences, and per sequence and class; a sequence counts for more the more it
 has shown. What is old fades: counts are halved when they are full. Every guess is counted by what came, used or not, so nothing
 has to be risked to learn that guesses have become better.
+
+Of many guesses the best are taken, and the best are those that were overrated. `Promises` holds what was taken against what came
+of it, so that the choice can be made with what such guesses turn out to be worth.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ _CLASS_TRIALS = 4.0  # what the class is worth against the sequence's own trials
 _MOST_TRIALS = 24.0  # of a sequence
 _MOST_CLASS_TRIALS = 256.0
 _CERTAIN = 0.98
+_PROMISE_PRIOR = 8.0  # tokens
+_STEPS_TO_FADE = 256
 
 
 class _Counts:
@@ -54,6 +59,31 @@ class History:
         if record is None:
             record = self.records[evidence] = _Record()
         return record
+
+
+class Promises:
+    """Tokens that the guesses of steps were expected to give, and those that they gave. Fades, so that a bad stretch is not held
+    against guesses that nobody takes any more."""
+
+    def __init__(self) -> None:
+        self._promised = self._kept = 0.0
+        self._steps = 0
+
+    @property
+    def kept_share(self) -> float:
+        """At most 1: guesses that were underrated are found out by their own counts. At least a half: those that are
+        never right as well, and they have to be taken again when they have become better."""
+        return max(0.5, min(1.0, (self._kept + _PROMISE_PRIOR) / (self._promised + _PROMISE_PRIOR)))
+
+    def observe(self, promised: float, kept: int) -> None:
+        self._promised += promised
+        self._kept += kept
+
+    def step(self) -> None:
+        self._steps += 1
+        if self._steps % _STEPS_TO_FADE == 0:
+            self._promised /= 2
+            self._kept /= 2
 
 
 class Acceptance:

@@ -1,20 +1,23 @@
-"""How many tokens of each guess are worth a row: as many as give the most tokens per second, over the whole step.
+"""How many tokens of each guess are worth a row: as many as make the users' answers come fastest, in geometric mean.
 
-    tokens of a step    one of every sequence, and for every draft the probability that it and all before it are right
-    cost of a step      by its rows (`step_cost`)
+    speed of an answer    its tokens in this step over the step's time: one token, and what its guess is expected to add
+    time of a step        by its rows (`step_cost`)
 
-Drafts of all sequences are ranked by that probability, which falls along a guess; the step takes the best so many, where tokens
-over cost is highest. With one sequence rows are nearly free and long guesses are taken; a full batch takes only what is nearly
-certain, or nothing. All of it is worked out anew for each step, from figures alone.
+A row for one sequence takes time of all others. Were tokens per second of the whole step the measure, a sequence whose text
+repeats itself would hold up seven that do not, and the last of them would end later than without any guess; in the geometric mean
+a gain of one has to outweigh the loss of the others in proportion. With one sequence both are the same: rows are nearly free and
+long guesses are taken. Many sequences whose guesses are all good (copying) take them all the same. Worked out anew for each step,
+from figures alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from decode_worker.speculation.step_cost import StepCost
 
-_LEAST_GAIN = 1.05  # below, the noise of what is measured decides
+_LEAST_GAIN = 1.03  # below, the noise of what is measured decides
 
 
 def choose_lengths(
@@ -31,23 +34,31 @@ def choose_lengths(
     The step has `num_rows` rows without drafts, one of them for each of `num_sequences` sequences, and room for `most_rows` more.
     Where guesses are yet to be made, `drafting_s` is what it takes to make the first token of all of them, the second, and so on.
     """
-    ranked = sorted(
-        (-first * further**place, place, index)
-        for index, (length, first, further) in enumerate(offers)
-        for place in range(length)
-    )[:most_rows]
+    ranked = sorted((-gain, place, index) for index, offer in enumerate(offers) for place, gain in enumerate(_gains(*offer)))[
+        :most_rows
+    ]
     lengths = [0] * len(offers)
     if not ranked:
         return lengths
     costs = cost.of(num_rows, len(ranked) + 1)
-    best_rate = _LEAST_GAIN * num_sequences / costs[0]
-    tokens, best, longest = float(num_sequences), 0, 0
+    best_speed = math.log(_LEAST_GAIN)
+    gained, best, longest = 0.0, 0, 0
     for count, (negative, place, _) in enumerate(ranked, start=1):
-        tokens -= negative
+        gained -= negative
         longest = max(longest, place + 1)
-        rate = tokens / (costs[count] + longest * drafting_s)
-        if rate > best_rate:
-            best, best_rate = count, rate
+        speed = gained / num_sequences - math.log((costs[count] + longest * drafting_s) / costs[0])
+        if speed > best_speed:
+            best, best_speed = count, speed
     for _, _, index in ranked[:best]:
         lengths[index] += 1
     return lengths
+
+
+def _gains(length: int, first: float, further: float) -> Iterator[float]:
+    """What each token of a guess adds to the logarithm of the sequence's tokens in the step. Falls along the guess, so taking the
+    largest of all sequences never skips one."""
+    tokens, probability = 1.0, first
+    for _ in range(length):
+        yield math.log1p(probability / tokens)
+        tokens += probability
+        probability *= further

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from common.clock import Clock
-from decode_worker.speculation.acceptance import Acceptance, History
+from decode_worker.speculation.acceptance import Acceptance, History, Promises
 from decode_worker.speculation.controller import choose_lengths
 from decode_worker.speculation.proposer import ChoiceKey, Guess, Proposer, Wanted
 from decode_worker.speculation.step_cost import StepCost
@@ -46,11 +46,12 @@ class Speculator(Protocol):
 
 
 class _Sequence:
-    __slots__ = ("guess", "history", "misses", "rest_steps")
+    __slots__ = ("guess", "history", "misses", "promised", "rest_steps", "taken")
 
     def __init__(self) -> None:
         self.history = History()
         self.guess = Guess()
+        self.taken, self.promised = 0, 0.0  # how much of the guess is in the step, and how many right tokens that promises
         self.misses = 0  # in a row
         self.rest_steps = 0
 
@@ -64,6 +65,7 @@ class AdaptiveSpeculator:
         self._next_trial_steps = _STEPS_TO_TRIAL
         self._max_draft_tokens = max_draft_tokens
         self._acceptance = Acceptance()
+        self._promises = Promises()
         self._cost = StepCost()
         self._sequences: dict[ChoiceKey, _Sequence] = {}
 
@@ -85,11 +87,14 @@ class AdaptiveSpeculator:
         for item, guess in zip(limited, self._proposer.propose(limited), strict=True):
             sequence = self._sequences[item.key]
             sequence.guess = guess
-            offers.append((len(guess.token_ids), *self._acceptance.rates(sequence.history, guess.evidence)))
+            offers.append((len(guess.token_ids), *self._rates(sequence, guess.evidence)))
         lengths = choose_lengths(offers, self._cost, num_sequences=len(wanted), num_rows=num_rows, most_rows=most_rows)
         drafts: list[Sequence[int]] = [()] * len(wanted)
-        for place, item, length in zip(asked, limited, lengths, strict=True):
-            drafts[place] = self._sequences[item.key].guess.token_ids[:length]
+        kept_share = self._promises.kept_share
+        for place, item, length, offer in zip(asked, limited, lengths, offers, strict=True):
+            sequence = self._sequences[item.key]
+            sequence.taken, sequence.promised = length, _expected(length, offer) / kept_share
+            drafts[place] = sequence.guess.token_ids[:length]
         return drafts
 
     def settle(self, key: ChoiceKey, came: Sequence[int]) -> None:
@@ -97,12 +102,16 @@ class AdaptiveSpeculator:
         if sequence is None or sequence.rest_steps:
             return
         guess, sequence.guess = sequence.guess, Guess()
+        if sequence.taken:
+            self._promises.observe(sequence.promised, max(0, min(len(came) - 1, sequence.taken)))
+            sequence.taken = 0
         self._acceptance.observe(sequence.history, guess.evidence, guess.token_ids, came)
         is_right = bool(guess.token_ids and came) and guess.token_ids[0] == came[0]
         sequence.misses = 0 if is_right else sequence.misses + 1
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
         self._cost.observe(num_rows, seconds)
+        self._promises.step()
 
     def end(self, key: ChoiceKey, salt: str, tokens: Sequence[int], num_prompt_tokens: int) -> None:
         self._sequences.pop(key, None)
@@ -111,7 +120,7 @@ class AdaptiveSpeculator:
     def _draft_by_steps(self, wanted: Sequence[Wanted], num_rows: int, most_rows: int) -> list[Sequence[int]]:
         sequences = [self._sequences.setdefault(item.key, _Sequence()) for item in wanted]
         offers = [
-            (min(item.most_tokens, self._max_draft_tokens), *self._acceptance.rates(sequence.history, 0))
+            (min(item.most_tokens, self._max_draft_tokens), *self._rates(sequence, 0))
             for item, sequence in zip(wanted, sequences, strict=True)
         ]
         drafting_s = self._seconds_per_token()
@@ -132,9 +141,15 @@ class AdaptiveSpeculator:
             [replace(item, most_tokens=length) for item, length in zip(wanted, lengths, strict=True)]
         )
         self._calls.append((self._clock.monotonic_s() - started_s, max(len(guess.token_ids) for guess in guesses)))
-        for sequence, guess in zip(sequences, guesses, strict=True):
+        for sequence, guess, offer in zip(sequences, guesses, offers, strict=True):
             sequence.guess = guess
+            sequence.taken = len(guess.token_ids)
+            sequence.promised = _expected(sequence.taken, offer) / self._promises.kept_share
         return [guess.token_ids for guess in guesses]
+
+    def _rates(self, sequence: _Sequence, evidence: int) -> tuple[float, float]:
+        first, further = self._acceptance.rates(sequence.history, evidence)
+        return first * self._promises.kept_share, further
 
     def _seconds_per_token(self) -> float:
         """Of guesses in all sequences at once. Nothing before it was tried."""
@@ -150,3 +165,9 @@ class AdaptiveSpeculator:
             return False
         sequence.rest_steps = 0
         return True
+
+
+def _expected(length: int, offer: tuple[int, float, float]) -> float:
+    """Right tokens among the first `length` of a guess."""
+    _, first, further = offer
+    return sum(first * further**place for place in range(length))

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.clock import Clock
@@ -22,6 +22,7 @@ from common.config import AdmissionConfig
 from common.errors import DeadlineExceeded, NoWorkerAvailable, Overloaded, PdserveError, RateLimited
 from common.logs import get_logger
 from common.metrics import AdmissionMetrics, QueueReadings
+from common.tracing.span import current_span
 from common.types import Request
 from router.admission.bands import Band
 from router.admission.desk import Desk, Reason, Refusal
@@ -40,11 +41,24 @@ class Dispatch(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A band of a model's queue, and the service that each tenant had in it who waits."""
+
+    model: str
+    band: Band
+    num_requests: int
+    counters: Iterable[tuple[str, float]]  # to be read at once
+
+
 class Grant:
     """One request that was let through."""
 
-    def __init__(self, request: Request, desk: Desk, item: Item, gate: Gate, standing: Standing) -> None:
+    def __init__(
+        self, request: Request, desk: Desk, item: Item, gate: Gate, standing: Standing, *, queued_s: float = 0.0
+    ) -> None:
         self.request = request
+        self.queued_s = queued_s
         self._desk = desk
         self._item = item
         self._gate = gate
@@ -87,6 +101,8 @@ class Gate:
         async with self.admit(request, standing) as grant, aclosing(self._dispatch.generate(grant.request)) as events:
             async for event in events:
                 grant.note(event)
+                if event.admission is not None:
+                    event = replace(event, admission=replace(event.admission, queued_s=grant.queued_s))
                 yield event
 
     @asynccontextmanager
@@ -99,13 +115,17 @@ class Gate:
         desk = self._desk(request.model)
         dispatched = False
         try:
-            await self._turn(desk, item, request)
+            waiting = current_span().child("queue", start_s=now_s, attributes={"pdserve.band": item.band})
+            try:
+                await self._turn(desk, item, request)
+            finally:
+                waiting.end()
             dispatched = True
             granted_s = self._clock.monotonic_s()
             left_s = item.deadline_s - granted_s
             self._metrics.queued(item.band, granted_s - now_s)
             self._metrics.serve(identity.tenant.label, "prompt", request.num_prompt_tokens)
-            yield Grant(replace(request, timeout_s=left_s), desk, item, self, standing)
+            yield Grant(replace(request, timeout_s=left_s), desk, item, self, standing, queued_s=granted_s - now_s)
         finally:
             ended_s = self._clock.monotonic_s()
             self._limiter.leave(identity, ended_s)
@@ -253,6 +273,12 @@ class Gate:
                     oldest_s=0.0 if oldest is None else now_s - oldest.arrived_s,
                     gap_tokens=desk.queue.gap(band),
                 )
+
+    def lines(self) -> Iterable[Lines]:
+        """Who waits now, where anybody ever did."""
+        for model, desk in self._desks.items():
+            for band in Band:
+                yield Lines(model, band, desk.queue.num_items(band), desk.queue.counters(band))
 
 
 class Admitted:

@@ -168,6 +168,10 @@ class FairQueue:
         counters = [line.counter for line in self._bands[band].waiting.values()]
         return max(counters) - min(counters) if counters else 0.0
 
+    def counters(self, band: Band) -> Iterator[tuple[str, float]]:
+        """Service of every tenant that waits."""
+        return ((name, line.counter) for name, line in self._bands[band].waiting.items())
+
     # -- what waits ----------------------------------------------------------------------------------------------------
 
     def oldest(self, band: Band) -> Item | None:

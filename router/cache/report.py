@@ -36,12 +36,17 @@ class CacheReport:
     score: float | None = None
 
 
+def result_of(reports: Sequence[CacheReport]) -> CacheResult | None:
+    """Of a whole call; None if nothing was answered."""
+    results = [report.result for report in reports if report.result is not None]
+    return max(results, key=_ORDER.__getitem__, default=None)
+
+
 def headers_of(reports: Sequence[CacheReport]) -> dict[str, str]:
     """Of a whole call; empty if nothing was answered."""
-    results = [report.result for report in reports if report.result is not None]
-    if not results:
+    result = result_of(reports)
+    if result is None:
         return {}
-    result = max(results, key=_ORDER.__getitem__)
     headers = {"x-cache": str(result)}
     if len(reports) == 1 and reports[0].answer_id:
         headers["x-cache-id"] = reports[0].answer_id

@@ -133,7 +133,7 @@ class SemanticCache:
         self._records: asyncio.Queue[tuple[bytes, tuple[str, ...]]] = asyncio.Queue(_MAX_RECORDS)
         self._refits: set[asyncio.Task[None]] = set()
         store.subscribe(self._changed)
-        metrics.read_from(lambda: (decider.view(), len(self._library)))
+        metrics.read_from(lambda: (decider.view(), len(self._library)), promised_ratio=config.max_wrong_hits)
 
     # -- the port ------------------------------------------------------------------------------------------------------
 

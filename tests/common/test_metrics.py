@@ -6,7 +6,16 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
-from common.metrics import WorkerMetrics, WorkerReadings
+from common.metrics import (
+    CostReadings,
+    LeaseReadings,
+    MaskReadings,
+    ObserveMetrics,
+    ObserveReadings,
+    PromiseReadings,
+    WorkerMetrics,
+    WorkerReadings,
+)
 
 IDLE = WorkerReadings(
     requests_running=0,
@@ -16,7 +25,7 @@ IDLE = WorkerReadings(
     blocks_cached=0,
     blocks_used=0,
     blocks_in_transfer=0,
-    leases_open=0,
+    leases=LeaseReadings(),
     block_tokens=16,
     computed_tokens=0,
     generated_tokens=0,
@@ -26,6 +35,8 @@ IDLE = WorkerReadings(
     drafted_tokens=0,
     accepted_tokens=0,
     steps_by_accepted=(),
+    work_s={"prefill": 0.0, "decode": 0.0, "wasted": 0.0},
+    masks=MaskReadings(),
 )
 WHO = {"model_name": "m", "engine": "decode"}
 
@@ -51,3 +62,65 @@ def test_speculation_is_told_by_tokens_and_by_steps() -> None:
 
 def test_a_worker_that_never_guessed_has_an_empty_histogram() -> None:
     assert scrape(IDLE).get_sample_value("pdserve_speculation_accepted_tokens_count", WHO) == 0
+
+
+def test_leases_masks_and_the_time_of_steps_are_shown() -> None:
+    leases = LeaseReadings(open=3, expired=2, oldest_s=7.5, quarantined=1, quarantined_oldest_s=4.0)
+    work_s = {"prefill": 1.0, "decode": 2.0, "wasted": 0.5}
+    readings = replace(IDLE, leases=leases, masks=MaskReadings(9, 0.25), work_s=work_s, steps_by_accepted=(4, 5, 0, 1))
+    registry = scrape(readings)
+    for name, expected in {
+        "pdserve_kv_leases_open": 3,
+        "pdserve_kv_leases_expired_total": 2,
+        "pdserve_kv_lease_oldest_seconds": 7.5,
+        "pdserve_kv_leases_quarantined": 1,
+        "pdserve_kv_quarantine_oldest_seconds": 4.0,
+        "pdserve_grammar_masks_total": 9,
+        "pdserve_grammar_mask_seconds_total": 0.25,
+        "vllm:spec_decode_num_drafts_total": 10,
+    }.items():
+        assert registry.get_sample_value(name, WHO) == expected, name
+    for part, seconds in work_s.items():
+        assert registry.get_sample_value("pdserve_work_seconds_total", {**WHO, "part": part}) == seconds
+
+
+def test_grammars_count_by_outcome_and_those_that_were_compiled_by_time() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry, model="m", role="decode", read=lambda: IDLE)
+    metrics.grammar("cached")
+    metrics.grammar("compiled", 0.5)
+    metrics.grammar("refused", 2.0)
+    for outcome in ("cached", "compiled", "refused"):
+        assert registry.get_sample_value("pdserve_grammar_requests_total", {**WHO, "outcome": outcome}) == 1
+    assert registry.get_sample_value("pdserve_grammar_compile_seconds_count", WHO) == 2
+    assert registry.get_sample_value("pdserve_grammar_compile_seconds_sum", WHO) == 2.5
+
+
+def test_promises_costs_and_fairness_are_read_when_they_are_scraped() -> None:
+    registry = CollectorRegistry()
+    metrics = ObserveMetrics(registry)
+    assert registry.get_sample_value("pdserve_slo_met_ratio", {"slo": "batch"}) is None
+    metrics.ended("m")
+    metrics.ended("m", slo="batch")
+    metrics.ended("m", slo="batch", met=False)
+    metrics.ended("m", unexplained_ratio=0.25, tokens=(30, 4))
+    cost = CostReadings("m", {"decode": 2.0}, 3.0, {"decode": 7}, {"decode": 0.5}, 0.75)
+    readings = ObserveReadings((PromiseReadings("batch", 0.75, 1.5),), (cost,), {("m", "batch"): 0.9})
+    metrics.read_from(lambda: readings)
+    part = {"model_name": "m", "part": "decode"}
+    for name, labels, expected in (
+        ("pdserve_slo_requests_total", {"model_name": "m", "slo": "batch", "outcome": "missed"}, 1),
+        ("pdserve_slo_requests_total", {"model_name": "m", "slo": "batch", "outcome": "met"}, None),
+        ("pdserve_waterfall_unexplained_ratio_sum", {"model_name": "m"}, 0.25),
+        ("vllm:request_prompt_tokens_sum", {"model_name": "m"}, 30),
+        ("vllm:request_generation_tokens_sum", {"model_name": "m"}, 4),
+        ("pdserve_slo_met_ratio", {"slo": "batch"}, 0.75),
+        ("pdserve_goodput_requests_per_second", {"slo": "batch"}, 1.5),
+        ("pdserve_cost_seconds_total", part, 2.0),
+        ("pdserve_cost_tokens_total", part, 7),
+        ("pdserve_cost_money_total", part, 0.5),
+        ("pdserve_cost_saved_seconds_total", {"model_name": "m"}, 3.0),
+        ("pdserve_cost_saved_money_total", {"model_name": "m"}, 0.75),
+        ("pdserve_fairness_jain_index", {"model_name": "m", "band": "batch"}, 0.9),
+    ):
+        assert registry.get_sample_value(name, labels) == expected, name

@@ -18,7 +18,17 @@ from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
 from common.engine.block_manager import BlockManager
 from common.errors import Overloaded, WorkerLost
 from common.load import WorkerLoad
-from common.types import FinishReason, KVLayout, PrefillChoice, Request, SampledToken, SamplingParams, StageTimings, WorkerRef
+from common.types import (
+    FinishReason,
+    KVLayout,
+    PrefillChoice,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StageTimings,
+    WorkAccount,
+    WorkerRef,
+)
 from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.scheduler import DecodeScheduler, Failed, Output, RemotePrefill, RemotePrefillWanted, StepPlan
 from decode_worker.speculation.proposer import ChoiceKey, Wanted
@@ -88,6 +98,8 @@ class Driver:
         self.failed: dict[str, Failed] = {}
         self.wanted: list[RemotePrefillWanted] = []
         self.prompts: dict[str, Request] = {}
+        self.busy_s = 0.0
+        self.accounts: dict[str, WorkAccount] = {}
 
     def submit(self, request: Request, candidates: tuple[WorkerRef, ...] = ()) -> None:
         self.clock.advance(1.0)
@@ -110,6 +122,8 @@ class Driver:
                 self.memory[place[0]][place[1]] = token
             results.append(SliceResult(tuple(self._drawn(item, context))))
         if plan.batch.slices:
+            self.clock.advance(0.5)
+            self.busy_s += 0.5
             self.scheduler.complete(plan, ForwardResult(tuple(results)))
             for share in plan.shares:
                 sequence = share.choice.sequence
@@ -142,6 +156,9 @@ class Driver:
                             self.finished[event.request_id][chunk.choice] = chunk.finish_reason
                     width = self.prompts[event.request_id].num_choices
                     assert event.done == (len(self.finished[event.request_id]) == width)
+                    assert event.done == (event.account is not None)
+                    if event.account is not None:
+                        self.accounts[event.request_id] = event.account
                 case Failed():
                     self.failed[event.request_id] = event
                 case RemotePrefillWanted():
@@ -477,3 +494,50 @@ def test_load_is_what_decodes_and_what_is_left_of_prompts() -> None:
         pass
     assert driver.scheduler.load() == WorkerLoad(blocks_free=64)
     assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == ()
+
+
+@pytest.mark.parametrize("guesses", [None, 0.0, 0.6, 1.0])
+def test_the_accounts_of_all_requests_add_up_to_the_time_of_all_steps(guesses: float | None) -> None:
+    """Chunked prompts, several choices, preemptions in a small pool, guesses that are right and wrong: no second is lost, none
+    is told twice."""
+    guessing = None if guesses is None else Guessing(5, right=guesses, longest=3)
+    config = DecodeConfig(local_prefill="always", step_tokens=10, max_running=6, watermark_blocks=0)
+    driver = Driver(config, num_blocks=24, guessing=guessing)
+    work = [
+        make_request(str(index), range(100 * index, 100 * index + 14), max_tokens=12, choices=1 + index % 2) for index in range(5)
+    ]
+    for request in work:
+        driver.submit(request)
+    while driver.step():
+        continue
+    accounts = driver.accounts.values()
+    assert len(accounts) == len(work)
+    total_s = sum(account.prefill_s + account.decode_s + account.wasted_s for account in accounts)
+    assert total_s == pytest.approx(driver.busy_s)
+    totals = driver.scheduler.totals
+    assert totals.prefill_s == pytest.approx(sum(account.prefill_s for account in accounts))
+    assert totals.decode_s == pytest.approx(sum(account.decode_s for account in accounts))
+    assert totals.wasted_s == pytest.approx(sum(account.wasted_s for account in accounts))
+    assert (totals.wasted_s > 0) == (guesses in (0.0, 0.6))
+    assert sum(account.decode_tokens for account in accounts) == totals.generated_tokens
+    assert sum(account.wasted_tokens for account in accounts) == totals.drafted_tokens - totals.accepted_tokens
+    assert totals.preemptions > 0, "the pool is not small enough for this test"
+    assert sum(account.prefill_tokens for account in accounts) > sum(request.num_prompt_tokens for request in work) - sum(
+        account.cached_tokens for account in accounts
+    ), "what is computed again counts again"
+
+
+def test_what_a_prefill_worker_took_is_part_of_the_account() -> None:
+    driver = Driver(DecodeConfig(local_prefill="never"), num_blocks=20)
+    request = make_request("a", range(10, 20), max_tokens=3)
+    driver.submit(request, (PREFILL,))
+    driver.step()
+    (wanted,) = driver.wanted
+    first = (SampledToken(next_token(request.prompt_token_ids, 0)),)
+    timings = StageTimings(transport="shm", transfer_exposed_s=0.25)
+    driver.scheduler.remote_ready("a", RemotePrefill(first, (), 4, timings, work_s=2.0, work_tokens=6))
+    while driver.step():
+        continue
+    account = driver.accounts[wanted.request.request_id]
+    assert (account.prefill_s, account.prefill_tokens, account.cached_tokens) == (2.0, 6, 4)
+    assert (account.transfer_s, account.decode_s, account.decode_tokens) == (0.25, pytest.approx(driver.busy_s), 3)

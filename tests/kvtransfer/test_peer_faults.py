@@ -196,6 +196,7 @@ async def test_over_shm_a_stopped_writer_keeps_the_blocks_until_it_goes_on(decod
     assert not abandoning.done()
     assert incoming.state is HandoffState.CANCELLED
     assert (decode.receiver.num_open, decode.receiver.num_quarantined) == (1, 1)
+    assert decode.receiver.num_blocks_arriving == 0
     peer.signal(signal.SIGCONT)
     await peer.tell(do="release", nonce=incoming.ticket.nonce.hex())
     async with asyncio.timeout(PATIENCE_S):

@@ -27,6 +27,7 @@ from common.errors import (
     TransferBroken,
     TransferTimeout,
 )
+from common.metrics import LeaseReadings
 from common.types import KVLayout, WorkerRef
 from kvtransfer.digest import block_digest_of, piece_digest
 from kvtransfer.frames import Frame, FrameKind
@@ -690,8 +691,13 @@ async def test_a_writer_that_gives_no_sign_is_given_up(brief: Pair, monkeypatch:
     fenced = silent.link.fences_locally
     assert isinstance(await within(silent.wait_failed()), TransferTimeout)
     assert brief.receiver.num_quarantined == (0 if fenced else 1)
+    leases = brief.receiver.leases()
+    assert (leases.open, leases.expired, leases.quarantined) == (1, 1, 0 if fenced else 1)
+    assert leases.oldest_s >= 0.5
+    assert (leases.quarantined_oldest_s >= 0.5) is not fenced
     await within(outgoing.abort())
     assert await brief.abandon(silent) == (5, 6)
+    assert brief.receiver.leases() == LeaseReadings(expired=1)
 
 
 async def test_a_decode_worker_that_gives_no_sign_is_given_up(brief: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,8 +707,10 @@ async def test_a_decode_worker_that_gives_no_sign_is_given_up(brief: Pair, monke
     await arrived(incoming, 1)
     monkeypatch.setattr(incoming, "_say_alive", lambda: None)
     incoming._stop_timers()
+    assert brief.sender.leases().open == 1
     await within(asyncio.wait({outgoing._pump}))  # nothing is read any more
     assert brief.sender.num_open == 0
+    assert brief.sender.leases() == LeaseReadings(expired=1)
     for call in (outgoing.push([(1, 1)]), outgoing.finish()):
         with pytest.raises(TransferTimeout):
             await within(call)

@@ -172,3 +172,16 @@ def test_load_is_what_is_left_to_compute_without_what_is_cached() -> None:
     assert driver.scheduler.load().queued_tokens == 21 - cached
     driver.step()
     assert driver.scheduler.load().queued_tokens == 0
+
+
+def test_prompts_share_the_time_of_the_steps_by_their_tokens() -> None:
+    driver = Driver(PrefillConfig(chunk_tokens=8, max_running=4), num_blocks=40)
+    for name, length in (("a", 20), ("b", 6), ("c", 11)):
+        driver.scheduler.submit(make_request(name, length, first=1000 * (ord(name) - 90)))
+    steps = 0
+    while driver.step():
+        steps += 1
+    assert sum(done.work_s for done in driver.done.values()) == steps == driver.scheduler.totals.prefill_s
+    # Steps of 8, 8, 4 + 4, 2 + 6, 5 tokens; each takes a second.
+    assert driver.done["a"].work_s == 2.5
+    assert driver.done["b"].work_s == 0.75

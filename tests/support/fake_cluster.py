@@ -14,12 +14,12 @@ import grpc
 import grpc.aio
 import httpx
 
-from common.codec import chunk_to_wire, request_from_wire, started_to_wire, token_logprob_to_wire
+from common.codec import chunk_to_wire, request_from_wire, started_to_wire, token_logprob_to_wire, work_to_wire
 from common.config import Config
 from common.errors import PdserveError
 from common.rpc import RpcServer, abort_with, start_server
 from common.tokenizer import Tokenizer
-from common.types import FinishReason, Request, StageTimings, Started, TokenChunk, TokenLogprob
+from common.types import FinishReason, Request, StageTimings, Started, TokenChunk, TokenLogprob, WorkAccount
 from common.wire import registry_pb2, registry_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from router.server import run
 from support.tiny_models import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, make_tiny_tokenizer
@@ -40,11 +40,33 @@ def make_tokenizer_folder(path: Path) -> Path:
     return path
 
 
+class FakeControl(registry_pb2_grpc.ControlServicer):
+    """Remembers what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.refuse: PdserveError | None = None
+        self.report = registry_pb2.AutoscalerReport()
+
+    async def _take(self, message: Any, context: Any) -> registry_pb2.ClusterSnapshot:
+        self.asked.append(message)
+        if self.refuse is not None:
+            await abort_with(context, self.refuse)
+        return registry_pb2.ClusterSnapshot()
+
+    Scale = Drain = Flip = Roll = _take
+
+    async def Autoscaler(self, message: Any, context: Any) -> registry_pb2.AutoscalerReport:
+        await self._take(message, context)
+        return self.report
+
+
 class FakeManager(registry_pb2_grpc.RegistryServicer):
-    """`Registry/Watch` for any number of routers."""
+    """`Registry/Watch` for any number of routers, and a `Control` that does nothing."""
 
     def __init__(self, token: str = TOKEN) -> None:
         self._token = token
+        self.control = FakeControl()
         self.snapshot = registry_pb2.ClusterSnapshot()
         self.announced: list[registry_pb2.WatchRequest] = []
         self.demanded: asyncio.Queue[str] = asyncio.Queue()  # models that routers want woken
@@ -52,13 +74,12 @@ class FakeManager(registry_pb2_grpc.RegistryServicer):
         self._rpc: RpcServer | None = None
 
     async def start(self, port: int = 0) -> str:
-        self._rpc = await start_server(
-            lambda server: registry_pb2_grpc.add_RegistryServicer_to_server(self, server),
-            host="127.0.0.1",
-            port=port,
-            token=self._token,
-            services=("pdserve.v1.Registry",),
-        )
+        def register(server: grpc.aio.Server) -> None:
+            registry_pb2_grpc.add_RegistryServicer_to_server(self, server)
+            registry_pb2_grpc.add_ControlServicer_to_server(self.control, server)
+
+        services = ("pdserve.v1.Registry", "pdserve.v1.Control")
+        self._rpc = await start_server(register, host="127.0.0.1", port=port, token=self._token, services=services)
         return self._rpc.address
 
     async def stop(self) -> None:
@@ -101,9 +122,11 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
     incarnation: int = 1
     max_model_tokens: int = CONTEXT
     cached_tokens: int = 3
+    account: WorkAccount | None = None  # told with the last tokens
 
     requests: list[Request] = field(default_factory=list)
     prefill_candidates: list[tuple[str, ...]] = field(default_factory=list)
+    traceparents: list[str] = field(default_factory=list)
     served: int = 0
     holding: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
@@ -143,6 +166,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
         request = request_from_wire(message.request)
         self.requests.append(request)
         self.prefill_candidates.append(tuple(ref.worker_id for ref in message.prefill))
+        self.traceparents.append(dict(context.invocation_metadata()).get("traceparent", ""))
         if self.refuse is not None:
             await abort_with(context, self.refuse)
         sent = 0
@@ -181,6 +205,8 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeServicer):
                     EOS if last and ends else None,
                 )
                 event.chunks.append(chunk_to_wire(chunk))
+            if last and self.account is not None:
+                event.account.CopyFrom(work_to_wire(self.account))
             events.append(event)
         return events
 
@@ -274,6 +300,7 @@ def router_config(
     cache: dict[str, Any] | None = None,
     models: tuple[str, ...] = (),
     routing: dict[str, Any] | None = None,
+    tracing: dict[str, Any] | None = None,
     **router: Any,
 ) -> Config:
     """`models` are others than the one that is always there. Without `cache` equal requests are not taken together: most tests
@@ -284,6 +311,7 @@ def router_config(
             "cache": {"exact": {"enabled": False}} if cache is None else cache,
             "models": [*named, *({"name": model, "source": model} for model in models)],
             "routing": routing or {},
+            "tracing": tracing or {},
             "router": {"http_port": 0, "grpc_port": 0, "request_timeout_s": 20.0, **router},
         }
     )

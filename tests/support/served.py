@@ -18,7 +18,9 @@ from support.workers import TOKEN, Workers
 
 
 @asynccontextmanager
-async def served(workers: Workers, model_path: Path, *, name: str = "tiny", **router: Any) -> AsyncIterator[str]:
+async def served(
+    workers: Workers, model_path: Path, *, name: str = "tiny", tracing: dict[str, Any] | None = None, **router: Any
+) -> AsyncIterator[str]:
     """The router's base URL."""
     manager = FakeManager(token=TOKEN)
     address = await manager.start()
@@ -26,7 +28,11 @@ async def served(workers: Workers, model_path: Path, *, name: str = "tiny", **ro
     model = registry_pb2.ModelInfo(name=name, path=str(model_path), context_tokens=infos[0].max_model_tokens, created_s=1)
     manager.publish(registry_pb2.ClusterSnapshot(cluster="test", models=[model], workers=infos))
     config = Config.model_validate(
-        {"models": [{"name": name, "source": str(model_path)}], "router": {"http_port": 0, "grpc_port": 0, **router}}
+        {
+            "models": [{"name": name, "source": str(model_path)}],
+            "router": {"http_port": 0, "grpc_port": 0, **router},
+            "tracing": tracing or {},
+        }
     )
     stop = asyncio.Event()
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc.aio
 
 from common.codec import chunk_from_wire, request_to_wire, started_from_wire, worker_ref_to_wire
-from common.config import DecodeConfig, EngineConfig, ModelConfig, PrefillConfig, TransferConfig
+from common.config import DecodeConfig, EngineConfig, ModelConfig, PrefillConfig, TracingConfig, TransferConfig
 from common.rpc import connect, error_from_rpc
 from common.types import FinishReason, Request, Role, SamplingParams, Started, TokenLogprob, WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
@@ -137,6 +137,7 @@ async def running_workers(
     transports: tuple[str, ...] = ("shm", "tcp"),
     transfer: TransferConfig | None = None,
     prefill_engine: EngineConfig | None = None,
+    tracing: TracingConfig | None = None,
 ) -> AsyncIterator[Workers]:
     model = ModelConfig(
         name=name,
@@ -157,6 +158,7 @@ async def running_workers(
             model_path=str(model_path),
             transfer=config,
             cluster_token=TOKEN,
+            tracing=tracing or TracingConfig(),
         )
 
     decoder = DecodeWorker(spec(Role.DECODE, 0))

@@ -6,12 +6,14 @@ import asyncio
 import os
 import pickle
 import random
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -41,6 +43,8 @@ from kvtransfer.transports.authentication import (
 )
 from kvtransfer.transports.base import LinkCredentials, PeerName, PieceName
 from prefill_worker.server import PrefillWorker
+from router.console.actions import Actions
+from router.console.pages import Pages
 from router.http_app import build_app
 from router.http_edge import OPEN_PATHS
 from support.fake_cluster import fake_cluster, make_tokenizer_folder
@@ -441,6 +445,18 @@ ROUTES = {
     "/ready": {"GET"},
     "/version": {"GET"},
     "/metrics": {"GET"},
+    "/metrics/targets": {"GET"},
+    "/admin/v1/cluster": {"GET"},
+    "/admin/v1/requests": {"GET"},
+    "/admin/v1/requests/{request_id:path}": {"GET"},
+    "/admin/v1/series": {"GET"},
+    "/admin/v1/autoscaler": {"GET"},
+    "/admin/v1/live": {"GET"},
+    "/admin/v1/actions/scale": {"POST"},
+    "/admin/v1/actions/drain": {"POST"},
+    "/admin/v1/actions/flip": {"POST"},
+    "/admin/v1/actions/roll": {"POST"},
+    "/admin/v1/actions/autoscaler": {"POST"},
 }
 
 
@@ -451,20 +467,34 @@ def router_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def test_z14_z37_every_route_is_known_and_asks_for_a_key(router_model: Path) -> None:
     """Z14 and Z37, vllm#58144, CVE-2026-107204. There: one route among many answered without a key; another one ran scripts.
-    Ours: the routes are these and no others; each asks for a key unless it is one of four that say nothing of anybody; so does
-    every method of the gRPC face."""
-    edge: Any = build_app(None, CollectorRegistry())  # type: ignore[arg-type]
+    Ours: the routes are these, the console's files, and no others; each asks for a key unless it is one of four that say nothing
+    of anybody, or one of those files; so does every method of the gRPC face."""
+    pages, actions = Pages(), Actions(manager_address="", cluster_token="")
+    console: Any = SimpleNamespace(pages=pages, actions=actions)
+    edge: Any = build_app(None, CollectorRegistry(), console)  # type: ignore[arg-type]
     found = {route.path: route.methods for route in edge._app.routes if isinstance(route, Route)}
     assert len(found) == len(edge._app.routes)
-    assert {path: methods - {"HEAD"} for path, methods in found.items()} == ROUTES
+    assert {path: methods - {"HEAD"} for path, methods in found.items()} == {
+        **ROUTES,
+        **{path: {"GET"} for path in pages.paths},
+    }
     assert set(ROUTES) > OPEN_PATHS == {"/health", "/ready", "/version", "/metrics"}
     async with fake_cluster(Tokenizer.load(router_model), router_model, api_keys=("key",)) as cluster:
         async with httpx.AsyncClient(base_url=cluster.http_url, trust_env=False) as client:
-            for path, methods in ROUTES.items():
+            for path, methods in found.items():
                 for method in (*methods, "HEAD", "OPTIONS", "PUT", "DELETE"):
-                    reply = await client.request(method, path.replace("{model_id:path}", "tiny"), content=b"{}")
-                    assert (reply.status_code == 401) is (path not in OPEN_PATHS), (method, path)
-            for path in ("/invocations", "/run_script", "/v1/models/../metrics/x", "//v1/models", "/V1/MODELS", "/health/x"):
+                    reply = await client.request(method, re.sub(r"\{.*\}", "tiny", path), content=b"{}")
+                    assert (reply.status_code == 401) is (path not in OPEN_PATHS | pages.paths), (method, path)
+            for path in (
+                "/invocations",
+                "/run_script",
+                "/v1/models/../metrics/x",
+                "//v1/models",
+                "/V1/MODELS",
+                "/health/x",
+                "/console/",
+                "/admin/v1/x",
+            ):
                 assert (await client.post(path, content=b"{}")).status_code == 401, path
         channel = connect(cluster.grpc_address, None)
         for path, streams in methods_of(inference_pb2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.clock import ManualClock
 from common.types import SamplingParams
-from decode_worker.speculation.acceptance import Acceptance, History
+from decode_worker.speculation.acceptance import Acceptance, History, Promises
 from decode_worker.speculation.controller import choose_lengths
 from decode_worker.speculation.ngram import NgramProposer
 from decode_worker.speculation.proposer import ChoiceKey, Guess, Wanted
@@ -67,11 +68,13 @@ def test_more_rows_never_cost_less(observed: list[tuple[int, float]], first: int
     assert all(later >= earlier * (1 - 1e-9) > 0 for earlier, later in itertools.pairwise(costs))
 
 
-def expected_rate(offers: Sequence[tuple[int, float, float]], lengths: Sequence[int], costs: Callable[[int], float]) -> float:
-    tokens = float(len(offers))
-    for (_, first, further), length in zip(offers, lengths, strict=True):
-        tokens += sum(first * further**place for place in range(length))
-    return tokens / costs(len(offers) + sum(lengths))
+def speed(offers: Sequence[tuple[int, float, float]], lengths: Sequence[int], costs: Callable[[int], float]) -> float:
+    """The geometric mean of the sequences' tokens per second."""
+    tokens = [
+        1.0 + sum(first * further**place for place in range(length))
+        for (_, first, further), length in zip(offers, lengths, strict=True)
+    ]
+    return math.prod(tokens) ** (1 / len(tokens)) / costs(len(offers) + sum(lengths))
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,9 +83,7 @@ def expected_rate(offers: Sequence[tuple[int, float, float]], lengths: Sequence[
     slope=st.floats(0.0, 1.0),
     most_rows=st.integers(0, 12),
 )
-def test_no_other_lengths_give_more_tokens_per_second(
-    offers: list[tuple[int, float, float]], slope: float, most_rows: int
-) -> None:
+def test_no_other_lengths_make_answers_come_faster(offers: list[tuple[int, float, float]], slope: float, most_rows: int) -> None:
     """Against all combinations there are; where the gain is small nothing is taken."""
 
     def seconds(rows: int) -> float:
@@ -93,16 +94,42 @@ def test_no_other_lengths_give_more_tokens_per_second(
     assert sum(lengths) <= most_rows
     assert all(0 <= length <= offer[0] for length, offer in zip(lengths, offers, strict=True))
     best = max(
-        expected_rate(offers, combination, seconds)
+        speed(offers, combination, seconds)
         for combination in itertools.product(*(range(offer[0] + 1) for offer in offers))
         if sum(combination) <= most_rows
     )
-    nothing = expected_rate(offers, [0] * len(offers), seconds)
+    nothing = speed(offers, [0] * len(offers), seconds)
     if sum(lengths):
-        assert expected_rate(offers, lengths, seconds) == pytest.approx(best)
+        assert speed(offers, lengths, seconds) == pytest.approx(best)
         assert best > nothing
     else:
-        assert best <= 1.06 * nothing
+        assert best <= 1.04 * nothing
+
+
+def test_one_that_repeats_itself_does_not_hold_up_seven_that_do_not() -> None:
+    """Rows that cost a tenth of the step, as on two cores at eight sequences: all tokens together would come faster by 9 %, but
+    seven answers of eight slower by a third. Where all eight repeat themselves every one gains."""
+
+    def seconds(rows: int) -> float:
+        return 1.0 + 0.1 * max(0, rows - 8)
+
+    cost, certain = learned(seconds, range(8, 60)), (4, 0.97, 0.97)
+    assert choose_lengths([certain, *[(0, 0.0, 0.0)] * 7], cost, num_sequences=8, num_rows=8, most_rows=40) == [0] * 8
+    assert min(choose_lengths([certain] * 8, cost, num_sequences=8, num_rows=8, most_rows=40)) >= 2
+
+
+def test_guesses_that_promise_more_than_they_keep_are_worth_less() -> None:
+    promises = Promises()
+    assert promises.kept_share == 1.0
+    for _ in range(100):
+        promises.observe(2.0, 1)
+    assert promises.kept_share == pytest.approx(0.5, abs=0.03)
+    for _ in range(256 * 8):
+        promises.step()
+    assert promises.kept_share > 0.9, "a bad stretch is forgotten"
+    for _ in range(100):
+        promises.observe(1.0, 2)
+    assert promises.kept_share == 1.0
 
 
 def test_a_guess_is_judged_by_what_came() -> None:
