@@ -12,11 +12,11 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 # Side by side: they share nothing. What starts workers or is sensitive to load runs alone.
-QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients"
+QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients and not hosts"
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-autoscaler test-unit test-clients chaos kill-sweep simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-autoscaler test-unit test-cluster test-clients chaos kill-sweep simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: install-dev tools model ## Run every test that this machine can run, the q
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)
+
+test-cluster: install-dev ## Hosts of namespaces, `ray up`, load and faults; writes tests/hosts/TRANSCRIPT.md (needs root, sshd, rsync, ip, redis, prometheus)
+	$(BIN)/pytest -s -m hosts
 
 test-clients: install-dev .venv-clients/installed .venv-guidellm/installed ## Run openai, langchain, litellm, llm, lm-eval and guidellm against a cluster (2 GB of venvs)
 	$(BIN)/pytest -m clients

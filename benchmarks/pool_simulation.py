@@ -215,8 +215,8 @@ class PoolSimulation:
         self._window.add([self._reading(worker) for worker in ready], self.now_s)
         signals = self._window.signals()
         decode = signals.decode
-        if decode.tpot_s is not None and decode.workers and decode.sequences > 0:
-            self._fit = self._fit.seen(decode.sequences / decode.workers, decode.tpot_s)
+        if decode.tpot_s is not None:
+            self._fit = self._fit.seen(decode.batch, decode.tpot_s)
         needs = {
             Role.PREFILL: prefill_need(config, signals.prefill),
             Role.DECODE: decode_need(config, decode, self._fit),

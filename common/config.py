@@ -22,7 +22,7 @@ from common.errors import ConfigError
 from common.loopback import is_loopback
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
-_ENVIRONMENT_RESERVED = frozenset({"PDSERVE_HOME", "PDSERVE_CLUSTER_ID", "PDSERVE_CLUSTER_TOKEN"})
+_ENVIRONMENT_RESERVED = frozenset({"PDSERVE_HOME", "PDSERVE_CLUSTER_ID", "PDSERVE_CLUSTER_TOKEN", "PDSERVE_RAY_NODE"})
 
 _TENANT_NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 
@@ -162,6 +162,12 @@ class AutoscalingConfig(_Part):
     @property
     def may_sleep(self) -> bool:
         return self.prefill.min_replicas == 0 and self.decode.min_replicas == 0
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _as_yaml_has_it(cls, mode: object) -> object:
+        """YAML takes a bare on or off for a truth value."""
+        return {True: "on", False: "off"}[mode] if isinstance(mode, bool) else mode
 
     @model_validator(mode="after")
     def _can_serve(self) -> AutoscalingConfig:
@@ -550,6 +556,47 @@ class RayConfig(_Part):
         description="Join this Ray cluster ('auto' = the one on this host made by `ray up`); default starts a private one.",
     )
     num_cpus_per_worker: float = Field(0.0, ge=0, description="Ray CPU resource that each worker takes.")
+    slots: bool = Field(
+        False,
+        description="A prefill worker takes one `prefill` of its node and a decode worker one `decode`: resources that nodes are"
+        " started with (deploy/ray). Without it Ray places workers wherever it has CPUs.",
+    )
+    room_timeout_s: float = Field(
+        120.0, gt=0, description="How long a new worker waits for room; a host that the autoscaler has to start takes minutes."
+    )
+
+
+class NetworkConfig(_Part):
+    trusted: bool = Field(
+        False,
+        description="Your word that nobody but the cluster's hosts sees the network between them. Manager and workers then listen"
+        " on their node's address; calls and KV links are authenticated, but not encrypted. Without it all stays on loopback.",
+    )
+    manager_port: int = Field(
+        0, ge=0, le=65_535, description="Of the pool manager, for routers that `pdserve up` does not start; 0 takes a free one."
+    )
+
+
+class HealthConfig(_Part):
+    """When the pool manager gives up a worker that does not answer. One whose process ended is seen at once."""
+
+    interval_s: float = Field(0.5, gt=0, description="Between two checks.")
+    timeout_s: float = Field(
+        3.0, gt=0, description="For an answer. On a machine with few cores a healthy worker can be kept waiting for seconds."
+    )
+    most_misses: int = Field(3, ge=1, description="So many checks in a row without an answer, and the worker is killed.")
+
+
+class HeadConfig(_Part):
+    """What `pdserve up` starts beside the router, on loopback, and ends with it."""
+
+    redis: bool = Field(False, description="A redis-server for the router's caches; there must be one in the PATH.")
+    prometheus_port: int | None = Field(
+        None,
+        ge=1,
+        le=65_535,
+        description="A Prometheus that scrapes every process; there must be one in the PATH. Default: none.",
+    )
 
 
 class TracingConfig(_Part):
@@ -580,6 +627,9 @@ class Config(_Part):
     routing: RoutingConfig = RoutingConfig()
     cache: CacheConfig = CacheConfig()
     ray: RayConfig = RayConfig()
+    network: NetworkConfig = NetworkConfig()
+    health: HealthConfig = HealthConfig()
+    head: HeadConfig = HeadConfig()
     logging: LoggingConfig = LoggingConfig()
     tracing: TracingConfig = TracingConfig()
 
@@ -602,6 +652,12 @@ class Config(_Part):
         taken = sorted(set(self.routing.aliases) & {name for model in self.models for name in (model.name, *model.aliases)})
         if taken:
             raise ValueError(f"routing.aliases has {taken[0]!r}, which is the name of a model")
+        return self
+
+    @model_validator(mode="after")
+    def _one_redis(self) -> Config:
+        if self.head.redis and self.cache.redis.url is not None:
+            raise ValueError("head.redis and cache.redis.url exclude each other")
         return self
 
     def model_named(self, name: str) -> ModelConfig:
@@ -723,6 +779,9 @@ def _known_keys() -> list[str]:
         SemanticCacheConfig,
         RedisConfig,
         RayConfig,
+        NetworkConfig,
+        HealthConfig,
+        HeadConfig,
         LoggingConfig,
         TracingConfig,
     ]

@@ -13,11 +13,19 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from common.metrics_access import guarded
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
@@ -673,10 +681,21 @@ class _QuietHandler(WSGIRequestHandler):
         """Scrapes are not news."""
 
 
-def start_metrics_server(registry: CollectorRegistry, host: str) -> tuple[str, Callable[[], None]]:
-    """Serves the registry on a free port from a thread. Returns its "host:port" and what stops it (blocks up to 0.1 s)."""
+def _app(registry: CollectorRegistry) -> WSGIApplication:
+    # Not prometheus_client.make_wsgi_app: to whoever prefers OpenMetrics, as Prometheus does, it spells vllm: as vllm_.
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", METRICS_TYPE)])
+        return [generate_latest(registry)]
+
+    return answer
+
+
+def start_metrics_server(registry: CollectorRegistry, host: str, *, cluster_token: str) -> tuple[str, Callable[[], None]]:
+    """Serves the registry on a free port from a thread, to whom `common.metrics_access` lets. Returns its "host:port" and what
+    stops it (blocks up to 0.1 s)."""
     # Not prometheus_client.start_http_server: it takes half a second to stop.
-    server = make_server(host, 0, make_wsgi_app(registry), _Server, _QuietHandler)
+    app = guarded(_app(registry), host=host, cluster_token=cluster_token)
+    server = make_server(host, 0, app, _Server, _QuietHandler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
     thread.start()
 

@@ -1,7 +1,8 @@
 """What a worker process is told when it is started, whoever starts it (the Ray actor in `deploy`, a test, a benchmark).
 
-Written by the pool manager; read by `prefill_worker.server` and `decode_worker.server`. A worker knows nothing else about the
-cluster: peers introduce themselves in requests, and whoever holds `cluster_token` is trusted.
+Written by the pool manager and, for host and path, on the worker's own node (`deploy.worker_actor`); read by
+`prefill_worker.server` and `decode_worker.server`. A worker knows nothing else about the cluster: peers introduce themselves in
+requests, and whoever holds `cluster_token` is trusted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class WorkerSpec:
     transfer: TransferConfig
     cluster_token: str = field(repr=False)
     host: str = "127.0.0.1"  # every port of the worker binds here
+    trusted_network: bool = False  # the operator's word; `host` is on loopback without it
     threads: int = 1  # CPU threads of the engine
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)

@@ -142,7 +142,9 @@ class DecodeHandoff:
         )
 
     async def start(self) -> None:
-        self._offers = await self._receiver.start(self._config.transports, self._spec.host)
+        self._offers = await self._receiver.start(
+            self._config.transports, self._spec.host, trusted_network=self._spec.trusted_network
+        )
 
     async def settle(self, timeout_s: float) -> None:
         """Returns when no hand-off is under way nor being given up, or when the time is over."""

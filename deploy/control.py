@@ -45,13 +45,13 @@ _MOST_REPLICAS = 1024
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-async def serve_manager(manager: PoolManager, autoscaler: Autoscaler, *, host: str, token: str) -> RpcServer:
+async def serve_manager(manager: PoolManager, autoscaler: Autoscaler, *, host: str, token: str, port: int = 0) -> RpcServer:
     def register(server: grpc.aio.Server) -> None:
         add_RegistryServicer_to_server(_Registry(manager, autoscaler), server)
         add_ControlServicer_to_server(_Control(manager, autoscaler), server)
 
     services = ("pdserve.v1.Registry", "pdserve.v1.Control")
-    return await start_server(register, host=host, token=token, services=services)
+    return await start_server(register, host=host, port=port, token=token, services=services)
 
 
 class _Registry(RegistryServicer):

@@ -24,24 +24,24 @@ _VARIABLE = "PDSERVE_CLUSTER_ID"
 _PATIENCE_S = 20.0
 
 
-def members(cluster_id: str) -> list[int]:
-    """Pids of all processes of this user that bear the cluster's id, but our own."""
+def members(cluster_id: str, variable: str = _VARIABLE) -> list[int]:
+    """Pids of all processes of this user that bear the cluster's id in `variable`, but our own."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return [pid for pid in pids if pid != os.getpid() and _bears(pid, cluster_id)]
+    return [pid for pid in pids if pid != os.getpid() and _bears(pid, cluster_id, variable)]
 
 
-def _bears(pid: int, cluster_id: str) -> bool:
+def _bears(pid: int, cluster_id: str, variable: str) -> bool:
     try:
-        return f"{_VARIABLE}={cluster_id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return f"{variable}={cluster_id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False  # gone, or not ours to read
 
 
-def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S) -> bool:
+def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S, variable: str = _VARIABLE) -> bool:
     """Whether none is left. Looks again until two looks in a row find nobody: a process may start a child while others are
     being listed or killed."""
     deadline_s = time.monotonic() + patience_s
-    while pids := members(cluster_id) or members(cluster_id):
+    while pids := members(cluster_id, variable) or members(cluster_id, variable):
         if time.monotonic() > deadline_s:
             return False
         descriptors = []
@@ -49,7 +49,7 @@ def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S) -> bool:
             with suppress(ProcessLookupError):
                 descriptor = os.pidfd_open(pid)
                 descriptors.append(descriptor)
-                if _bears(pid, cluster_id):  # the number may have been given to another process meanwhile
+                if _bears(pid, cluster_id, variable):  # the number may have been given to another process meanwhile
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         poller = select.poll()
         for descriptor in descriptors:

@@ -1,17 +1,19 @@
 """`pdserve up`: one process that brings a cluster up, stays with it, and takes it down.
 
-    models fetched -> janitor -> Ray -> pool manager -> router -> every worker ready -> state file, "how to call it"
+    models fetched -> janitor -> Ray -> pool manager, its state file -> router -> every worker ready -> "how to call it"
     -> (a signal, or the manager's end) -> router drained -> workers stopped -> Ray ended -> files removed
 
 The launcher owns the processes, not the work: requests never pass through it. A router that dies is started again; a pool
 manager that dies ends the cluster. If the launcher itself is killed, the janitor does what it cannot do any more.
+
+On a Ray of several hosts (`ray up`) it runs on the head, and so do manager, router and what `deploy.head_services` starts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -19,11 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config import Config, ModelConfig, pdserve_home
 from common.errors import ClusterError, PdserveError
@@ -31,11 +34,13 @@ from common.logs import get_logger
 from common.model_store import pull
 from common.wire.registry_pb2 import ClusterSnapshot
 from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_path, write_state
+from deploy.head_services import HeadService, head_services
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
-from deploy.pool_manager import ManagerSpec, ModelToServe
+from deploy.pool_manager import HealthPolicy, ManagerSpec, ModelToServe
 from deploy.ray_environment import CLUSTER_ID_VARIABLE, actor_environment, namespace_of
 from deploy.ray_host import answer
-from deploy.ray_start import join_ray, start_private_ray
+from deploy.ray_start import LOOPBACK, join_ray, start_private_ray
+from deploy.scraping import TARGETS_FILE, TOKEN_FILE, prepare, scraping_folder, update
 from deploy.worker_host import build_worker
 
 log = get_logger(__name__)
@@ -43,10 +48,11 @@ log = get_logger(__name__)
 Say = Callable[[str], None]
 
 _MANAGER_START_TIMEOUT_S = 120.0
-_READY_TIMEOUT_S = 900.0
+_READY_TIMEOUT_S = 900.0  # beyond the time that a worker may wait for room
+_ROUTER = "router"
 _ROUTER_GRACE_S = 5.0
 _SHUTDOWN_TIMEOUT_S = 30.0
-_ROUTER_BACKOFF_FIRST_S, _ROUTER_BACKOFF_LAST_S = 0.2, 10.0
+_BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 10.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Launch:
     config_path: Path
     overrides: tuple[str, ...]
     config: Config
+    token: str = field(repr=False)
     cluster_id: str  # stands in our environment already, for children to inherit
+    announce: int | None = None  # a pipe on which a word is said once `pdserve status` can be asked
 
 
 def launch(asked: Launch, say: Say) -> int:
@@ -72,46 +80,67 @@ def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int
     name = asked.config.cluster
     # Short, because names of unix sockets are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
-    janitor = _start_janitor(asked.cluster_id, [folder, state_path(home, name)], lock)
+    scraping = scraping_folder(home, name)
+    going = [folder, state_path(home, name), scraping / TARGETS_FILE, scraping / TOKEN_FILE]
+    janitor = _start_janitor(asked.cluster_id, going, lock)
     try:
+        services = head_services(asked.config, run_folder=folder, scraping=scraping)
         say(f"starting cluster {name!r}: Ray, pool manager, router, {_count_workers(asked.config)} workers")
         # Before the loop and on this thread: the kernel ends Ray's processes together with the thread that started them.
         if asked.config.ray.address is None:
             start_private_ray(folder)
+            host = LOOPBACK
         else:
-            join_ray(asked.config.ray.address)
+            host = join_ray(asked.config.ray.address, trusted_network=asked.config.network.trusted)
         try:
-            return asyncio.run(_Cluster(asked, models, home, janitor.pid, say).run())
+            return asyncio.run(_Cluster(asked, models, services, home, host, janitor.pid, say).run())
         finally:
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for path in going[2:]:
+            path.unlink(missing_ok=True)
         if janitor.stdin is not None:
             janitor.stdin.close()
         janitor.wait(_SHUTDOWN_TIMEOUT_S)
 
 
 class _Cluster:
-    def __init__(self, asked: Launch, models: Sequence[ModelToServe], home: Path, janitor_pid: int, say: Say) -> None:
+    def __init__(
+        self,
+        asked: Launch,
+        models: Sequence[ModelToServe],
+        services: Sequence[HeadService],
+        home: Path,
+        host: str,
+        janitor_pid: int,
+        say: Say,
+    ) -> None:
         self._asked = asked
         self._models = tuple(models)
+        self._services = tuple(services)
+        self._host = host
+        self._scraping = scraping_folder(home, asked.config.cluster)
         self._cluster_id = asked.cluster_id
         self._home = home
         self._janitor_pid = janitor_pid
         self._say = say
-        self._token = secrets.token_hex(32)
+        self._token = asked.token
         self._stop = asyncio.Event()
-        self._router: subprocess.Popen[bytes] | None = None
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._manager: Any = None
 
     async def run(self) -> int:
         self._listen_to_signals()
+        prepare(self._scraping, self._token)
         manager_address = await self._start_manager()
         serving = asyncio.ensure_future(self._announce(manager_address))
         lasting = {
             asyncio.ensure_future(self._watch_manager()),
-            asyncio.ensure_future(self._keep_router(manager_address)),
+            asyncio.ensure_future(self._keep(_ROUTER, lambda: self._start_router(manager_address))),
+            asyncio.ensure_future(self._follow_membership()),
             asyncio.ensure_future(self._wait_for_signal()),
+            *(asyncio.ensure_future(self._keep(one.name, functools.partial(_start, one.command))) for one in self._services),
         }
         try:
             done, _ = await asyncio.wait({serving, *lasting}, return_when=asyncio.FIRST_COMPLETED)
@@ -139,37 +168,56 @@ class _Cluster:
             logging=config.logging,
             tracing=config.tracing,
             cluster_token=self._token,
+            host=self._host,
+            port=config.network.manager_port,
+            trusted_network=self._host != LOOPBACK,
+            health=HealthPolicy(**config.health.model_dump()),
         )
+        here = ray.get_runtime_context().get_node_id()
         options = {
             "name": ACTOR_NAME,
             "namespace": namespace_of(config.cluster),
             "lifetime": "detached",
             "num_cpus": 0,
             "max_restarts": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),  # where routers and operators look for it
             "runtime_env": actor_environment(self._cluster_id, threads=None),
         }
         actor = ray.remote(ManagerActor).options(**options)
-        self._manager = actor.remote(spec, self._cluster_id, config.ray.num_cpus_per_worker, build_worker)
+        self._manager = actor.remote(spec, self._cluster_id, config.ray, build_worker)
         try:
             async with asyncio.timeout(_MANAGER_START_TIMEOUT_S):
                 return await answer(cast(Awaitable[str], self._manager.start.remote()))
         except TimeoutError as error:
             raise ClusterError("the pool manager did not start in time") from error
 
-    async def _keep_router(self, manager_address: str) -> None:
-        """Starts the router, and again whenever it ends. One that ends at once, over and over, ends the cluster."""
-        backoff_s = _ROUTER_BACKOFF_FIRST_S
+    async def _keep(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        """Starts a process, and again whenever it ends. One that ends at once, over and over, ends the cluster."""
+        backoff_s = _BACKOFF_FIRST_S
         while True:
             started_s = time.monotonic()
-            self._router = _start_router(self._asked, manager_address, self._token, self._cluster_id)
-            status = await _exit_status(self._router)
+            child = self._children[name] = start()
+            status = await _exit_status(child)
             if time.monotonic() - started_s > 60.0:
-                backoff_s = _ROUTER_BACKOFF_FIRST_S
-            if backoff_s > _ROUTER_BACKOFF_LAST_S or status == 1:
-                raise ClusterError(f"the router ended with status {status}")
-            log.warning("the router ended; starting it again", status=status)
+                backoff_s = _BACKOFF_FIRST_S
+            if backoff_s > _BACKOFF_LAST_S or status == 1:
+                raise ClusterError(f"the {name} ended with status {status}")
+            log.warning("a process ended; starting it again", name=name, status=status)
             await asyncio.sleep(backoff_s)
             backoff_s *= 2
+
+    def _start_router(self, manager_address: str) -> subprocess.Popen[bytes]:
+        settings = [setting for service in self._services for setting in service.router_settings]
+        return _start_router(self._asked, settings, manager_address, self._token)
+
+    async def _follow_membership(self) -> None:
+        """Tells Prometheus of every change."""
+        version = -1
+        while True:
+            news = await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version)))
+            snapshot = ClusterSnapshot.FromString(news)
+            version = snapshot.version
+            update(self._scraping, snapshot)
 
     async def _announce(self, manager_address: str) -> None:
         """Waits until everything serves, tells about it, and leaves the state file."""
@@ -185,11 +233,15 @@ class _Cluster:
             janitor_started=started_at(self._janitor_pid) or 0,
         )
         write_state(self._home, state)
+        if self._asked.announce is not None:
+            os.write(self._asked.announce, b"up\n")
+            os.close(self._asked.announce)
+        timeout_s = _READY_TIMEOUT_S + self._asked.config.ray.room_timeout_s
         try:
-            async with asyncio.timeout(_READY_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 snapshot = await self._until_ready()
         except TimeoutError as error:
-            raise ClusterError(f"not ready within {_READY_TIMEOUT_S:g} s") from error
+            raise ClusterError(f"not ready within {timeout_s:g} s") from error
         _tell_how_to_call(snapshot, self._asked.config, self._say)
 
     async def _until_ready(self) -> ClusterSnapshot:
@@ -231,14 +283,9 @@ class _Cluster:
             asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
     async def _take_down(self) -> None:
-        if self._router is not None and self._router.poll() is None:
-            self._router.send_signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(_ROUTER_GRACE_S + 1.0):
-                    await _exit_status(self._router)
-            except TimeoutError:
-                self._router.kill()
-                self._router.wait(_ROUTER_GRACE_S)
+        for name in (_ROUTER, *(service.name for service in self._services)):
+            if name in self._children:
+                await _end(self._children[name])
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
                 await answer(cast(Awaitable[None], self._manager.shut_down.remote()))
@@ -253,6 +300,8 @@ def _model_to_serve(model: ModelConfig, config: Config, home: Path, say: Say) ->
     files = pull(model.source, home=home, progress=say)
     workers = _count_workers(config)
     threads = model.engine.threads or max(1, (os.cpu_count() or 1) // max(1, workers))
+    if not files.path.resolve().is_relative_to((home / "models").resolve()):
+        model = model.model_copy(update={"source": str(files.path)})  # workers have other working directories
     return ModelToServe(config=model, path=str(files.path), created_s=int(time.time()), threads=threads)
 
 
@@ -269,14 +318,29 @@ def _start_janitor(cluster_id: str, remove: Sequence[Path], lock: int) -> subpro
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[lock])
 
 
-def _start_router(asked: Launch, manager_address: str, token: str, cluster_id: str) -> subprocess.Popen[bytes]:
+def _start_router(asked: Launch, settings: Sequence[str], manager_address: str, token: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "router", "--config", str(asked.config_path), "--manager", manager_address]
     command += ["--drain-grace-s", str(_ROUTER_GRACE_S)]
-    for override in asked.overrides:
+    for override in (*asked.overrides, *settings):
         command += ["--set", override]
-    environment = {**os.environ, "PDSERVE_CLUSTER_TOKEN": token, CLUSTER_ID_VARIABLE: cluster_id}
-    # A session of its own: at Ctrl-C the launcher drains it.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+    return _start(command, PDSERVE_CLUSTER_TOKEN=token)
+
+
+def _start(command: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
+    # A session of its own: at Ctrl-C the launcher ends it.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **variables}, start_new_session=True)
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(_ROUTER_GRACE_S + 1.0):
+            await _exit_status(process)
+    except TimeoutError:
+        process.kill()
+        process.wait(_ROUTER_GRACE_S)
 
 
 async def _exit_status(process: subprocess.Popen[bytes]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 
 from common.clock import SystemClock
+from common.config import RayConfig
 from common.errors import ClusterError
 from common.logs import configure_logging
 from common.metrics import ManagerMetrics, start_metrics_server
@@ -29,10 +30,10 @@ _SERVER_GRACE_S = 1.0
 
 
 class ManagerActor:
-    def __init__(self, spec: ManagerSpec, cluster_id: str, num_cpus_per_worker: float, factory: WorkerFactory) -> None:
+    def __init__(self, spec: ManagerSpec, cluster_id: str, rooms: RayConfig, factory: WorkerFactory) -> None:
         self._spec = spec
         self._cluster_id = cluster_id
-        self._num_cpus_per_worker = num_cpus_per_worker
+        self._rooms = rooms
         self._factory = factory
         self._manager: PoolManager | None = None
         self._server: RpcServer | None = None
@@ -45,15 +46,15 @@ class ManagerActor:
     async def start(self) -> str:
         spec = self._spec
         configure_logging(spec.logging, process=ACTOR_NAME)
-        workers = RayHost(spec.cluster, self._cluster_id, self._num_cpus_per_worker, self._factory)
+        workers = RayHost(spec.cluster, self._cluster_id, self._rooms, self._factory)
         clock = SystemClock()
         self._manager = manager = PoolManager(spec, workers, clock)
         autoscaler = Autoscaler(manager, {model.config.name: model.config.autoscaling for model in spec.models}, clock)
         registry = CollectorRegistry()
         ManagerMetrics(registry, read=manager.read_pools, routers=lambda: len(manager.snapshot.routers))
-        metrics_address, self._stop_metrics = start_metrics_server(registry, spec.host)
+        metrics_address, self._stop_metrics = start_metrics_server(registry, spec.host, cluster_token=spec.cluster_token)
         manager.metrics_served_at(metrics_address)
-        self._server = await serve_manager(manager, autoscaler, host=spec.host, token=spec.cluster_token)
+        self._server = await serve_manager(manager, autoscaler, host=spec.host, port=spec.port, token=spec.cluster_token)
         self._running = asyncio.create_task(_run(manager, autoscaler), name="pool manager")
         return self._server.address
 

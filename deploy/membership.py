@@ -44,6 +44,7 @@ class Membership:
         self._cluster = cluster
         self._models = tuple(models)
         self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
+        self._given_up: set[tuple[str, int]] = set()  # by worker id and incarnation: lost, and not gone yet
         self._known: dict[str, tuple[int, str]] = {}  # model -> (longest request, layout) as last reported
         self._routers: dict[int, RouterInfo] = {}  # by watch
         self._watches = itertools.count()
@@ -53,6 +54,10 @@ class Membership:
     def report(self, info: InfoReply) -> None:
         """A worker answered. Takes effect at the next `publish`."""
         self._reports[info.worker_id, info.incarnation] = info
+
+    def give_up(self, worker_id: str, incarnation: int) -> None:
+        """This incarnation serves nobody any more, whatever its replica's phase is. Takes effect at the next `publish`."""
+        self._given_up.add((worker_id, incarnation))
 
     def router_joined(self, router: RouterInfo) -> int:
         watch = next(self._watches)
@@ -66,6 +71,7 @@ class Membership:
         """Draws the picture anew; wakes the waiting if it differs from the last."""
         current = {(one.worker_id, one.incarnation) for one in state.replicas.values()}
         self._reports = {key: info for key, info in self._reports.items() if key in current}
+        self._given_up &= current
         workers = [self._worker(replica) for pool in state.pools() for replica in state.of(pool)]
         self._learn(workers)
         snapshot = ClusterSnapshot(
@@ -95,6 +101,8 @@ class Membership:
         if reported is not None:
             info.CopyFrom(reported)
         state = _STATE_OF_PHASE[replica.phase]
+        if state is WorkerState.READY and (replica.worker_id, replica.incarnation) in self._given_up:
+            state = WorkerState.STARTING  # the next incarnation, soon
         # A worker may know better that it takes no more requests, never that it does.
         if state is WorkerState.READY and reported is not None and reported.state == WorkerState.DRAINING:
             state = WorkerState.DRAINING
@@ -112,16 +120,17 @@ class Membership:
             self._known[model.name] = (longest or old_longest, layout or old_layout)
 
     def _model(self, model: ServedModel, state: PoolsState) -> ModelInfo:
-        desired, decode = state.desired, Pool(model.name, Role.DECODE)
-        gave_up = any(one.phase is Phase.FAILED for one in state.of(decode))
+        desired, prefill, decode = state.desired, Pool(model.name, Role.PREFILL), Pool(model.name, Role.DECODE)
+        missing = [pool for pool in (prefill, decode) if not state.ready(pool) and (pool == decode or desired.get(pool, 0))]
+        gave_up = any(one.phase is Phase.FAILED for pool in missing for one in state.of(pool))
         context_tokens, layout = self._known[model.name]
         return ModelInfo(
             name=model.name,
             path=model.path,
             context_tokens=context_tokens,
             created_s=model.created_s,
-            desired_prefill=desired.get(Pool(model.name, Role.PREFILL), 0),
+            desired_prefill=desired.get(prefill, 0),
             desired_decode=desired.get(decode, 0),
             layout_fingerprint=layout,
-            wakes_on_demand=model.name in self.waking and not state.ready(decode) and not gave_up,
+            wakes_on_demand=model.name in self.waking and bool(missing) and not gave_up,
         )

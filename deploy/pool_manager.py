@@ -95,7 +95,9 @@ class ManagerSpec:
     logging: LoggingConfig
     cluster_token: str = field(repr=False)
     tracing: TracingConfig = field(default_factory=TracingConfig)
-    host: str = "127.0.0.1"  # the manager's and the workers' ports bind here
+    host: str = "127.0.0.1"  # the manager's ports bind here, and the workers', unless the network is trusted
+    port: int = 0  # of the manager's gRPC server
+    trusted_network: bool = False  # workers bind to the address of their own node
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     health: HealthPolicy = field(default_factory=HealthPolicy)
     start_timeout_s: float = 900.0
@@ -133,7 +135,9 @@ class PoolManager:
         )
         self._events = EventLog(clock)
         self._workers: dict[str, _Worker] = {}
+        self._launching: dict[str, asyncio.Future[WorkerProcess]] = {}
         self._num_expected = 0
+        self._expecting = asyncio.Lock()
         self._news = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -176,7 +180,7 @@ class PoolManager:
                         tasks.create_task(self._perform(action), name=f"{type(action).__name__} {action.worker_id}")
                     if sum(state.desired.values()) != self._num_expected:
                         self._num_expected = sum(state.desired.values())
-                        tasks.create_task(self._host.expect(self._num_expected), name="expect workers")
+                        tasks.create_task(self._expect(), name="expect workers")
                     self.publish()
                     if self._state.closing and not self._state.replicas:
                         break
@@ -321,6 +325,10 @@ class PoolManager:
                 return
             version = (await self._membership.after(version)).version
 
+    async def _expect(self) -> None:
+        async with self._expecting:  # the last word is the latest figure
+            await self._host.expect(self._num_expected)
+
     async def _perform(self, action: Action) -> None:
         match action:
             case Start():
@@ -341,7 +349,7 @@ class PoolManager:
         worker: _Worker | None = None
         try:
             spec = self._worker_spec(start)
-            process = await self._host.launch(spec) if inherited is None else self._take_over(inherited)
+            process = await self._launch(spec) if inherited is None else self._take_over(inherited)
             worker = self._workers[worker_id] = _Worker(worker_id, incarnation, process)
             if self._state.replicas[worker_id].phase is not Phase.STARTING:
                 raise WorkerLost("stopped before it started")  # `_stop` came too early to find a process
@@ -352,6 +360,8 @@ class PoolManager:
             self._tell(lambda state: became_ready(state, worker_id, incarnation, self._clock.monotonic_s()))
             log.info("worker ready", worker=worker_id, incarnation=incarnation, address=worker.ref.address)
             reason = await self._watch(worker)
+            if not worker.handed_on.is_set():
+                self._give_up(start, reason)
         except TimeoutError:
             reason = f"did not start within {self._spec.start_timeout_s:g} s"
         except PdserveError as error:
@@ -365,6 +375,25 @@ class PoolManager:
         log.info("worker gone", worker=worker_id, incarnation=incarnation, reason=reason)
         loss = Loss(worker_id, incarnation, reason, permanent)
         self._tell(lambda state: lost(state, loss, self._clock.monotonic_s(), self._spec.restarts))
+
+    def _give_up(self, start: Start, reason: str) -> None:
+        """Nobody is to be sent there while it is being buried, which takes time if its host is not heard any more."""
+        if self._state.replicas[start.worker_id].phase is Phase.READY:  # nobody asked it to end
+            log.warning("worker given up", worker=start.worker_id, incarnation=start.incarnation, reason=reason)
+        self._membership.give_up(start.worker_id, start.incarnation)
+        self.publish()
+
+    async def _launch(self, spec: WorkerSpec) -> WorkerProcess:
+        """May wait long for room; `_stop` ends the wait."""
+        launching = self._launching[spec.worker_id] = asyncio.ensure_future(self._host.launch(spec))
+        try:
+            await asyncio.wait({launching})
+            if launching.cancelled():
+                raise WorkerLost("stopped before it started")
+            return launching.result()
+        finally:
+            launching.cancel()
+            del self._launching[spec.worker_id]
 
     def _take_over(self, flip: Flip) -> WorkerProcess:
         """The process of a worker, which has none from now on. Raises WorkerLost."""
@@ -435,6 +464,9 @@ class PoolManager:
         """The end itself is seen, and told, by `_live`."""
         worker = self._current(stop)
         if worker is None:
+            launching = self._launching.get(stop.worker_id)
+            if launching is not None:
+                launching.cancel()
             return
         if worker.ref is not None:
             try:
@@ -459,6 +491,7 @@ class PoolManager:
             transfer=self._spec.transfer,
             cluster_token=self._spec.cluster_token,
             host=self._spec.host,
+            trusted_network=self._spec.trusted_network,
             threads=model.threads,
             logging=self._spec.logging,
             tracing=self._spec.tracing,

@@ -1,8 +1,12 @@
-"""Workers as detached Ray actors: one actor, one process, one incarnation.
+"""Workers as Ray actors of the manager's: one actor, one process, one incarnation.
 
 Ray places and starts the process and tells when it is gone. It never restarts one (`max_restarts=0`): a new incarnation is the
-pool manager's decision. On the manager's own node a process is also held by its pidfd, because Ray calls an actor dead as
-soon as it decided to kill it, while a process that hangs may live on.
+pool manager's decision. However the manager ends, Ray ends its actors, wherever they run. Ray calls an actor dead as soon as it
+decided to kill it, while a process that hangs may live on: on the manager's own node a process is also held by its pidfd, on
+others by a keeper (`deploy.node_keeper`).
+
+A host that is not heard any more can neither be asked nor killed. Its workers are then taken for gone after a moment: what bears
+their incarnation is refused everywhere, and the order to end them stays with Ray, which delivers it when the host is heard again.
 """
 
 from __future__ import annotations
@@ -10,26 +14,33 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from common.config import RayConfig
 from common.errors import ClusterError, EngineFailure, PdserveError, WorkerLost
+from common.logs import get_logger
 from common.types import WorkerRef
 from common.worker import WorkerSpec
+from deploy.node_keeper import NodeKeeper
+from deploy.nodes import nodes_of, resources_of, threads_of_slot
 from deploy.process_watch import ProcessWatch
 from deploy.ray_environment import actor_environment, namespace_of
 from deploy.worker_actor import WorkerActor
 from deploy.worker_host import WorkerFactory, WorkerProcess
 
 T = TypeVar("T")
+log = get_logger(__name__)
 
-_LAUNCH_TIMEOUT_S = 120.0  # placing an actor and starting an interpreter on a busy machine
 _KILL_PATIENCE_S = 1.0
 _KILL_TIMEOUT_S = 30.0
+_UNHEARD_S = 3.0  # longest wait for a keeper's word, beyond the patience
 _MOST_REASON_CHARACTERS = 300
 
 
@@ -48,46 +59,73 @@ async def answer(reference: Awaitable[T]) -> T:
 
 
 class RayHost:
-    def __init__(self, cluster: str, cluster_id: str, num_cpus: float, factory: WorkerFactory) -> None:
+    def __init__(self, cluster: str, cluster_id: str, rooms: RayConfig, factory: WorkerFactory) -> None:
         self._namespace = namespace_of(cluster)
         self._cluster_id = cluster_id
-        self._num_cpus = num_cpus
+        self._rooms = rooms
         self._factory = factory
         self._node_id = ray.get_runtime_context().get_node_id()
+        self._keepers: dict[str, ActorHandle] = {}  # by node
 
     async def launch(self, spec: WorkerSpec) -> WorkerProcess:
+        if self._rooms.slots and spec.model.engine.threads is None:
+            spec = replace(spec, threads=threads_of_slot(nodes_of(await asyncio.to_thread(ray.nodes)), spec.role))
         options = {
             "name": f"{spec.worker_id}#{spec.incarnation}",
             "namespace": self._namespace,
-            "lifetime": "detached",
-            "num_cpus": self._num_cpus,
+            "num_cpus": self._rooms.num_cpus_per_worker,
+            "resources": resources_of(spec.role, slots=self._rooms.slots),
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": actor_environment(self._cluster_id, threads=spec.threads),
         }
         actor: ActorHandle | None = None
+        placed = False
         try:
             actor = cast(ActorHandle, ray.remote(WorkerActor).options(**options).remote(spec, self._factory))
-            async with asyncio.timeout(_LAUNCH_TIMEOUT_S):
-                pid, node_id = await answer(cast(Awaitable[tuple[int, str]], actor.describe.remote()))
+            async with asyncio.timeout(self._rooms.room_timeout_s):
+                pid, started, node_id = await answer(cast(Awaitable[tuple[int, int, str]], actor.describe.remote()))
+            placed = True
         except (RayError, ValueError) as error:
             raise ClusterError(_short(f"Ray did not start {spec.worker_id}: {error}")) from error
         except TimeoutError as error:
-            ray.kill(actor)
-            raise ClusterError(f"Ray found no room for {spec.worker_id} within {_LAUNCH_TIMEOUT_S:g} s") from error
-        return _ActorProcess(actor, ProcessWatch.of(pid) if node_id == self._node_id else None)
+            what = f"a free {spec.role} slot" if self._rooms.slots else "room"
+            raise ClusterError(f"Ray found no {what} for {spec.worker_id} within {self._rooms.room_timeout_s:g} s") from error
+        finally:
+            if actor is not None and not placed:
+                ray.kill(actor)
+        if node_id == self._node_id:
+            return _LocalProcess(actor, ProcessWatch.of(pid))
+        return _RemoteProcess(actor, pid, started, self._keeper(node_id))
+
+    def _keeper(self, node_id: str) -> ActorHandle:
+        keeper = self._keepers.get(node_id)
+        if keeper is None:
+            keeper = self._keepers[node_id] = cast(
+                ActorHandle,
+                ray.remote(NodeKeeper)
+                .options(
+                    num_cpus=0,
+                    max_restarts=-1,
+                    max_task_retries=-1,  # an order that cannot be delivered stays until the host is heard again, or is dead
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                    runtime_env=actor_environment(self._cluster_id, threads=1),
+                )
+                .remote(node_id),
+            )
+        return keeper
 
     async def expect(self, num_workers: int) -> None:
         # Each request replaces the one before, of whoever made it: in a Ray cluster that others use too, it is for the
-        # autoscaler of one pdserve cluster alone.
-        if self._num_cpus > 0:
-            await asyncio.to_thread(request_resources, bundles=[{"CPU": self._num_cpus}] * num_workers)
+        # autoscaler of one pdserve cluster alone. A worker that waits for a slot is a request of its own.
+        cpus = self._rooms.num_cpus_per_worker
+        if cpus > 0 and not self._rooms.slots:
+            await asyncio.to_thread(request_resources, bundles=[{"CPU": cpus}] * num_workers)
 
 
 class _ActorProcess:
-    def __init__(self, actor: ActorHandle, local: ProcessWatch | None) -> None:
+    def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
-        self._local = local
         self._killed = False
 
     async def start(self) -> WorkerRef:
@@ -105,23 +143,58 @@ class _ActorProcess:
     async def stop(self, grace_s: float) -> None:
         await answer(cast(Awaitable[None], self._actor.stop.remote(grace_s)))
 
-    async def kill(self) -> None:
-        if not self._killed:
-            self._killed = True
+    def _kill_actor(self) -> bool:
+        """Whether it was the first time. NOTE: ray.kill asks the process itself; a stopped or hung one does not hear it."""
+        first, self._killed = not self._killed, True
+        if first:
             ray.kill(self._actor)
-            # NOTE: ray.kill asks the process itself; a stopped or hung one does not hear it. One that does is given the time to
-            # end as Ray expects, or Ray would report a crash.
-            if self._local is not None and not await self._local.wait(_KILL_PATIENCE_S):
-                self._local.send(signal.SIGKILL)
-        await self._gone()
+        return first
 
-    async def _gone(self) -> None:
-        if self._local is None:
-            await self.ended()  # of a process elsewhere we know what Ray knows
-        elif await self._local.wait(_KILL_TIMEOUT_S):
-            self._local.close()
-        else:
-            raise ClusterError(f"process {self._local.pid} does not die")
+
+class _LocalProcess(_ActorProcess):
+    """On the manager's own node."""
+
+    def __init__(self, actor: ActorHandle, watch: ProcessWatch | None) -> None:
+        super().__init__(actor)
+        self._watch = watch  # None: it was gone before we looked
+
+    async def kill(self) -> None:
+        if self._watch is None:
+            self._kill_actor()
+            return
+        # One that hears Ray is given the time to end as Ray expects, or Ray would report a crash.
+        if self._kill_actor() and not await self._watch.wait(_KILL_PATIENCE_S):
+            self._watch.send(signal.SIGKILL)
+        if not await self._watch.wait(_KILL_TIMEOUT_S):
+            raise ClusterError(f"process {self._watch.pid} does not die")
+        self._watch.close()
+
+
+class _RemoteProcess(_ActorProcess):
+    """On another node."""
+
+    def __init__(self, actor: ActorHandle, pid: int, started: int, keeper: ActorHandle) -> None:
+        super().__init__(actor)
+        self._pid, self._started = pid, started
+        self._keeper = keeper
+        self._ending: asyncio.Task[bool] | None = None
+
+    async def kill(self) -> None:
+        """Also returns when its host has not been heard for a moment; the order stays."""
+        self._kill_actor()
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(), name=f"end {self._pid}")
+        done, _ = await asyncio.wait({self._ending}, timeout=_KILL_PATIENCE_S + _UNHEARD_S)
+        if not done:
+            log.warning("a host is not heard: its worker is taken for gone", pid=self._pid)
+        elif not self._ending.result():
+            raise ClusterError(f"process {self._pid} does not die")
+
+    async def _end(self) -> bool:
+        try:
+            return await answer(cast(Awaitable[bool], self._keeper.end.remote(self._pid, self._started, _KILL_PATIENCE_S)))
+        except (PdserveError, RayError):
+            return True  # the keeper is dead for good: so is its node
 
 
 def _short(text: Any) -> str:

@@ -6,11 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray.exceptions import RayError
 
 from common.errors import ClusterError
+from deploy.nodes import nodes_of
 
+LOOPBACK = "127.0.0.1"
+_OPEN_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_PROBE_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of ours lives there; this is about the least that Ray takes
 
 
@@ -23,22 +28,49 @@ def start_private_ray(folder: Path) -> None:
     _initialise(
         address="local",
         _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
     )
 
 
-def join_ray(address: str) -> None:
-    """Connects to somebody else's Ray. Raises ClusterError if that spans hosts: ports of ours stay on loopback."""
+def join_ray(address: str, *, trusted_network: bool) -> str:
+    """Connects to somebody else's Ray. Returns where this host's ports are to listen: on loopback, or with the operator's word
+    on the address under which Ray knows this node. Raises ClusterError for a cluster that is not to be served."""
     _initialise(address=address)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes_of(ray.nodes()) if node.alive]
     here = ray.get_runtime_context().get_node_id()
-    if [node["NodeID"] for node in nodes] != [here]:
+    if not trusted_network:
+        if [node.node_id for node in nodes] != [here]:
+            raise ClusterError(
+                f"the Ray cluster has {len(nodes)} nodes, but nobody has said that the network between them is private",
+                param="network.trusted",
+            )
+        return LOOPBACK
+    if _lets_anybody_in(ray.get_runtime_context().gcs_address):
         raise ClusterError(
-            f"the Ray cluster has {len(nodes)} nodes, but workers listen on loopback only: they must all be on this host",
+            "this Ray cluster asks nobody for a token: whoever reaches it can run code on it; start it with RAY_AUTH_MODE=token",
             param="ray.address",
         )
+    return next(node.address for node in nodes if node.node_id == here)
+
+
+def _lets_anybody_in(gcs_address: str) -> bool:
+    """Whether Ray answers a call that bears no token."""
+    channel = grpc.insecure_channel(gcs_address, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        channel.unary_unary(_OPEN_CALL, _as_it_is, _as_it_is)(b"", timeout=_PROBE_TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        raise ClusterError(f"cannot find out whether Ray at {gcs_address} asks for a token: {error.code().name}") from error
+    finally:
+        channel.close()
+    return True
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message
 
 
 def _initialise(**options: Any) -> None:

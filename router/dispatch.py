@@ -44,7 +44,7 @@ from common.logs import get_logger
 from common.metrics import RouterMetrics
 from common.rpc import cancel_and_wait, error_from_rpc
 from common.tracing.span import Kind, current_span, entered
-from common.types import Request, Started, TokenChunk, WorkerRef
+from common.types import Request, Started, TokenChunk, WorkerRef, WorkerState
 from common.wire import worker_pb2
 from common.wire.worker_pb2_grpc import DecodeStub
 from router.answer import Answer
@@ -190,7 +190,8 @@ class Dispatcher:
         patience_until_s: float,
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
-        patient = self._clock.monotonic_s() < patience_until_s
+        waking = isinstance(failure, NoWorkerAvailable) and self._registry.wake(request.model)  # a part of its workers is there
+        patient = self._clock.monotonic_s() < (journey.deadline_s if waking else patience_until_s)
         if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
             raise failure
         self.placer.sync(self._registry.view.workers)
@@ -211,6 +212,14 @@ class Dispatcher:
             self._tidied = view
             self.placer.sync(view.workers)
             await self._links.keep_only(view.refs())
+
+    def leave_lost(self) -> None:
+        """Ends the streams to workers that the manager has given up: a host that vanished does not end them itself."""
+        view = self._registry.view
+        serving = {worker.ref for worker in view.workers if worker.state in (WorkerState.READY, WorkerState.DRAINING)}
+        for attempt in tuple(self._active):
+            if attempt.worker not in serving:
+                attempt.abort(WorkerLost("the worker was given up"))
 
     def abort_all(self) -> None:
         """Ends every stream with NoWorkerAvailable: the router goes away."""
@@ -281,6 +290,10 @@ class _Attempt:
         self._stack = AsyncExitStack()
         self._call: Any = None  # grpc.aio's stub types do not know the calls of intercepted channels
         self._aborted: PdserveError | None = None
+
+    @property
+    def worker(self) -> WorkerRef:
+        return self._placement.decode
 
     async def __aenter__(self) -> _Attempt:
         self._active.add(self)

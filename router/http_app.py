@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PayloadTooLarge, PdserveError, RequestCancelled
+from common.metrics import METRICS_TYPE
 from router.admission.tenants import Standing
 from router.cache.control import CacheControl, cache_control
 from router.chat_format import ChatFormat
@@ -55,7 +56,6 @@ _DISCARDED_BYTES = 16 * 1024 * 1024
 _SLOW_CLIENT_S = 30.0  # beyond the request's own deadline, to take what is still being written
 _TIMEOUT_HEADER = "x-request-timeout-s"
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_app(front: Front, prometheus: CollectorRegistry, console: Console | None = None) -> ASGIApp:
@@ -180,7 +180,7 @@ def build_app(front: Front, prometheus: CollectorRegistry, console: Console | No
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(prometheus), media_type=_METRICS_TYPE)
+        return Response(generate_latest(prometheus), media_type=METRICS_TYPE)
 
     @app.get("/metrics/targets")
     async def metrics_targets(request: Request) -> Response:

@@ -130,7 +130,7 @@ async def run(
             )
         showing = asyncio.create_task(console.run(), name="console") if console is not None else None
         observing = asyncio.create_task(front.observatory.run(), name="observatory")
-        following = asyncio.create_task(_follow(registry, front), name="room of workers")
+        following = asyncio.create_task(_follow(registry, front, dispatcher), name="follow the registry")
         try:
             async with _http_server(build_app(front, prometheus, console), listener):
                 on_ready(http_address, rpc.address)
@@ -161,11 +161,12 @@ async def run(
     log.info("router stopped")
 
 
-async def _follow(registry: Registry, front: Front) -> None:
-    """What waits for room hears of workers that come."""
+async def _follow(registry: Registry, front: Front, dispatcher: Dispatcher) -> None:
+    """What waits for room hears of workers that come; what is sent to a worker that is lost goes elsewhere."""
     while True:
         await registry.wait_changed(_LONG_S)
         front.gate.workers_changed()
+        dispatcher.leave_lost()
 
 
 async def _drain(front: Front, dispatcher: Dispatcher, grace_s: float) -> None:

@@ -133,8 +133,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         """Builds the engine in a thread, its pool in `memory`, or takes over what the last worker in this process kept. Raises a
         StartupError."""
         spec = self.spec
-        if not is_loopback(spec.host):  # every port of a worker is in the clear
-            raise StartupError(f"a worker does not listen on {spec.host}: only on loopback", param="host")
+        if not is_loopback(spec.host) and not spec.trusted_network:  # every port of a worker is in the clear
+            raise StartupError(f"a worker listens on {spec.host} only if the network is trusted", param="host")
         if kept is not None:
             if not isinstance(kept, LoadedEngine) or not isinstance(kept.memory, type(memory)):
                 raise StartupError("what the last worker in this process kept is no engine")
@@ -194,7 +194,9 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
             register(server)
 
-        self._metrics_address, self._stop_metrics = start_metrics_server(self.registry, self.spec.host)
+        self._metrics_address, self._stop_metrics = start_metrics_server(
+            self.registry, self.spec.host, cluster_token=self.spec.cluster_token
+        )
         self._rpc = await start_server(
             register_all,
             host=self.spec.host,

@@ -32,6 +32,7 @@ _KINDS = {
 }
 _EXPORT_TIMEOUT_S = 5
 _EXPORT_EVERY_MS = 1000
+_CLOSING_S = 2.0
 
 
 class OtlpTracer:
@@ -42,8 +43,8 @@ class OtlpTracer:
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)), resource=resource, shutdown_on_exit=False
         )
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=_EXPORT_TIMEOUT_S)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_EVERY_MS))
+        self._exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=_EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter, schedule_delay_millis=_EXPORT_EVERY_MS))
         self._tracer = self._provider.get_tracer("pdserve")
 
     def serve(
@@ -64,7 +65,13 @@ class OtlpTracer:
         return None if at_s is None else self._epoch_ns + int(at_s * 1e9)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._provider.shutdown)
+        closing = asyncio.ensure_future(asyncio.to_thread(self._provider.shutdown))
+        await asyncio.wait({closing}, timeout=_CLOSING_S)
+        if not closing.done():
+            await asyncio.to_thread(
+                self._exporter.shutdown
+            )  # the collector is away: what is left is dropped, one batch at a time
+        await closing
 
 
 class _OtlpSpan:

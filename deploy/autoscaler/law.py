@@ -4,7 +4,7 @@ In this order:
   1. asleep: wake if somebody asks, else stay so
   2. something is still starting or draining: wait for it, for it was the last decision
   3. sizes outside their limits are brought back
-  4. within the cooldown: nothing
+  4. within the cooldown: nothing, but needs are already noted
   5. nobody used the model for `idle_s`, and it may sleep: to zero
   6. a pool is too small for `flip_delay_s` and the other one can spare a worker: that worker changes its role. It can spare
      one if the rest would be below target by the hysteresis; where no worker can be added, also if the worse pressure of the
@@ -105,11 +105,13 @@ def decide(config: AutoscalingConfig, state: LawState, view: ModelView, now_s: f
     sizes = (view.prefill.desired, view.decode.desired)
     if state.sizes != sizes:  # by us or by an operator
         state = LawState(since_s=now_s, changed_s=state.changed_s, sizes=sizes)
-    decision = _before_needs(config, state, view, now_s)
+    decision = _whatever_is_needed(config, view)
     if decision is None:
         state = _remember(config, state, view, now_s)
         decision = (
-            _flip(config, state, view, now_s)
+            _rest(config, state, view, now_s)
+            or _sleep(config, view)
+            or _flip(config, state, view, now_s)
             or _grow(config, state, view, now_s)
             or _shrink(config, state, view, now_s)
             or Decision(Act.NONE, _why_nothing(config, state, view, now_s), sizes)
@@ -131,7 +133,7 @@ def _pool_config(config: AutoscalingConfig, role: Role) -> PoolAutoscalingConfig
     return config.prefill if role is Role.PREFILL else config.decode
 
 
-def _before_needs(config: AutoscalingConfig, state: LawState, view: ModelView, now_s: float) -> Decision | None:
+def _whatever_is_needed(config: AutoscalingConfig, view: ModelView) -> Decision | None:
     sizes = (view.prefill.desired, view.decode.desired)
     least = (limits(config, Role.PREFILL)[0], limits(config, Role.DECODE)[0])
     if view.decode.desired == 0 and config.may_sleep:
@@ -145,9 +147,17 @@ def _before_needs(config: AutoscalingConfig, state: LawState, view: ModelView, n
     if within != sizes:
         act = Act.GROW if sum(within) >= sum(sizes) else Act.SHRINK
         return Decision(act, f"{sizes[0]} prefill and {sizes[1]} decode workers are outside the limits", within)
+    return None
+
+
+def _rest(config: AutoscalingConfig, state: LawState, view: ModelView, now_s: float) -> Decision | None:
     left_s = state.changed_s + config.cooldown_s - now_s
-    if left_s > 0:
-        return Decision(Act.NONE, f"cools down for {left_s:.0f} s", sizes)
+    if left_s <= 0:
+        return None
+    return Decision(Act.NONE, f"cools down for {left_s:.0f} s", (view.prefill.desired, view.decode.desired))
+
+
+def _sleep(config: AutoscalingConfig, view: ModelView) -> Decision | None:
     if config.may_sleep and view.requests == 0 and view.idle_s >= config.idle_s:
         return Decision(Act.SLEEP, f"nobody used it for {view.idle_s:.0f} s", (0, 0))
     return None

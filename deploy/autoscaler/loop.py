@@ -135,7 +135,7 @@ class Autoscaler:
             model.demanded = True
             self._asked.set()
             return True
-        return not state.ready(decode)
+        return any(state.desired.get(pool, 0) and not state.ready(pool) for pool in (decode, Pool(name, Role.PREFILL)))
 
     def report(self, name: str) -> AutoscalerReport:
         """Raises ModelNotFound."""
@@ -174,8 +174,8 @@ class Autoscaler:
     def _view(self, model: _Model, now_s: float) -> ModelView:
         signals = model.window.signals()
         decode = signals.decode
-        if decode.tpot_s is not None and decode.workers and decode.sequences > 0:
-            model.fit = model.fit.seen(decode.sequences / decode.workers, decode.tpot_s)
+        if decode.tpot_s is not None:
+            model.fit = model.fit.seen(decode.batch, decode.tpot_s)
         state = self._manager.pools
         loads = {one.worker_id: one.requests_running + one.requests_waiting for one in self._manager.snapshot.workers}
 

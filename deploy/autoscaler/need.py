@@ -7,7 +7,7 @@
 
 A need is measured in workers and does not depend on how many there are, as far as that can be had: it is work per second, not
 waiting. So a pool that has what it needs is not changed again by its own change. What a decode worker can do is learnt: time per
-token is close to a straight line over sequences per worker (`CapacityFit`). Pure.
+token is close to a straight line over sequences in a step (`CapacityFit`). Pure.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deploy.autoscaler.signals import DecodeSignals, PrefillSignals
 
 _KEPT = 0.995  # of what was seen before, per look
 _LEAST_SPREAD = 0.5  # sequences squared; below it no slope can be told
+_PRIOR_BASE = 15.0  # then a step is thought to take as long for nothing as for so many sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class CapacityFit:
-    """Time per token over sequences per worker: sums of a least-squares line, old ones fading."""
+    """Time per token over sequences in a step: sums of a least-squares line, old ones fading. While the sequences do not vary
+    there is a prior in place of a slope; if it is too good, tokens take too long for a while, and then they vary."""
 
     weight: float = 0.0
     x: float = 0.0
@@ -53,10 +55,9 @@ class CapacityFit:
         mean_x, mean_y = self.x / self.weight, self.y / self.weight
         spread = self.xx / self.weight - mean_x * mean_x
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread >= _LEAST_SPREAD else 0.0
-        if slope <= 0.0:  # one point of the line: through the origin it is steepest, so the estimate is careful
-            slope, base = mean_y / mean_x, 0.0
-        else:
-            base = max(0.0, mean_y - slope * mean_x)
+        if slope <= 0.0:
+            slope = mean_y / (mean_x + _PRIOR_BASE)
+        base = max(0.0, mean_y - slope * mean_x)
         return max(1.0, (target_tpot_s - base) / slope)
 
 
@@ -94,7 +95,7 @@ def decode_need(config: AutoscalingConfig, signals: DecodeSignals, fit: Capacity
     elif signals.tpot_s is not None:
         capacity = fit.sequences_at(config.target_tpot_s)
         if capacity is not None:
-            tokens_per_s, most_per_s = signals.sequences / signals.tpot_s, capacity / config.target_tpot_s
+            tokens_per_s, most_per_s = signals.tokens_per_s, capacity / config.target_tpot_s
             needs.append(
                 Need(
                     tokens_per_s / most_per_s,

@@ -48,6 +48,8 @@ class PrefillSignals:
 class DecodeSignals:
     workers: int = 0
     sequences: float = 0.0  # that get tokens, all workers together
+    tokens_per_s: float = 0.0  # all workers together
+    batch: float = 0.0  # sequences in a step, while there are steps
     tpot_s: float | None = None  # None: no token was made
     kv_used: float = 0.0  # workers' worth of KV in use, 0 .. workers
     queue_age_s: float = 0.0
@@ -111,14 +113,19 @@ class SignalWindow:
         )
 
     def _decode(self, moments: Sequence[Sequence[WorkerReading]]) -> DecodeSignals:
-        tokens, sequence_s = 0, 0.0
-        for earlier, later, _ in self._pairs(Role.DECODE):
-            tokens += later.generated_tokens - earlier.generated_tokens
+        tokens, sequence_s, step_s, tokens_per_s = 0, 0.0, 0.0, 0.0
+        for earlier, later, seconds in self._pairs(Role.DECODE):
+            made = later.generated_tokens - earlier.generated_tokens
+            tokens += made
+            tokens_per_s += made / seconds
             sequence_s += later.sequence_step_s - earlier.sequence_step_s
+            step_s += later.step_s - earlier.step_s
         latest = [one for one in moments[-1] if one.role is Role.DECODE] if moments else []
         return DecodeSignals(
             workers=len(latest),
             sequences=_mean_sum(moments, Role.DECODE, lambda one: one.decoding),
+            tokens_per_s=tokens_per_s,
+            batch=sequence_s / step_s if step_s > 0 else 0.0,
             tpot_s=sequence_s / tokens if tokens > 0 else None,
             kv_used=_mean_sum(moments, Role.DECODE, _kv_used),
             queue_age_s=max((one.queue_age_s for one in latest), default=0.0),

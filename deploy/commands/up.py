@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +17,8 @@ from deploy.commands.output import errors_as_lines, say
 if TYPE_CHECKING:
     from common.config import Config
 
+_TOLD_CHARACTERS = 4000
+_LEAST_TOKEN_CHARACTERS = 32
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "local.yaml"
 
 
@@ -24,6 +29,10 @@ def up(
     ] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI HTTP server; 0 takes a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC server; 0 takes a free one.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return as soon as `pdserve status` can be asked; `pdserve down` stops it.")
+    ] = False,
+    announce: Annotated[int | None, typer.Option(hidden=True, help="A descriptor to announce on.")] = None,
 ) -> None:
     """Starts router, prefill and decode workers, and serves until Ctrl-C."""
     from common.config import load_config
@@ -35,25 +44,54 @@ def up(
         if grpc_port is not None:
             given.append(f"router.grpc_port={grpc_port}")
         loaded = load_config(config, overrides=given)
+        if detach:
+            _detach(config.resolve(), given, loaded)
+            return
         from common.logs import configure_logging
 
         configure_logging(loaded.logging, process="launcher")
-        raise typer.Exit(_launch(config.resolve(), tuple(given), loaded))
+        raise typer.Exit(_launch(config.resolve(), tuple(given), loaded, announce))
 
 
-def _launch(path: Path, overrides: tuple[str, ...], config: Config) -> int:
+def _detach(path: Path, overrides: list[str], config: Config) -> None:
+    """The same command in a session of its own, its output in a file; returns when it has announced itself."""
+    from common.config import pdserve_home
     from common.errors import ClusterError
-    from deploy.ray_environment import CLUSTER_ID_VARIABLE, private_cluster_variables
 
+    log = pdserve_home() / "logs" / f"{config.cluster}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "deploy.cli", "up", str(path), "--announce", str(writing)]
+    for override in overrides:
+        command += ["--set", override]
+    with log.open("wb") as sink, os.fdopen(reading, "rb") as pipe:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True)
+        os.close(writing)
+        said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
+    if not said:
+        raise ClusterError(f"the cluster did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD_CHARACTERS:]}")
+    say(f"cluster {config.cluster!r} is starting its workers; what it says goes to {log}")
+
+
+def _launch(path: Path, overrides: tuple[str, ...], config: Config, announce: int | None) -> int:
+    from common.errors import ClusterError
+    from deploy.ray_environment import joining_variables, private_cluster_variables
+
+    if announce is not None:
+        os.set_inheritable(announce, False)
+    # Given, it is shared with routers that somebody else starts; ours get it from the launcher.
+    token = os.environ.pop("PDSERVE_CLUSTER_TOKEN", "") or secrets.token_hex(32)
+    if len(token) < _LEAST_TOKEN_CHARACTERS:
+        raise ClusterError(f"PDSERVE_CLUSTER_TOKEN needs {_LEAST_TOKEN_CHARACTERS} characters", param="PDSERVE_CLUSTER_TOKEN")
     cluster_id = uuid.uuid4().hex
     if config.ray.address is None:
         os.environ.pop("RAY_ADDRESS", None)  # of another cluster; children must not follow it
         os.environ.update(private_cluster_variables(cluster_id))
     else:
-        os.environ[CLUSTER_ID_VARIABLE] = cluster_id
+        os.environ.update(joining_variables(cluster_id))
     try:
         # Only now: Ray reads its variables when it is imported.
         from deploy.launcher import Launch, launch
     except ModuleNotFoundError as error:
         raise ClusterError(f"`pdserve up` needs {error.name}: pip install 'pdserve[engine,ray]'") from error
-    return launch(Launch(path, overrides, config, cluster_id), say)
+    return launch(Launch(path, overrides, config, token, cluster_id, announce), say)

@@ -1,7 +1,7 @@
 """Two processes on one host: the prefill worker maps the decode worker's pool and copies blocks into it.
 
     d                                                        p
-    abstract Unix socket (no file)           <-------------  connect, authenticate
+    host, abstract Unix socket (no file)     <-------------  the same host? connect, authenticate
     the pool's descriptor (SCM_RIGHTS)       ------------->  mmap
     pool  <========= one memcpy for each run of neighbours =  source blocks
     digests of what is in the pool == ?      <-- WRITTEN --  digests of the sources, many pieces in one frame
@@ -29,6 +29,7 @@ from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
+from kvtransfer.host_identity import this_host
 from kvtransfer.region import BlockRegion, touch_all, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
@@ -61,7 +62,7 @@ class ShmTransport:
             except OSError as error:
                 raise TransferBroken("the peer did not take the pool's descriptor") from error
 
-        name = f"pdserve-kv-{secrets.token_hex(16)}"
+        name = f"{this_host()}/pdserve-kv-{secrets.token_hex(16)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -77,6 +78,9 @@ class ShmTransport:
     async def connect(
         self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
     ) -> SenderLink:
+        host, _, _ = address.partition("/")
+        if host != this_host():
+            raise TransferBroken("the decode worker is on another host")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)

@@ -15,9 +15,9 @@ _ROLES = {types_pb2.ROLE_PREFILL: "prefill", types_pb2.ROLE_DECODE: "decode"}
 def scrape_targets(snapshot: registry_pb2.ClusterSnapshot) -> tuple[dict[str, Any], ...]:
     cluster = {"cluster": snapshot.cluster}
     found = [
-        (worker.metrics_address, {"part": "worker", "worker": worker.worker_id, "role": _ROLES.get(worker.role, "")})
+        (worker.metrics_address, {"process": "worker", "worker": worker.worker_id, "role": _ROLES.get(worker.role, "")})
         for worker in snapshot.workers
     ]
-    found += [(router.http_address, {"part": "router"}) for router in snapshot.routers]
-    found.append((snapshot.manager_metrics_address, {"part": "manager"}))
+    found += [(router.http_address, {"process": "router"}) for router in snapshot.routers]
+    found.append((snapshot.manager_metrics_address, {"process": "manager"}))
     return tuple({"targets": [address], "labels": {**cluster, **labels}} for address, labels in found if address)

@@ -202,3 +202,10 @@ def test_a_model_may_sleep_only_if_both_pools_may_be_empty() -> None:
             {"name": "m", "source": "s", "autoscaling": {"mode": "on", "prefill": prefill, "decode": decode}}
         )
         assert config.autoscaling.may_sleep is sleeps
+
+
+@pytest.mark.parametrize(("written", "mode"), [("on", "on"), ("off", "off"), ("dry-run", "dry-run"), ('"on"', "on")])
+def test_on_and_off_mean_what_they_say_in_yaml(tmp_path: Path, written: str, mode: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"models: [{{name: m, source: s, autoscaling: {{mode: {written}}}}}]", encoding="utf-8")
+    assert load_config(path, environment={}).models[0].autoscaling.mode == mode

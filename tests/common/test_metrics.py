@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import httpx
+import pytest
 from prometheus_client import CollectorRegistry
 
 from common.metrics import (
@@ -15,6 +17,7 @@ from common.metrics import (
     PromiseReadings,
     WorkerMetrics,
     WorkerReadings,
+    start_metrics_server,
 )
 
 IDLE = WorkerReadings(
@@ -45,6 +48,17 @@ def scrape(readings: WorkerReadings) -> CollectorRegistry:
     registry = CollectorRegistry()
     WorkerMetrics(registry, model="m", role="decode", read=lambda: readings)
     return registry
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"])
+def test_whoever_asks_gets_the_names_that_boards_know(accept: str) -> None:
+    address, stop = start_metrics_server(scrape(IDLE), "127.0.0.1")
+    try:
+        reply = httpx.get(f"http://{address}/metrics", headers={"accept": accept}, trust_env=False)
+    finally:
+        stop()
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert 'vllm:num_requests_running{engine="decode",model_name="m"} 0.0' in reply.text.splitlines()
 
 
 def test_speculation_is_told_by_tokens_and_by_steps() -> None:

@@ -29,6 +29,8 @@ from common.metrics import (
     WorkerMetrics,
     WorkerReadings,
 )
+from common.wire import registry_pb2, types_pb2, worker_pb2
+from router.observe.targets import scrape_targets
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "dashboards"
 BOARD: dict[str, Any] = json.loads((FOLDER / "pdserve.json").read_text())
@@ -38,7 +40,7 @@ PROMETHEUS_OWN = {"up"}
 _NAME = re.compile(r"\b(?:vllm:|pdserve_)[a-z_]+")
 _SELECTOR = re.compile(r"((?:vllm:|pdserve_)[a-z_]+)\{([^}]*)\}")
 _LABEL = re.compile(r"([a-z_]+)\s*(?:=~|!~|!=|=)")
-_OF_TARGETS = {"part", "worker", "instance", "job", "cluster"}  # what a scrape adds
+_OF_TARGETS = {"process", "worker", "instance", "job", "cluster"}  # what a scrape adds
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
 
@@ -126,6 +128,18 @@ def test_every_metric_and_label_that_board_and_alerts_name_exists() -> None:
         "pdserve_no_such",
     ]
     assert unknown_in('pdserve_slo_met_ratio{slo="a",colour="b"}', names) == ["pdserve_slo_met_ratio{colour}"]
+
+
+def test_no_label_of_a_target_is_one_of_its_metrics() -> None:
+    """Prometheus would rename the metric's."""
+    info = worker_pb2.InfoReply(metrics_address="a:1", role=types_pb2.ROLE_DECODE)
+    router = registry_pb2.RouterInfo(http_address="b:1")
+    snapshot = registry_pb2.ClusterSnapshot(workers=[info], routers=[router], manager_metrics_address="c:1")
+    targets = {target["labels"]["process"]: set(target["labels"]) for target in scrape_targets(snapshot)}
+    assert targets.keys() == registries().keys()
+    for process, registry in registries().items():
+        used = {label for family in registry.collect() for sample in family.samples for label in sample.labels}
+        assert not used & (targets[process] | {"instance", "job"}), process
 
 
 def test_the_board_shows_every_part_and_no_panel_twice() -> None:

@@ -166,6 +166,30 @@ async def test_a_hung_worker_is_killed_before_its_successor_starts() -> None:
         assert of_prefill == [("launch", 1), ("gone", 1), ("launch", 2)]
 
 
+async def test_a_worker_that_is_given_up_gets_nothing_more_while_it_is_being_buried() -> None:
+    """Which takes seconds when its host is not heard any more."""
+    async with running(spec_of()) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        cluster.host.may_bury.clear()
+        cluster.host.latest(DECODE).answers.clear()
+        snapshot = await cluster.until_states(prefill_0="ready", decode_0="starting")
+        assert [one.incarnation for one in snapshot.workers if one.worker_id == DECODE] == [1]
+        cluster.host.may_bury.set()
+        snapshot = await cluster.until_states(prefill_0="ready", decode_0="ready")
+        assert [one.incarnation for one in snapshot.workers if one.worker_id == DECODE] == [2]
+
+
+async def test_a_worker_for_which_there_is_no_room_can_be_taken_back() -> None:
+    async with running(spec_of()) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        cluster.host.may_launch.clear()
+        await cluster.control.Scale(ScaleRequest(model="m", decode=2), timeout=WAIT_S)
+        await cluster.until_states(prefill_0="ready", decode_0="ready", decode_1="starting")
+        await cluster.control.Scale(ScaleRequest(model="m", decode=1, wait_s=WAIT_S), timeout=WAIT_S)
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        assert len(cluster.host.workers) == 2
+
+
 async def test_a_crash_loop_ends_in_failed_with_its_reason_until_it_is_scaled() -> None:
     host = FakeHost(start_errors={DECODE: ClusterError("no luck")})
     async with running(spec_of(), host) as cluster:

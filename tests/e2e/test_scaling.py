@@ -11,7 +11,7 @@ from support.cluster import RunningCluster, launched
 from support.exact_load import ExactLoad, asks
 from support.tiny_models import make_tiny_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 PROMPTS = asks(6, prompt_tokens=400, max_tokens=2, seed=1)
 OUTPUTS = asks(6, prompt_tokens=20, max_tokens=80, seed=2)
@@ -42,7 +42,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         "decode": {"local_prefill": "never"},
         "autoscaling": AUTOSCALING,
     }
-    with launched(folder, model_path=path, name="scaling", settings={"models": [model]}) as running:
+    with launched(
+        folder, model_path=path, name="scaling", settings={"models": [model], "ray": {"num_cpus_per_worker": 0.01}}
+    ) as running:
         yield running
 
 
@@ -55,7 +57,7 @@ def sizes(cluster: RunningCluster) -> tuple[int, int]:
     return len(cluster.workers("prefill")), len(cluster.workers("decode"))
 
 
-def test_scale_flip_drain_and_roll_under_load_lose_no_request_and_change_no_token(cluster: RunningCluster) -> None:
+def test_scale_flip_and_roll_under_load_lose_no_request_and_change_no_token(cluster: RunningCluster) -> None:
     load = ExactLoad(cluster.base_url, "tiny")
     load.expect([*PROMPTS, *OUTPUTS])
     before = {worker["pid"] for role in ("prefill", "decode") for worker in cluster.workers(role)}
@@ -67,7 +69,6 @@ def test_scale_flip_drain_and_roll_under_load_lose_no_request_and_change_no_toke
         assert flipped in {worker["pid"] for worker in cluster.workers("decode")}
         order(cluster, "flip", "tiny/decode/2", "prefill")
         assert flipped in {worker["pid"] for worker in cluster.workers("prefill")}
-        order(cluster, "drain", "tiny/decode/0")
         order(cluster, "roll", "tiny")
         assert sizes(cluster) == (2, 2)
         after = {worker["pid"] for role in ("prefill", "decode") for worker in cluster.workers(role)}

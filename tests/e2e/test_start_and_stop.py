@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
-from support.cluster import RunningCluster, launched
+from support.cluster import CLI, RunningCluster, launched
 from support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -144,3 +148,48 @@ def test_a_model_that_cannot_load_ends_the_start_with_its_reason(model_path: Pat
     cluster_started["e2e"] = time.time()
     with pytest.raises(AssertionError, match=r"cannot start|safetensors"), launched(tmp_path, model_path=broken):
         pytest.fail("it served a model that cannot be read")
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
+def test_detached_it_returns_when_it_can_be_asked_and_takes_its_redis_with_it(model_path: Path, tmp_path: Path) -> None:
+    config = {
+        "cluster": "away",
+        "models": [{"name": "tiny", "source": str(model_path), "engine": {"threads": 1, "kv_pool_tokens": 4096}}],
+        "router": {"http_port": 0, "grpc_port": 0},
+        "head": {"redis": True},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    environment = {**os.environ, "PDSERVE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    cluster_started["away"] = time.time()
+    up = subprocess.run(
+        [*CLI, "up", str(path), "--detach"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert up.returncode == 0, up.stderr
+    (state,) = (tmp_path / "home/clusters").iterdir()
+    launcher_pid = json.loads(state.read_text())["launcher_pid"]
+    cluster = RunningCluster("away", _NotOurs(launcher_pid), environment, tmp_path / "home/logs/away.log")  # type: ignore[arg-type]
+    try:
+        cluster.wait_for("router and workers", lambda: cluster.status()["routers"] and cluster.workers("decode"), timeout_s=90.0)
+        assert any("redis-server" in line for line in processes_of(cluster).values())
+        body = {"model": "tiny", "prompt": [5] * 50, "temperature": 0}
+        url = f"{cluster.base_url}/v1/completions"
+        served = [httpx.post(url, json=body, trust_env=False, timeout=60).headers["x-cache"] for _ in range(2)]
+        assert served == ["miss", "hit-exact"]
+        again = cluster.cli("up", str(path), "--detach")
+        assert again.returncode == 1
+        assert "runs already" in again.stderr
+    finally:
+        down = cluster.cli("down", "--cluster", "away", timeout_s=120.0)
+    assert down.returncode == 0, down.stderr
+    assert eventually(lambda: not leftovers(cluster)), leftovers(cluster)
+
+
+class _NotOurs:
+    """A process that is not our child, as far as waiting for a cluster asks."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if Path(f"/proc/{self.pid}").exists() else 0

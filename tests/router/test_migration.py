@@ -95,6 +95,24 @@ async def test_log_probabilities_and_the_echoed_prompt_come_once(start_cluster: 
         assert [request.sampling.prompt_logprobs for request in cluster.workers[1].requests][-1] is None
 
 
+async def test_what_the_manager_gave_up_is_left_though_it_still_seems_to_be_there(start_cluster: Any) -> None:
+    """A host that vanished ends no stream: nobody there says so, and TCP takes its time."""
+    async with start_cluster(num_workers=2) as cluster, http_client(cluster) as http:
+        for worker in cluster.workers:
+            worker.hold_after = 2
+        asked = asyncio.create_task(stream(http))
+        async with asyncio.timeout(10):
+            while not any(worker.holding.is_set() for worker in cluster.workers):
+                await asyncio.sleep(0.005)
+        lost = cluster.serving()
+        (other,) = [worker for worker in cluster.workers if worker is not lost]
+        other.hold_after = None
+        cluster.publish(**{lost.worker_id.replace("/", "_"): "starting"})
+        text, _ = await asked
+        assert text == {0: "hello there"}
+        assert [request.num_resumed_tokens for request in other.requests] == [2]
+
+
 async def test_with_nobody_else_it_waits_for_the_worker_to_come_back(start_cluster: Any) -> None:
     async with start_cluster(num_workers=1) as cluster, http_client(cluster) as http:
         worker = cluster.worker

@@ -77,3 +77,23 @@ async def test_a_worker_that_drains_before_its_router_knows_costs_no_request(clu
         cluster.worker.incarnation += 1
         cluster.publish()
         assert (await asked).status_code == 200
+
+
+async def test_a_model_that_is_half_awake_is_waited_for(cluster: FakeCluster) -> None:
+    """Its decode worker is there and can compute no prompt yet: the prefill worker is still on its way."""
+    async with http_client(cluster) as http:
+        expected = (await http.post("/v1/completions", json=BODY)).json()["choices"]
+        await until_gone(http, cluster, wakes=True)
+        half = cluster.snapshot()
+        for model in half.models:
+            model.wakes_on_demand = True
+        cluster.worker.refuse = NoWorkerAvailable("no prefill worker can be reached", retry_after_s=1.0)
+        cluster.manager.publish(half)
+        asked = asyncio.create_task(http.post("/v1/completions", json=BODY))
+        async with asyncio.timeout(WAIT_S):
+            while len(cluster.worker.requests) < 6:  # the first one was answered
+                await asyncio.sleep(0.005)
+        assert not asked.done()
+        cluster.worker.refuse = None
+        reply = await asked
+        assert (reply.status_code, reply.json()["choices"]) == (200, expected)

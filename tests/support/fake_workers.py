@@ -74,6 +74,7 @@ class FakeWorker(WorkerServicer):
         self._host.journal.append(("stop", self.spec.worker_id, self.spec.incarnation))
 
     async def kill(self) -> None:
+        await self._host.may_bury.wait()
         self.die("killed")
         self.answers.set()
         if self._server is not None:
@@ -115,12 +116,20 @@ class FakeHost:
     workers: list[FakeWorker] = field(default_factory=list)
     journal: list[tuple[str, str, int]] = field(default_factory=list)
     start_errors: dict[str, PdserveError] = field(default_factory=dict)
+    may_bury: asyncio.Event = field(default_factory=asyncio.Event)  # set unless a test wants burials to take long
     gates: dict[str, asyncio.Event] = field(default_factory=dict)  # a worker starts only when its gate is open
     flip_errors: dict[str, PdserveError] = field(default_factory=dict)  # by the id that the process would have
     drains_at_once: bool = False
     expected: list[int] = field(default_factory=list)
 
+    may_launch: asyncio.Event = field(default_factory=asyncio.Event)  # there is room
+
+    def __post_init__(self) -> None:
+        self.may_bury.set()
+        self.may_launch.set()
+
     async def launch(self, spec: WorkerSpec) -> WorkerProcess:
+        await self.may_launch.wait()
         alive = [one for one in self.workers if one.alive and one.spec.worker_id == spec.worker_id]
         if alive:
             raise AssertionError(f"{spec.worker_id} was launched while its incarnation {alive[0].spec.incarnation} lives")

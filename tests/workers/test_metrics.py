@@ -19,6 +19,7 @@ from support.tiny_models import make_tiny_model
 from support.workers import Workers, request, running_workers
 
 ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=4096)
+_ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"  # as Prometheus asks
 LETTERS = Grammar(GrammarKind.REGEX, "[a-z]{3,8}")
 
 
@@ -26,7 +27,7 @@ async def scrape(workers: Workers, address: str) -> tuple[str, dict[tuple[str, s
     """The text, and values by name and the labels beyond those that every metric has."""
     where = (await workers.info(address)).metrics_address
     async with httpx.AsyncClient(trust_env=False) as client:
-        text = (await client.get(f"http://{where}/metrics")).text
+        text = (await client.get(f"http://{where}/metrics", headers={"accept": _ACCEPT})).text
     values: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -86,6 +87,7 @@ async def test_a_scrape_tells_what_was_done(model_path: Path) -> None:
     assert decode["pdserve_grammar_compile_seconds_sum", ""] > 0
     assert decode["pdserve_kv_leases_open", ""] == decode["pdserve_kv_lease_oldest_seconds", ""] == 0
     assert decode["pdserve_kv_leases_expired_total", ""] == 0
+    assert decode["vllm:num_requests_running", ""] == 0, "boards know it by this name"
     if shutil.which("promtool"):
         command = ["promtool", "check", "metrics"]
         checked = await asyncio.to_thread(subprocess.run, command, input=text.encode(), capture_output=True, timeout=60)

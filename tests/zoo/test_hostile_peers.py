@@ -219,7 +219,7 @@ async def test_z33_forged_frames_of_an_authenticated_peer(model_path: Path, orac
             failure = await within(incoming.wait_failed())
             assert isinstance(failure, TransferBroken), name
             assert await within(incoming.abandon(nobody_to_ask)) == blocks
-        assert workers.decode._handoff.num_open == 0
+        assert workers.decode._handoff.leases().open == 0
 
 
 @pytest.mark.parametrize("kind", ["tcp", "shm"])

@@ -232,7 +232,7 @@ async def test_z07_a_rejection_in_the_middle_frees_the_prefill_worker(
         call = workers.open(request(prompt_of(LONG, 40)))
         reading = asyncio.ensure_future(call.read())
         await until(lambda: stall.stalled, "four chunks are computed")
-        await until(lambda: workers.decode._handoff.num_open == 1, "the transfer is open")
+        await until(lambda: workers.decode._handoff.leases().open == 1, "the transfer is open")
         reject(workers, plants, call)
         stall.steps_left = 2  # something more arrives
         workers.prefill[0]._loop.post(lambda: None)

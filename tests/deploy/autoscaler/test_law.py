@@ -186,3 +186,16 @@ def test_under_a_need_that_stays_it_comes_to_rest(sizes: tuple[int, int], load: 
 def test_with_three_workers_in_all_they_are_where_the_need_is(needs: tuple[float, float], sizes: tuple[int, int]) -> None:
     for start in ((1, 2), (2, 1)):
         assert watch(config_of(max_workers=3), start, needs, 300)[0] == sizes
+
+
+def test_after_a_cooldown_a_need_must_have_lasted_like_any_other() -> None:
+    config, state = config_of(cooldown_s=20.0), LawState(since_s=0.0)
+    sizes, changed_s = (1, 1), []
+    for now_s in range(120):
+        # Once it has grown, the pools are quiet; just as the cooldown ends there is one look at a peak.
+        need = 1.8 if sizes == (1, 1) else 3.0 if changed_s and now_s == changed_s[0] + 20 else 1.5
+        state, decision = decide(config, state, view_of(*sizes, (need, 0.9)), float(now_s))
+        if decision.act is not Act.NONE:
+            changed_s.append(now_s)
+            sizes = decision.sizes
+    assert (sizes, changed_s) == ((2, 1), [10])

@@ -47,12 +47,15 @@ def test_time_per_token_is_weighted_by_sequences() -> None:
     # a: 4 sequences, 50 steps of 20 ms; b: 1 sequence, 100 steps of 10 ms
     window.add(
         [
-            decode("a", generated_tokens=200, sequence_step_s=4.0),
-            decode("b", generated_tokens=100, sequence_step_s=1.0),
+            decode("a", generated_tokens=200, step_s=1.0, sequence_step_s=4.0),
+            decode("b", generated_tokens=100, step_s=1.0, sequence_step_s=1.0),
         ],
-        1.0,
+        2.0,
     )
-    assert window.signals().decode.tpot_s == pytest.approx(5.0 / 300)
+    signals = window.signals().decode
+    assert signals.tpot_s == pytest.approx(5.0 / 300)
+    assert signals.tokens_per_s == pytest.approx(150.0)
+    assert signals.batch == pytest.approx(2.5)
 
 
 def test_use_is_what_workers_hold_or_served_or_somebody_asked_for() -> None:
@@ -94,9 +97,9 @@ def test_prefill_needs(signals: PrefillSignals, workers: float, word: str) -> No
     [
         (DecodeSignals(2, kv_used=1.5), 3.0, "75% of the decode KV"),
         # 15 sequences keep 50 ms: 300 tokens/s; 30 at 40 ms are 750
-        (DecodeSignals(2, sequences=30.0, tpot_s=0.04), 2.5, "750 tokens/s"),
-        (DecodeSignals(2, sequences=2.0, tpot_s=0.06), 2.4, "a token takes 60 ms"),
-        (DecodeSignals(2, sequences=2.0, tpot_s=0.50), 3.0, "a token takes 500 ms"),
+        (DecodeSignals(2, tokens_per_s=750.0, tpot_s=0.04), 2.5, "750 tokens/s"),
+        (DecodeSignals(2, tokens_per_s=33.0, tpot_s=0.06), 2.4, "a token takes 60 ms"),
+        (DecodeSignals(2, tokens_per_s=4.0, tpot_s=0.50), 3.0, "a token takes 500 ms"),
         (DecodeSignals(1, queue_age_s=3.0), 2.0, "waited 3.00 s"),
     ],
 )
@@ -116,8 +119,8 @@ def test_an_operators_own_figure_replaces_what_is_learnt() -> None:
     assert need.workers == pytest.approx(2.5)
 
 
-def test_one_point_of_the_line_is_taken_with_care() -> None:
-    # Through the origin: 10 sequences at 20 ms allow 25 at 50 ms; the true line, with a base, would allow more.
-    assert CapacityFit().seen(10.0, 0.02).sequences_at(0.05) == pytest.approx(25.0)
+def test_one_point_of_the_line_comes_with_a_prior_for_its_slope() -> None:
+    # 5 sequences at 20 ms: 1 ms each and 15 ms for nothing, so 35 at 50 ms
+    assert CapacityFit().seen(5.0, 0.02).sequences_at(0.05) == pytest.approx(35.0)
     assert CapacityFit().sequences_at(0.05) is None
     assert CapacityFit().seen(1.0, 0.2).sequences_at(0.05) == 1.0

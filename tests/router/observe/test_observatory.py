@@ -168,6 +168,28 @@ async def test_what_a_cache_gives_costs_nothing_and_saves(start_cluster: Any, ob
         )
 
 
+async def test_an_answer_that_two_share_is_paid_once(start_cluster: Any, observatories: list[Observatory]) -> None:
+    async with start_cluster(cache={}) as cluster, http_client(cluster) as http:
+        cluster.worker.account, cluster.worker.hold_after = WORK, 2
+        asking = [
+            asyncio.ensure_future(http.post("/v1/completions", json=BODY, headers={"x-request-id": name})) for name in ("a", "b")
+        ]
+        (observatory,) = observatories
+        async with asyncio.timeout(5):
+            while sum(active.completion_tokens for active in observatory.active()) < 4:
+                await asyncio.sleep(0.005)
+        cluster.worker.released.set()
+        results = sorted([reply.headers["x-cache"] for reply in await asyncio.gather(*asking)])
+        assert results == ["coalesced", "miss"]
+        records = [await the_record(observatory, name) for name in ("a", "b")]
+        (paid,) = [record for record in records if record.cache == "miss"]
+        (given,) = [record for record in records if record.cache == "coalesced"]
+        assert paid.cost.total_s == WORK.prefill_s + WORK.transfer_s + WORK.decode_s + WORK.wasted_s
+        assert (given.cost.total_s, given.decode_worker, given.from_cache) == (0.0, "", True)
+        assert given.cost.saved_s > 0
+        assert await value(http, f'pdserve_cost_seconds_total{{model_name="{MODEL}",part="decode"}}') == WORK.decode_s
+
+
 async def test_a_migration_is_told_with_who_took_over(start_cluster: Any, observatories: list[Observatory]) -> None:
     async with start_cluster(num_workers=2) as cluster, http_client(cluster) as http:
         for worker in cluster.workers:
@@ -219,12 +241,12 @@ async def test_prometheus_learns_where_to_scrape(start_cluster: Any) -> None:
         async with asyncio.timeout(5):
             while len(found := (await _targets(http, "of-an-operator")).json()) < 3:
                 await asyncio.sleep(0.005)
-        assert {target["targets"][0]: target["labels"]["part"] for target in found} == {
+        assert {target["targets"][0]: target["labels"]["process"] for target in found} == {
             "127.0.0.1:1234": "worker",
             "127.0.0.1:8000": "router",
             "127.0.0.1:4321": "manager",
         }
-        assert found[0]["labels"] == {"cluster": "test", "part": "worker", "worker": "tiny/decode/0", "role": "decode"}
+        assert found[0]["labels"] == {"cluster": "test", "process": "worker", "worker": "tiny/decode/0", "role": "decode"}
         assert (await _targets(http, "of-another")).status_code == 403
         assert (await _targets(http, "nobody")).status_code == 401
 
@@ -258,6 +280,31 @@ def test_memory_is_bounded_and_the_newest_comes_first() -> None:
     assert len(series) == SECONDS
     assert series[-1].at_s - series[0].at_s == SECONDS - 1
     assert all(second.length_s == 1.0 for second in series)
+
+
+class Hurried(ManualClock):
+    """A second and a half later at every look."""
+
+    def monotonic_s(self) -> float:
+        self.advance(1.5)
+        return super().monotonic_s()
+
+
+async def test_seconds_are_closed_by_themselves_and_delays_are_noticed() -> None:
+    registry = CollectorRegistry()
+    metrics = ObserveMetrics(registry)
+    observatory = Observatory(RouterConfig(), lines=tuple, ledgers=Ledgers(), tracer=NoTracer(), clock=Hurried(), metrics=metrics)
+    running = asyncio.ensure_future(observatory.run())
+    try:
+        async with asyncio.timeout(5):
+            second = await observatory.next_second()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    assert second.loop_delay_s > 0
+    count = registry.get_sample_value("pdserve_router_loop_delay_seconds_count")
+    assert count is not None
+    assert count >= len(observatory.series()) >= 1
 
 
 async def test_whoever_waits_for_a_second_gets_it() -> None:

@@ -212,7 +212,7 @@ class WorkerProcess(Host):
         held = {
             "blocks in use": blocks.num_used,
             "blocks in transfer": blocks.num_in_transfer,
-            "open transfers": self.handoff.num_open,
+            "open transfers": self.handoff.leases().open,
             "prompts or generations in the scheduler": int(not self.scheduler.is_idle),
             "calls being handled": len(self.server.handlers),
             "posts that the engine has not seen": int(not self.engine.idle),
