@@ -50,10 +50,11 @@ class EngineConfig(_Part):
         None, ge=1, description="Longest prompt + output; default is what model and pool allow, whichever is less."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default shares the cores between workers.")
-    kernels: Literal["auto", "torch", "native"] = Field(
+    kernels: Literal["auto", "torch", "native", "triton"] = Field(
         "auto",
-        description="What computes steps. native: C++ compiled on this machine, for CPUs and not in exact mode."
-        " auto: native where it can be had; torch until it is compiled, and elsewhere.",
+        description="What computes steps. native: C++ compiled on this machine, for CPUs and not in exact mode. triton: torch's"
+        " matrix products and Triton's kernels for all else, on CUDA. auto: native on a CPU, once it is compiled, triton on CUDA,"
+        " each where it can be had, and torch elsewhere.",
     )
     weights: Literal["model", "int8"] = Field(
         "model",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "kvtransfer", "prefill_worker", "decode_worker", "router", "deploy")
-UNITS = (*PACKAGES, "common.engine", "common.wire", "router.semantic")
+UNITS = (*PACKAGES, "common.engine", "common.engine.triton_kernels", "common.wire", "router.semantic")
 
 # unit: (what of ours it may import, why not more)
 FLOORS: dict[str, tuple[frozenset[str], str]] = {
@@ -26,8 +26,12 @@ FLOORS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "common.wire": (frozenset({"common.wire"}), "generated code knows only generated code"),
     "common.engine": (
-        frozenset({"common", "common.engine"}),
+        frozenset({"common", "common.engine", "common.engine.triton_kernels"}),
         "the engine computes; it knows no transfer, no wire format, no worker",
+    ),
+    "common.engine.triton_kernels": (
+        frozenset({"common", "common.engine", "common.engine.triton_kernels"}),
+        "kernels are a part of the engine that only the engine chooses",
     ),
     "kvtransfer": (frozenset({"common", "kvtransfer"}), "transfer sees memory as regions and a layout, never the engine"),
     "prefill_worker": (
@@ -67,7 +71,7 @@ class When(enum.Enum):
 # library: ({unit or file: when}, why not elsewhere). A library that is not listed may be imported anywhere.
 LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
     "torch": (
-        {"common.engine": When.ALWAYS, "deploy": When.LAZILY},
+        {"common.engine": When.ALWAYS, "common.engine.triton_kernels": When.ALWAYS, "deploy": When.LAZILY},
         "torch lives in common/engine: the others start fast and fit in a small image",
     ),
     "llguidance": (
@@ -79,13 +83,18 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         "grammars are compiled in workers and in a process that may be killed, never in the router's own",
     ),
     "nixl_cu13": ({"kvtransfer": When.LAZILY}, "one transport among others, and an extra"),
-    "triton": ({"common.engine": When.LAZILY}, "only kernels need triton, and only where there is a GPU"),
+    "triton": (
+        {"common.engine.triton_kernels": When.ALWAYS},  # itself imported lazily, by an engine that has them compute
+        "only kernels need triton, and only where there is a GPU",
+    ),
     "safetensors": ({"common.engine": When.ALWAYS}, "weights are the engine's business"),
     "numpy": (
         {
             "common.engine": When.ALWAYS,
+            "common.engine.triton_kernels": When.ALWAYS,
             "kvtransfer": When.ALWAYS,
             "common": When.LAZILY,
+            "common/lane_sums.py": When.ALWAYS,  # itself imported lazily, where the sums of a GPU are checked
             "common/gguf_reader.py": When.ALWAYS,  # itself imported lazily, by whoever meets a GGUF file
             "router": When.LAZILY,
             "router.semantic": When.ALWAYS,  # itself imported lazily, by a router that has the semantic cache on
@@ -246,11 +255,13 @@ PLANTED = {
     "common/early_numpy.py": "import numpy\n",
     "common/up.py": "from router import server\n",
     "common/engine/wire.py": "from common.wire import types_pb2\n",
+    "common/engine/kernel.py": "def f():\n    import triton\n",
 }
 ALLOWED = {
     "router/good.py": "import torchlike\nfrom common.wire import types_pb2\nfrom . import up\ndef f():\n    import numpy\n",
     "decode_worker/handoff.py": "from common.engine import kv_pool\nfrom kvtransfer import receiver\n",
     "deploy/actor.py": "import ray\nfrom decode_worker.server import DecodeWorker\n",
+    "common/engine/triton_kernels/kernel.py": "import triton\nimport torch\n",
     "common/engine/good.py": "import torch\nfrom common.types import KVLayout\nfrom .batch import ScheduledBatch\n",
 }
 

@@ -77,6 +77,12 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_engine_without_a_gpu_loads_no_triton() -> None:
+    script = "import sys, common.engine.engine, common.engine.runner; sys.exit('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_top_level_of_the_repository_holds_what_is_listed() -> None:
     if (ROOT / ".git").exists():  # what is staged or committed: the folder itself may hold anybody's scratch files
         done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
@@ -96,9 +102,9 @@ def _normal(distribution: str) -> str:
 def test_every_library_that_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
     declared = {_normal(name) for name in PROJECT["dependencies"]}
-    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "otel", "embed") for name in extras[extra]}
-    # starlette is FastAPI's face, triton comes with torch; their names are part of those libraries' contracts
-    declared |= {"starlette", "triton", "pydantic-core"}
+    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "gpu", "otel", "embed") for name in extras[extra]}
+    # starlette is FastAPI's face; its name is part of that library's contract
+    declared |= {"starlette", "pydantic-core"}
     owners = importlib.metadata.packages_distributions()
     undeclared = []
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):

@@ -27,6 +27,7 @@ from common.engine.native.choice import choose_model
 from common.engine.numerics import FastNumerics, Numerics
 from common.engine.quantisation import WeightFormat, rounded_weights
 from common.engine.runner import ModelRunner
+from common.engine.triton_kernels.choice import choose_operations
 from common.errors import ConfigError
 from common.types import KVLayout
 
@@ -59,7 +60,6 @@ def build_engine(
     torch.set_num_threads(threads)
     device = _device(config)
     dtype = _dtype(config, device)
-    numerics: Numerics = ExactNumerics(config.exact_tile_rows) if config.exact else FastNumerics()
     architecture = load_architecture(model_path)
     weight_format = WeightFormat(config.weights)
     layout = KVLayout(
@@ -72,6 +72,8 @@ def build_engine(
         dtype=str(dtype).removeprefix("torch."),
         exact=config.exact,
     )
+    operations = choose_operations(config, architecture, layout, device)
+    numerics: Numerics = ExactNumerics(config.exact_tile_rows, operations) if config.exact else FastNumerics(operations)
     usable_blocks = num_blocks(config.kv_pool_tokens, config.block_tokens)
     total_blocks = FIRST_BLOCK + usable_blocks
     max_model_tokens = min(

@@ -9,28 +9,27 @@ are, does not matter: that is measured, not promised by any library.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from common.engine.operations import Operations, TorchOperations
 from common.engine.packed_matrix import Product, pack
 from common.errors import ConfigError
 
 _ROW_MULTIPLE = 8
-_GELU_SLOPE, _GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715  # gelu(x) ~ x / 2 * (1 + tanh(slope * (x + cube * x^3)))
 
 
 class ExactNumerics:
     exact = True
-    attention = "tiled"
 
-    def __init__(self, tile_rows: int) -> None:
+    def __init__(self, tile_rows: int, operations: Operations | None = None) -> None:
+        """With torch's operations, unless others are given; they must not let a row's bits depend on its batch."""
         if tile_rows % _ROW_MULTIPLE:
             raise ConfigError(
                 f"exact_tile_rows must be a multiple of {_ROW_MULTIPLE}: libraries treat odd rows by another kernel",
                 param="engine.exact_tile_rows",
             )
         self._tile_rows = tile_rows
+        self.operations = TorchOperations.exact() if operations is None else operations
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         product, num_outputs = pack(weight, bias), weight.shape[0]
@@ -48,16 +47,3 @@ class ExactNumerics:
             return output[:count]
 
         return tiled
-
-    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`gate / (1 + exp(-gate)) * up` step by step: torch's silu treats the ends of an array by another formula."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        wide = gate.float()
-        return (wide / torch.neg(wide).exp_().add_(1.0)).to(up.dtype).mul_(up)
-
-    def gated_gelu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """As above: `(1 + tanh(z)) / 2` is `1 / (1 + exp(-2 z))`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        wide = gate.float()
-        curve = (wide * wide).mul_(_GELU_CUBE).add_(1.0).mul_(wide).mul_(-2.0 * _GELU_SLOPE)
-        return (wide / curve.exp_().add_(1.0)).to(up.dtype).mul_(up)

@@ -65,6 +65,15 @@ class KVPool:
         flat: npt.NDArray[np.uint8] = self.tensor.view(-1).view(torch.uint8).numpy()
         return flat.data
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """All memory as rows of `head_dim`: what a `write_index` counts, from the row of the layer on."""
+        return self._rows
+
+    @property
+    def rows_per_layer(self) -> int:
+        return self._runs_per_layer * self.layout.block_tokens
+
     def copy_block(self, source: int, destination: int) -> None:
         """Copies every layer of one block (a fork is about to write into a block that it shares)."""
         self.tensor[destination].copy_(self.tensor[source])
@@ -81,7 +90,7 @@ class KVPool:
 
     def write(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [tokens, kv_heads, head_dim] of one layer at a `write_index`."""
-        rows = index + layer * (self._runs_per_layer * self.layout.block_tokens)
+        rows = index + layer * self.rows_per_layer
         self._rows.index_copy_(0, rows.view(-1), torch.stack((keys, values), dim=2).view(-1, self.layout.head_dim))
 
     def gather_index(self, block_tables: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,6 @@ from common.engine.grammar import MaskThread, NextMask
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
-from common.engine.sampler import report_logprobs
 from common.engine.step_input import StepBuffers, StepInput
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
@@ -47,7 +46,8 @@ class ModelRunner:
         self._model = model
         self._successor = successor
         self._pool = pool
-        self._attention = create_attention(numerics.attention, pool, num_heads)
+        self._attention = create_attention(numerics.operations.attention, pool, num_heads)
+        self._operations = numerics.operations
         self._buffers = StepBuffers(pool)
         self._mask_thread = MaskThread()
 
@@ -104,7 +104,8 @@ class ModelRunner:
             rows.extend(range(end - num_sampled_rows(item), end))
         if not rows:
             return [() for _ in batch.slices]
-        return draw(self._model.logits(hidden[torch.tensor(rows, device=hidden.device)]), batch.slices)
+        logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        return draw(logits, batch.slices, self._operations.sample)
 
     def _prompt_logprobs(self, item: SequenceSlice, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
         if item.prompt_logprobs is None:
@@ -113,7 +114,7 @@ class ModelRunner:
         for start in range(0, len(item.next_token_ids), _LOGPROB_ROWS):
             following = item.next_token_ids[start : start + _LOGPROB_ROWS]
             logits = self._model.logits(hidden[start : start + len(following)])
-            reports.extend(report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
+            reports.extend(self._operations.report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
         return tuple(reports)
 
 

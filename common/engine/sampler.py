@@ -57,8 +57,27 @@ def report_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Seq
     """Row by row: the log-probability of `token_ids[i]` and the best `num_top[i]` tokens, best first, then by id."""
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
-    tops = _best(logprobs, num_top)
+    tops = best_logprobs(logprobs, num_top)
     return [TokenLogprob(*parts) for parts in zip(token_ids, chosen, tops, strict=True)]
+
+
+def best_logprobs(logprobs: torch.Tensor, num_top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Row by row: the best `num_top[i]` tokens with their log-probabilities, best first, then by id."""
+    most = min(max(num_top), logprobs.shape[1])
+    if most == 0:
+        return [()] * len(num_top)
+    # One more than asked for shows whether the last place is shared; `topk` leaves open which of equals it returns.
+    values, token_ids = (part.tolist() for part in logprobs.topk(min(most + 1, logprobs.shape[1]), dim=-1))
+    found: list[tuple[tuple[int, float], ...]] = []
+    for row, count in enumerate(num_top):
+        count = min(count, most)
+        pairs = list(zip(token_ids[row], values[row], strict=True))
+        if count and count < len(pairs) and values[row][count] == values[row][count - 1]:
+            tied = (logprobs[row] >= values[row][count - 1]).nonzero()[:, 0].tolist()
+            pairs = [(token_id, float(logprobs[row, token_id])) for token_id in tied]
+        pairs.sort(key=lambda pair: (-pair[1], pair[0]))
+        found.append(tuple(pairs[:count]))
+    return found
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -152,21 +171,3 @@ def _argmax(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
 def _check_finite(values: Sequence[float]) -> None:
     if not all(map(math.isfinite, values)):
         raise EngineFailure("the model's logits are not finite")
-
-
-def _best(logprobs: torch.Tensor, num_top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
-    most = min(max(num_top), logprobs.shape[1])
-    if most == 0:
-        return [()] * len(num_top)
-    # One more than asked for shows whether the last place is shared; `topk` leaves open which of equals it returns.
-    values, token_ids = (part.tolist() for part in logprobs.topk(min(most + 1, logprobs.shape[1]), dim=-1))
-    found: list[tuple[tuple[int, float], ...]] = []
-    for row, count in enumerate(num_top):
-        count = min(count, most)
-        pairs = list(zip(token_ids[row], values[row], strict=True))
-        if count and count < len(pairs) and values[row][count] == values[row][count - 1]:
-            tied = (logprobs[row] >= values[row][count - 1]).nonzero()[:, 0].tolist()
-            pairs = [(token_id, float(logprobs[row, token_id])) for token_id in tied]
-        pairs.sort(key=lambda pair: (-pair[1], pair[0]))
-        found.append(tuple(pairs[:count]))
-    return found

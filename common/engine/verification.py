@@ -13,14 +13,16 @@ much as some layers of a small model: they are made in waves, position by positi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from common.engine.batch import SampleSpec, SequenceSlice
-from common.engine.sampler import sample
 from common.errors import PdserveError
 from common.types import SampledToken
+
+Sample = Callable[[torch.Tensor, Sequence[SampleSpec], Sequence[int]], list[SampledToken]]
+"""As `sampler.sample`."""
 
 
 def num_sampled_rows(item: SequenceSlice) -> int:
@@ -28,7 +30,7 @@ def num_sampled_rows(item: SequenceSlice) -> int:
     return item.num_drafts + 1 if item.samples else 0
 
 
-def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice]) -> list[tuple[SampledToken, ...]]:
+def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice], sample: Sample) -> list[tuple[SampledToken, ...]]:
     """The tokens of each slice; `logits` are its `num_sampled_rows` rows, slice by slice.
 
     None for a slice whose first draw cannot be made (`refusal` says why). If a later one cannot, those before it: the next step

@@ -2,6 +2,8 @@
 
     fast        torch's fused attention for chunks, one padded gather per group of single-token rows
     tiled       fixed tiles in one order: a row's bits depend on that row alone (exact mode)
+    paged       Triton kernels that read KV where it lies; of a row's company depend its last bits
+    paged_exact the same, in parts and tiles that depend on positions alone (exact mode)
     reference   plain softmax over gathered keys, one row at a time, in fp64: the oracle of the tests
 
 Once per step the runner asks its backend for a plan; per layer the model writes keys and values to the pool, then attends. A row
@@ -63,6 +65,18 @@ def _tiled() -> BackendCreator:
     return TiledAttention
 
 
+def _paged() -> BackendCreator:
+    from common.engine.attention.paged import PagedAttention
+
+    return PagedAttention.fast
+
+
+def _paged_exact() -> BackendCreator:
+    from common.engine.attention.paged import PagedAttention
+
+    return PagedAttention.exact
+
+
 def _reference() -> BackendCreator:
     from common.engine.attention.reference import ReferenceAttention
 
@@ -72,6 +86,8 @@ def _reference() -> BackendCreator:
 _BACKENDS: dict[str, Callable[[], BackendCreator]] = {
     "fast": _fast,
     "tiled": _tiled,
+    "paged": _paged,
+    "paged_exact": _paged_exact,
     "reference": _reference,
 }
 

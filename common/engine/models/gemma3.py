@@ -20,25 +20,11 @@ from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
 from common.engine.layers.linear import Linear
-from common.engine.layers.rotary import RotaryEmbedding
+from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
 from common.engine.numerics import Numerics
+from common.engine.operations import Norm
 from common.engine.step_input import StepInput
-
-Angles = tuple[torch.Tensor, torch.Tensor]
-
-
-class Gemma3Norm:
-    """Rows are scaled by the weight in fp32 and rounded once."""
-
-    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
-        self._scale = weight.float() + 1.0
-        self._epsilon = epsilon
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        wide = rows.float()
-        scale = wide.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()
-        return (wide * scale).mul_(self._scale).to(rows.dtype)
 
 
 class Gemma3Layer:
@@ -46,9 +32,10 @@ class Gemma3Layer:
         def take(name: str) -> torch.Tensor:
             return weights.pop(f"model.layers.{index}.{name}.weight")
 
-        def norm(name: str) -> Gemma3Norm:
-            return Gemma3Norm(take(name), architecture.rms_norm_eps)
+        def norm(name: str) -> Norm:
+            return numerics.operations.offset_rms_norm(take(name), architecture.rms_norm_eps)
 
+        self._operations = numerics.operations
         self._index = index
         self._num_heads = architecture.num_heads
         self._num_kv_heads = architecture.num_kv_heads
@@ -56,27 +43,30 @@ class Gemma3Layer:
         self.window = architecture.layer_windows[index]
         self._attention_norm = norm("input_layernorm")
         self._qkv = Linear(numerics, torch.cat([take(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")]))
-        self._query_norm, self._key_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+        self._head_norms = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         self._output = Linear(numerics, take("self_attn.o_proj"))
         self._attended_norm = norm("post_attention_layernorm")
         self._mlp_norm = norm("pre_feedforward_layernorm")
-        self._mlp = GatedMLP(numerics, numerics.gated_gelu, take("mlp.gate_proj"), take("mlp.up_proj"), take("mlp.down_proj"))
+        self._mlp = GatedMLP(
+            numerics, numerics.operations.gated_gelu, take("mlp.gate_proj"), take("mlp.up_proj"), take("mlp.down_proj")
+        )
         self._fed_norm = norm("post_feedforward_layernorm")
 
     def __call__(
         self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
-        rows = rows + self._attended_norm(self._attend(self._attention_norm(rows), angles, write_index, pool, attention))
-        return rows.add_(self._fed_norm(self._mlp(self._mlp_norm(rows))))
+        """Changes `rows`."""
+        attended = self._attend(self._attention_norm(rows), angles, write_index, pool, attention)
+        return rows.add_(self._fed_norm(self._mlp(self._mlp_norm.add(rows, attended, self._attended_norm))))
 
     def _attend(
         self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
         heads = self._qkv(rows).view(len(rows), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
-        turning = self._num_heads + self._num_kv_heads
-        queries, keys, values = heads[:, : self._num_heads], heads[:, self._num_heads : turning], heads[:, turning:]
-        pool.write(self._index, write_index, RotaryEmbedding.turn(self._key_norm(keys), angles), values)
-        attended = attention.attend(self._index, RotaryEmbedding.turn(self._query_norm(queries), angles), self.window)
+        queries = self._operations.turn_and_store(
+            heads, self._num_heads, angles, pool, self._index, write_index, self._head_norms
+        )
+        attended = attention.attend(self._index, queries, self.window)
         return self._output(attended.reshape(len(rows), -1))
 
 
@@ -99,7 +89,7 @@ class Gemma3Model:
         self._global_rotary = rotary(architecture.rope_theta)
         self._local_rotary = rotary(architecture.local_rope_theta or architecture.rope_theta)
         self._layers = [Gemma3Layer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = Gemma3Norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
+        self._norm = numerics.operations.offset_rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
         self._head = Linear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
 
     def forward(

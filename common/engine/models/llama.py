@@ -17,13 +17,10 @@ from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
 from common.engine.layers.linear import Linear
-from common.engine.layers.norm import RMSNorm
-from common.engine.layers.rotary import RotaryEmbedding
+from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
 from common.engine.numerics import Numerics
 from common.engine.step_input import StepInput
-
-Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class LlamaLayer:
@@ -36,33 +33,33 @@ class LlamaLayer:
 
         projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         biases = [bias for name in projections if (bias := take_bias(f"{name}.bias")) is not None]
+        self._operations = numerics.operations
         self._index = index
         self._num_heads = architecture.num_heads
         self._num_kv_heads = architecture.num_kv_heads
         self._head_dim = architecture.head_dim
-        self._attention_norm = RMSNorm(take("input_layernorm.weight"), architecture.rms_norm_eps)
+        self._attention_norm = self._operations.rms_norm(take("input_layernorm.weight"), architecture.rms_norm_eps)
         self._qkv = Linear(
             numerics, torch.cat([take(f"{name}.weight") for name in projections]), torch.cat(biases) if biases else None
         )
         self._output = Linear(numerics, take("self_attn.o_proj.weight"), take_bias("self_attn.o_proj.bias"))
-        self._mlp_norm = RMSNorm(take("post_attention_layernorm.weight"), architecture.rms_norm_eps)
+        self._mlp_norm = self._operations.rms_norm(take("post_attention_layernorm.weight"), architecture.rms_norm_eps)
         feed_forward = [take(f"mlp.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")]
-        self._mlp = GatedMLP(numerics, numerics.gated_silu, *feed_forward)
+        self._mlp = GatedMLP(numerics, numerics.operations.gated_silu, *feed_forward)
 
     def __call__(
         self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
-        rows = rows + self._attend(self._attention_norm(rows), angles, write_index, pool, attention)
-        return rows.add_(self._mlp(self._mlp_norm(rows)))
+        """Changes `rows`."""
+        attended = self._attend(self._attention_norm(rows), angles, write_index, pool, attention)
+        return rows.add_(self._mlp(self._mlp_norm.add(rows, attended)))
 
     def _attend(
         self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
     ) -> torch.Tensor:
         heads = self._qkv(rows).view(len(rows), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
-        turning = self._num_heads + self._num_kv_heads
-        turned = RotaryEmbedding.turn(heads[:, :turning], angles)
-        pool.write(self._index, write_index, turned[:, self._num_heads :], heads[:, turning:])
-        attended = attention.attend(self._index, turned[:, : self._num_heads])
+        queries = self._operations.turn_and_store(heads, self._num_heads, angles, pool, self._index, write_index)
+        attended = attention.attend(self._index, queries)
         return self._output(attended.reshape(len(rows), -1))
 
 
@@ -83,7 +80,7 @@ class LlamaModel:
             self._embedding.device,
         )
         self._layers = [LlamaLayer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = RMSNorm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
+        self._norm = numerics.operations.rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
         self._head = Linear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
 
     def forward(

@@ -1,6 +1,6 @@
 """Which model serves, and when: torch's until the native library is compiled, then the native one.
 
-    kernels: torch                                       torch
+    kernels: torch, triton                               torch
     auto, and exact mode, a GPU, float16                 torch
     library is in the cache                              native from the start
     else                                                 torch, and a Successor that compiles beside it
@@ -115,7 +115,7 @@ def _library_at_hand(config: EngineConfig, cache: Path) -> Library | None:
 
 def _wants_native(config: EngineConfig, architecture: ModelArchitecture, pool: KVPool) -> bool:
     """Raises ConfigError if native kernels are demanded where there are none."""
-    if config.kernels == "torch":
+    if config.kernels in ("torch", "triton"):
         return False
     obstacle = _obstacle(config, architecture, pool)
     if obstacle is not None and config.kernels == "native":

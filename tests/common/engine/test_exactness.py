@@ -292,8 +292,8 @@ def test_rows_of_every_operation_stand_alone(dtype: torch.dtype, width: int) -> 
     rows = (torch.randn(300, width, generator=generator) * 5).to(dtype)
     numerics = ExactNumerics(16)
     assert_rows_stand_alone(RMSNorm(torch.randn(width, generator=generator).to(dtype), 1e-5), rows)
-    assert_rows_stand_alone(lambda part: numerics.gated_silu(torch.cat((part, part.flip(1)), dim=1)), rows)
-    assert_rows_stand_alone(lambda part: numerics.gated_gelu(torch.cat((part, part.flip(1)), dim=1)), rows)
+    assert_rows_stand_alone(lambda part: numerics.operations.gated_silu(torch.cat((part, part.flip(1)), dim=1)), rows)
+    assert_rows_stand_alone(lambda part: numerics.operations.gated_gelu(torch.cat((part, part.flip(1)), dim=1)), rows)
     assert_rows_stand_alone(lambda part: torch.log_softmax(part.float(), dim=-1), rows)
     weight = (torch.randn(96, width, generator=generator) / width**0.5).to(dtype)
     assert_rows_stand_alone(numerics.linear(weight, None), rows)
@@ -309,10 +309,12 @@ def test_activations_are_silu_and_gelu(dtype: torch.dtype) -> None:
     expected = (torch.nn.functional.silu(gate.double()) * up.double()).to(dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     for numerics in (FastNumerics(), ExactNumerics(16)):
-        torch.testing.assert_close(numerics.gated_silu(torch.cat((gate, up), 1)), expected, rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(numerics.operations.gated_silu(torch.cat((gate, up), 1)), expected, rtol=tolerance, atol=1e-6)
     expected = (torch.nn.functional.gelu(gate.double(), approximate="tanh") * up.double()).to(dtype)
     for numerics in (FastNumerics(), ExactNumerics(16)):
-        torch.testing.assert_close(numerics.gated_gelu(torch.cat((gate, up), 1)), expected, rtol=3 * tolerance, atol=3e-6)
+        torch.testing.assert_close(
+            numerics.operations.gated_gelu(torch.cat((gate, up), 1)), expected, rtol=3 * tolerance, atol=3e-6
+        )
 
 
 # -- the real model -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.engine import verification
 from common.engine.batch import SampleSpec, SequenceSlice
 from common.engine.sampler import sample
 from common.engine.token_rules import RowRules
@@ -81,24 +80,21 @@ def test_draws_are_those_of_one_at_a_time(data: st.DataObject) -> None:
             expected.append(one_by_one(row_after, specs, min(wrong, default=count) + 1))
     assert sum(map(num_sampled_rows, slices)) == len(rows)
     logits = torch.stack(rows) if rows else torch.empty(0, VOCAB)
-    assert [list(tokens) for tokens in draw(logits, slices)] == expected
+    assert [list(tokens) for tokens in draw(logits, slices, sample)] == expected
 
 
 @pytest.mark.parametrize(("temperature", "logprobs", "drawn"), [(0.0, None, 6), (0.0, 1, 3), (0.7, None, 3)])
-def test_what_is_dear_is_not_drawn_behind_a_wrong_guess(
-    monkeypatch: pytest.MonkeyPatch, temperature: float, logprobs: int | None, drawn: int
-) -> None:
+def test_what_is_dear_is_not_drawn_behind_a_wrong_guess(temperature: float, logprobs: int | None, drawn: int) -> None:
     asked: list[int] = []
 
     def counting(logits: torch.Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]) -> list[SampledToken]:
         asked.append(len(specs))
         return sample(logits, specs, rows)
 
-    monkeypatch.setattr(verification, "sample", counting)
     specs = tuple(replace(SPEC, position=place, temperature=temperature, logprobs=logprobs) for place in range(6))
     row_after = model(7)
     drafts = [token.token_id for token in one_by_one(row_after, specs, 5)]
     drafts[2] = (drafts[2] + 1) % VOCAB
     logits = torch.stack([row_after(drafts[:place]) for place in range(6)])
-    assert len(draw(logits, [SequenceSlice([9, *drafts], 30, [1], specs, num_drafts=5)])[0]) == 3
+    assert len(draw(logits, [SequenceSlice([9, *drafts], 30, [1], specs, num_drafts=5)], counting)[0]) == 3
     assert sum(asked) == drawn

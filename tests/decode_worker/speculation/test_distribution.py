@@ -18,6 +18,7 @@ import torch
 from common.blocks import root_hash
 from common.clock import ManualClock
 from common.engine.batch import SequenceSlice
+from common.engine.sampler import sample
 from common.engine.sequence import PagedSequence
 from common.engine.verification import draw
 from common.types import Request, SamplingParams
@@ -95,7 +96,7 @@ def drawn_joint(sampling: SamplingParams, longest: int, count: int) -> tuple[np.
                 tokens = [choice.sequence.tokens[-1], *drafts[: len(samples) - 1]]
                 slices.append(SequenceSlice(tokens, 0, [1], samples, num_drafts=len(samples) - 1))
             rows = [token for item in slices for token in item.token_ids]
-            for choice, item, tokens in zip(unfinished, slices, draw(torch.from_numpy(MODEL[rows]), slices), strict=True):
+            for choice, item, tokens in zip(unfinished, slices, draw(torch.from_numpy(MODEL[rows]), slices, sample), strict=True):
                 drafted += item.num_drafts
                 accepted += len(choice.accept(tokens).token_ids) - 1
         for choice in choices:

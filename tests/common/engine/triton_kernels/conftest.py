@@ -1,0 +1,41 @@
+"""Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere. Which is decided before Triton is
+imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ON_GPU = Path("/dev/nvidiactl").exists()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+
+def call_device_function(function: Any, *args: Any, **named: Any) -> Any:
+    return function.rewrite()(*args, **named)
+
+
+if not ON_GPU:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # A kernel has prepared Triton's language for the interpreter when it calls a device function, which would do it again: that
+    # is most of the time that small kernels take.
+    InterpretedFunction.__call__ = call_device_function
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter computes with numpy, which warns of infinities that a GPU takes as they come."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning"))
