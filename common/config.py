@@ -1,23 +1,23 @@
 """The configuration: one YAML file, parsed once at the entry point into a frozen tree, and passed down by part.
 
 Precedence: command line (`--set router.http_port=8001`) over environment (`PDSERVE_ROUTER__HTTP_PORT=8001`) over file over the
-defaults below. An unknown key or a bad value is a ConfigError that names the key and, for the file, its line. This is the only
-module that reads `os.environ` for configuration; help texts live in the fields.
+defaults below. An unknown key or a bad value is a ConfigError that names the key and, for the file, its line
+(`common.config_file`). This is the only module that reads `os.environ` for configuration; help texts live in the fields.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from common.api_keys import entry_of
+from common.config_file import ConfigSource, Problem, find_problems, in_order, keys_given_twice, read_source
 from common.errors import ConfigError
 from common.loopback import is_loopback
 
@@ -247,7 +247,9 @@ class LimitsConfig(_Part):
 
 
 class TenantConfig(_Part):
-    keys: tuple[str, ...] = Field((), description="Its API keys, or their entries, as `pdserve keys new` prints them.")
+    keys: tuple[str, ...] = Field(
+        (), repr=False, description="Its API keys, or their entries, as `pdserve keys new` prints them."
+    )
     weight: float = Field(1.0, gt=0, le=1000, description="Its share of the workers, against other tenants in the same band.")
     bands: tuple[BandName, ...] = Field(
         ("interactive", "batch", "background"),
@@ -329,6 +331,7 @@ class RouterConfig(_Part):
     grpc_port: int = Field(50_051, ge=0, le=65_535, description="0 takes a free port.")
     api_keys: tuple[str, ...] = Field(
         (),
+        repr=False,
         description="Accepted bearer tokens, or their entries (`pdserve keys hash`); each is a tenant of its own."
         " No key here, in keys_file or in tenants means no authentication (loopback only).",
     )
@@ -614,8 +617,19 @@ class TracingConfig(_Part):
 
 
 class LoggingConfig(_Part):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, JSON elsewhere.")
+    """Each process logs to its stderr and, in a cluster, to a file that `pdserve logs` reads."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is less important is not logged.")
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="Of what goes to stderr. auto: console on a terminal, JSON elsewhere. Files hold JSON."
+    )
+    folder: str | None = Field(
+        None, description="Where each process keeps its file. Default: `pdserve up` makes a folder for each of its runs."
+    )
+    max_file_bytes: int = Field(
+        16 * 1024 * 1024, ge=0, description="Most that a process keeps in files; the oldest half is thrown away. 0: no files."
+    )
+    keep_runs: int = Field(3, ge=1, description="Of how many runs of a cluster logs are kept, the present one among them.")
 
 
 class Config(_Part):
@@ -668,122 +682,41 @@ class Config(_Part):
         raise ConfigError(f"no model {name!r} in the configuration", param="models")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedConfig:
+    """A file as it was read: either `config`, or everything that is wrong with it."""
+
+    source: ConfigSource
+    config: Config | None
+    problems: tuple[Problem, ...]
+
+
 def load_config(path: Path, *, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
     """Reads, overlays and validates. `overrides` are `dotted.key=value` strings with YAML values. Raises ConfigError."""
+    checked = check_config(path, overrides=overrides, environment=environment)
+    if checked.config is not None:
+        return checked.config
+    first, *others = checked.problems
+    more = f" (and {len(others)} more; `pdserve config check` shows them)" if others else ""
+    raise ConfigError(first.line + more, param=first.key)
+
+
+def check_config(path: Path, *, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> CheckedConfig:
+    """Like `load_config`, for whoever wants to know everything: raises ConfigError only for what cannot be read at all."""
+    variables = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _ENVIRONMENT_RESERVED
+    }
+    source = read_source(path, overrides, variables, prefix=ENVIRONMENT_PREFIX)
+    doubled = keys_given_twice(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", param=str(path)) from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}", param=str(path)) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping at its top", param=str(path))
-    for key, value in environment.items():
-        if key.startswith(ENVIRONMENT_PREFIX) and key not in _ENVIRONMENT_RESERVED:
-            _overlay(raw, key.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), value, source=key)
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ConfigError(f"--set wants key=value, got {item!r}", param=item)
-        _overlay(raw, key.split("."), value, source=f"--set {key}")
-    try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(source.raw)
     except ValidationError as error:
-        raise _explain(error, node, path) from error
+        return CheckedConfig(source, None, in_order((*doubled, *find_problems(Config, source, error))))
+    return CheckedConfig(source, None if doubled else config, in_order(doubled))
 
 
 def pdserve_home(environment: Mapping[str, str] = os.environ) -> Path:
     """Where models and the state of running clusters live: $PDSERVE_HOME or ~/.cache/pdserve."""
     return Path(environment.get("PDSERVE_HOME") or Path.home() / ".cache" / "pdserve")
-
-
-def _overlay(raw: dict[str, Any], keys: list[str], value: str, *, source: str) -> None:
-    target: Any = raw
-    for position, key in enumerate(keys):
-        last = position == len(keys) - 1
-        if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
-                raise ConfigError(f"{source}: {key!r} is not an index into a list of {len(target)}", param=".".join(keys))
-            index = int(key)
-            if last:
-                target[index] = yaml.safe_load(value)
-            target = target[index]
-        elif isinstance(target, dict):
-            if last:
-                target[key] = yaml.safe_load(value)
-            else:
-                target = target.setdefault(key, {})
-        else:
-            raise ConfigError(f"{source}: {keys[position - 1]!r} holds a plain value", param=".".join(keys))
-
-
-def _explain(error: ValidationError, node: yaml.Node | None, path: Path) -> ConfigError:
-    first = error.errors()[0]
-    keys = [str(part) for part in first["loc"]]
-    line = _line_of(node, keys)
-    where = f"{path}:{line}" if line else str(path)
-    message = f"{where}: {'.'.join(keys) or 'configuration'}: {first['msg']}"
-    if first["type"] == "extra_forbidden":
-        message = f"{where}: unknown key {'.'.join(keys)!r}"
-        close = difflib.get_close_matches(keys[-1], _known_keys(), n=1)
-        if close:
-            message += f"; did you mean {close[0]!r}?"
-    return ConfigError(message, param=".".join(keys))
-
-
-def _line_of(node: yaml.Node | None, keys: list[str]) -> int | None:
-    """Line (from 1) of the deepest part of `keys` that the file holds; None if the value came from elsewhere."""
-    line: int | None = None
-    for key in keys:
-        if isinstance(node, yaml.MappingNode):
-            match = next(((name, value) for name, value in node.value if name.value == key), None)
-            if match is None:
-                return line
-            line, node = match[0].start_mark.line + 1, match[1]
-        elif isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
-            node = node.value[int(key)]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
-
-
-def _known_keys() -> list[str]:
-    parts: list[type[BaseModel]] = [
-        Config,
-        ModelConfig,
-        EngineConfig,
-        PrefillConfig,
-        SpeculationConfig,
-        DecodeConfig,
-        AutoscalingConfig,
-        PoolAutoscalingConfig,
-        TransferConfig,
-        PlacementConfig,
-        LimitsConfig,
-        TenantConfig,
-        AdmissionConfig,
-        SloConfig,
-        PricesConfig,
-        ConsoleConfig,
-        RouterConfig,
-        RoutingConfig,
-        RouteAlias,
-        RouteRule,
-        RouteWhen,
-        ModelPrice,
-        CacheConfig,
-        ExactCacheConfig,
-        SemanticCacheConfig,
-        RedisConfig,
-        RayConfig,
-        NetworkConfig,
-        HealthConfig,
-        HeadConfig,
-        LoggingConfig,
-        TracingConfig,
-    ]
-    return [name for part in parts for name in part.model_fields]

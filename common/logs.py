@@ -1,7 +1,9 @@
 """Structured logs: one line per event, with the process, the worker and, inside a request, its id. Never prompts or outputs.
 
 `configure_logging` is called once per process, at its entry point; modules take `get_logger(__name__)`. JSON off a terminal,
-aligned text on one. The request id lives in a context variable, so that it follows a request through tasks.
+aligned text on one; and JSON in a file if the configuration names a folder (`common.log_files`). What libraries log through
+Python's own `logging` from warnings up, and an exception that ends the process, become lines like all others. The request id
+lives in a context variable, so that it follows a request through tasks.
 """
 
 from __future__ import annotations
@@ -10,16 +12,21 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
 import structlog
 
 from common.config import LoggingConfig
+from common.log_files import LogFile
 
 
 def configure_logging(config: LoggingConfig, *, process: str) -> None:
-    """`process` names this process in every line, e.g. "router" or a worker id."""
+    """`process` names this process in every line, e.g. "router" or a worker id with its incarnation."""
     as_json = config.format == "json" or (config.format == "auto" and not sys.stderr.isatty())
     renderer: structlog.types.Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    file, complaint = _open_file(config, process)
+    keep: list[structlog.types.Processor] = [] if file is None else [_keeps_in(file)]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -28,12 +35,60 @@ def configure_logging(config: LoggingConfig, *, process: str) -> None:
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.StackInfoRenderer(),
             structlog.processors.format_exc_info,
+            *keep,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    _take_over_from_libraries()
+    sys.excepthook = _on_uncaught
+    if complaint:
+        get_logger(__name__).warning("no log file", reason=complaint)
+
+
+def _open_file(config: LoggingConfig, process: str) -> tuple[LogFile | None, str]:
+    """The file, if there is to be one; and why there is none although there should be."""
+    if config.folder is None or config.max_file_bytes == 0:
+        return None, ""
+    try:
+        file = LogFile(Path(config.folder), process, max_bytes=config.max_file_bytes)
+    except OSError as error:
+        return None, f"cannot write to {config.folder}: {error.strerror}"
+    file.catch_crashes()
+    return file, ""
+
+
+def _keeps_in(file: LogFile) -> structlog.types.Processor:
+    render = structlog.processors.JSONRenderer()
+
+    def keep(logger: object, method: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+        line = render(logger, method, dict(event))
+        file.write(line if isinstance(line, str) else bytes(line).decode())
+        return event
+
+    return keep
+
+
+class _FromLibraries(logging.Handler):
+    """Records of Python's own logging become lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        get_logger(record.name).log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
+def _take_over_from_libraries() -> None:
+    root = logging.getLogger()
+    if not any(isinstance(handler, _FromLibraries) for handler in root.handlers):
+        root.addHandler(_FromLibraries(logging.WARNING))
+
+
+def _on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        get_logger(__name__).critical("the process ends by an exception", exc_info=(kind, error, trace))
 
 
 def _names_process(process: str) -> structlog.types.Processor:

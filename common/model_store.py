@@ -174,6 +174,11 @@ def pull(source: str, *, home: Path | None = None, progress: Progress | None = N
     return _stored(source, folder, home)
 
 
+def can_be_fetched(source: str) -> bool:
+    """Whether `source` is a name that `pull` would look for elsewhere, and not a path on this machine."""
+    return source in BUNDLED_MODELS or (_HUB_NAME.fullmatch(source) is not None and not Path(source).exists())
+
+
 def embedder_folder(name: str, *, home: Path | None = None) -> Path:
     """Where a bundled embedder's files are. Raises ModelLoadError that says what to do."""
     home = home or pdserve_home()

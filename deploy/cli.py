@@ -1,43 +1,23 @@
-"""`pdserve`, the command line: up, down, status, doctor, scale, drain, flip, roll, autoscaler, chat, pull, config, keys, route,
-version. Imports are late."""
+"""The entry point of `pdserve`: the command line (`deploy.app`), or, for a shell that completes a word, an answer without it."""
 
 from __future__ import annotations
 
-from importlib.metadata import version as distribution_version
+import os
+import sys
 
-import typer
-
-from deploy.commands import config, keys, route
-from deploy.commands.chat import chat
-from deploy.commands.control import down, scale, status
-from deploy.commands.doctor import doctor
-from deploy.commands.fleet import autoscaler, drain, flip, roll
-from deploy.commands.models import pull
-from deploy.commands.output import out
-from deploy.commands.up import up
-
-app = typer.Typer(
-    name="pdserve",
-    help="Serves language models with prefill and decode on separate pools.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-)
-for command in (up, down, status, doctor, scale, drain, flip, roll, autoscaler, chat, pull):
-    app.command()(command)
-app.add_typer(config.app, name="config")
-app.add_typer(keys.app, name="keys")
-app.add_typer(route.app, name="route")
-
-
-@app.command()
-def version() -> None:
-    """Prints the version."""
-    out.print(distribution_version("pdserve"), markup=False)
+from deploy.completion import ASKING_SHELL
 
 
 def main() -> None:
-    app()
+    shell = os.environ.get(ASKING_SHELL)
+    if shell is not None:
+        from deploy.completion.answer import answer
+
+        sys.stdout.write(answer(shell, sys.argv[1:]))
+        return
+    from deploy.app import app
+
+    app(prog_name="pdserve")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import os
 import select
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class ClusterState:
     token: str = field(repr=False)
     janitor_pid: int = 0
     janitor_started: int = 0
+    config_path: str = ""
 
     @property
     def launcher_lives(self) -> bool:
@@ -48,6 +49,12 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
+
+
+def running_for_s(started: int) -> float:
+    """How long ago a process was started that `started_at` tells so about."""
+    uptime_s = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    return max(0.0, uptime_s - started / os.sysconf("SC_CLK_TCK"))
 
 
 def write_state(home: Path, state: ClusterState) -> None:
@@ -70,8 +77,20 @@ def running_state(home: Path, cluster: str) -> ClusterState:
     """Raises ClusterError if no such cluster runs."""
     state = read_state(home, cluster)
     if state is None:
-        raise ClusterError(f"no cluster {cluster!r} runs here; start one with: pdserve up", param="cluster")
+        others = running_clusters(home)
+        hint = f"what runs is: {', '.join(others)} (--cluster NAME)" if others else "start one with: pdserve up"
+        raise ClusterError(f"no cluster {cluster!r} runs here; {hint}", param="cluster")
     return state
+
+
+def running_clusters(home: Path) -> list[str]:
+    """Names, in order. A state file that cannot be read is nobody's."""
+    found = []
+    for path in (home / "clusters").glob("*.json"):
+        with suppress(ClusterError):
+            if read_state(home, path.stem) is not None:
+                found.append(path.stem)
+    return sorted(found)
 
 
 def wait_until_gone(home: Path, cluster: str, timeout_s: float) -> bool:

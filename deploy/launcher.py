@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,11 +32,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config import Config, ModelConfig, pdserve_home
 from common.errors import ClusterError, PdserveError
-from common.logs import get_logger
+from common.logs import configure_logging, get_logger
 from common.model_store import pull
 from common.wire.registry_pb2 import ClusterSnapshot
 from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_path, write_state
 from deploy.head_services import HeadService, head_services
+from deploy.logs.runs import begin_run
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
 from deploy.pool_manager import HealthPolicy, ManagerSpec, ModelToServe
 from deploy.ray_environment import CLUSTER_ID_VARIABLE, actor_environment, namespace_of
@@ -72,8 +75,15 @@ def launch(asked: Launch, say: Say) -> int:
     home = pdserve_home()
     name = asked.config.cluster
     with cluster_lock(home, name) as lock:
-        models = [_model_to_serve(model, asked.config, home, say) for model in asked.config.models]
-        return _launch(asked, models, home, lock, say)
+        asked = _with_log_folder(asked, home)
+        configure_logging(asked.config.logging, process="launcher")
+        log.info("cluster starting", cluster=name, version=distribution_version("pdserve"), config=str(asked.config_path))
+        try:
+            models = [_model_to_serve(model, asked.config, home, say) for model in asked.config.models]
+            return _launch(asked, models, home, lock, say)
+        except PdserveError as error:
+            log.error("the cluster ends", error=error.code, reason=error.message)
+            raise
 
 
 def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int, say: Say) -> int:
@@ -151,11 +161,13 @@ class _Cluster:
             return 0
         finally:
             self._say("stopping; Ctrl-C again to force")
+            log.info("cluster stopping", asked=self._stop.is_set())
             for task in (serving, *lasting):
                 task.cancel()
             await asyncio.wait({serving, *lasting})
             await self._take_down()
             self._say("stopped")
+            log.info("cluster stopped")
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
@@ -231,6 +243,7 @@ class _Cluster:
             token=self._token,
             janitor_pid=self._janitor_pid,
             janitor_started=started_at(self._janitor_pid) or 0,
+            config_path=str(self._asked.config_path),
         )
         write_state(self._home, state)
         if self._asked.announce is not None:
@@ -294,6 +307,16 @@ class _Cluster:
         if self._asked.config.ray.address is not None:
             ray.kill(self._manager)
         state_path(self._home, self._asked.config.cluster).unlink(missing_ok=True)
+
+
+def _with_log_folder(asked: Launch, home: Path) -> Launch:
+    """Every process of the cluster is told where this run's logs are; the router, which reads the file itself, by an override."""
+    logging = asked.config.logging
+    if logging.folder is not None or logging.max_file_bytes == 0:
+        return asked
+    folder = str(begin_run(home, asked.config.cluster, asked.cluster_id, keep=logging.keep_runs))
+    config = asked.config.model_copy(update={"logging": logging.model_copy(update={"folder": folder})})
+    return replace(asked, config=config, overrides=(*asked.overrides, f"logging.folder={json.dumps(folder)}"))
 
 
 def _model_to_serve(model: ModelConfig, config: Config, home: Path, say: Say) -> ModelToServe:

@@ -76,6 +76,8 @@ def node_variables(*, autoscaler_v2: bool) -> dict[str, str]:
         # NOTE: version 2 never started a worker of the provider `local`.
         "RAY_enable_autoscaler_v2": "1" if autoscaler_v2 else "0",
         "SPT_NOENV": "1",
+        # NOTE: a busy host that has not registered with the head by then is not tried again.
+        "RAY_raylet_start_wait_time_s": "120",
         **_OF_EVERY_NODE,
     }
 

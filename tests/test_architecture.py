@@ -122,7 +122,10 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         },
         "gRPC carries control; bulk KV and the engine do without it",
     ),
-    "redis": ({"router": When.LAZILY}, "redis is an extra: a router without it must import"),
+    "redis": (
+        {"router": When.LAZILY, "deploy/diagnosis/shared_store.py": When.LAZILY},
+        "redis is an extra: a router without it must import",
+    ),
     "opentelemetry": (
         {"common/tracing/otlp.py": When.ALWAYS},  # itself imported lazily, by a process that traces
         "an extra: who does not trace does not load it",

@@ -10,11 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.commands.examples import examples
 from deploy.commands.output import err, errors_as_lines
-from deploy.commands.waterfall import draw
+from deploy.commands.which_cluster import ClusterName
 
 _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 600.0
+EXAMPLES = examples(
+    ("a conversation", "pdserve chat"),
+    ("one answer, and where its time went", 'pdserve chat "Why is the sky blue?" --stats'),
+    ("another model, at another router", "pdserve chat --model gemma3-270m --url http://10.0.0.7:8000"),
+)
 
 
 def chat(
@@ -24,7 +30,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
     url: Annotated[str | None, typer.Option(help="Address of a router; that of the local cluster by default.")] = None,
-    cluster: Annotated[str, typer.Option(help="Name of the cluster on this machine.")] = "local",
+    cluster: ClusterName = None,
 ) -> None:
     """Chats with a model. /clear forgets the conversation, /stats turns the timings on and off, /quit ends."""
     with errors_as_lines():
@@ -74,6 +80,8 @@ class _Conversation:
 
     def say(self, text: str) -> None:
         """Sends the conversation and prints the answer as it comes."""
+        from deploy.commands.waterfall import draw
+
         asked = [*self._messages, {"role": "user", "content": text}]
         answer = ""
         timings: dict[str, Any] | None = None
@@ -87,7 +95,7 @@ class _Conversation:
         sys.stdout.write("\n")
         self._messages = [*asked, {"role": "assistant", "content": answer}]
         if self.stats and timings is not None:
-            draw(timings, err)
+            draw(timings, err.console)
 
     def _stream(self, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
         import httpx
@@ -172,9 +180,9 @@ def _error(body: str) -> Exception:
         return EngineFailure("the server answered with something that is not ours")
 
 
-def router_of(cluster: str) -> str:
+def router_of(cluster: str | None) -> str:
     from common.errors import NoWorkerAvailable
-    from deploy.commands.control import cluster_status
+    from deploy.commands.manager import cluster_status
 
     routers = cluster_status(cluster)["routers"]
     if not routers:
@@ -184,6 +192,6 @@ def router_of(cluster: str) -> str:
 
 def _ask() -> str | None:
     try:
-        return err.input("> ")
+        return err.console.input("> ")
     except (EOFError, KeyboardInterrupt):
         return None

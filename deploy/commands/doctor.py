@@ -1,244 +1,143 @@
-"""`pdserve doctor`: is this machine fit, does KV get from every prefill worker to every decode worker, and what to fix if not.
+"""`pdserve doctor`: is this machine fit, is the configuration, does KV get from every prefill worker to every decode worker.
 
-Asks the running cluster's decode workers to try their links (`Decode.ProbeLinks`), one by one. Exit status 1 if something
-stands in the way of serving; a transport that is merely not there is no failure as long as another one is.
+Works without a cluster; of one that runs it also tries the links. Exit status 0: fit, perhaps with notes; 1: something should be
+mended; 2: something stands in the way of serving.
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
-import json
-import os
-import resource
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from deploy.commands.control import ClusterName
+from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, out
+from deploy.commands.up import DEFAULT_CONFIG
+from deploy.commands.which_cluster import ClusterName
+from deploy.diagnosis.finding import Finding, Severity, exit_status
 
-_PROBE_TIMEOUT_S = 60.0
-_FEWEST_FILES = 4096
-_MIB = 2**20
+if TYPE_CHECKING:
+    from common.config import Config
+    from deploy.cluster_state import ClusterState
+    from deploy.diagnosis.links import LinkFinding
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line about this machine. `advice` says what to do, or is empty."""
-
-    what: str
-    found: str
-    ok: bool
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class LinkFinding:
-    """One transport between one prefill and one decode worker."""
-
-    prefill: str
-    decode: str
-    transport: str
-    works: bool
-    in_use: bool
-    configured: bool
-    latency_ms: float
-    mebibytes_per_s: float
-    advice: str
+EXAMPLES = examples(
+    ("before the first start", "pdserve doctor cluster.yaml"),
+    ("of a cluster that runs, with its links", "pdserve doctor --cluster local"),
+    ("what is wrong, for a program", "pdserve doctor --json | jq '.findings[] | select(.severity != \"ok\")'"),
+)
 
 
 def doctor(
-    cluster: ClusterName = "local",
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A configuration to check as well; default: that of the cluster.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    cluster: ClusterName = None,
 ) -> None:
-    """Checks this machine and tries every link between prefill and decode workers."""
-    from common.config import pdserve_home
-    from common.errors import ClusterError
-    from deploy.cluster_state import running_state
+    """Checks machine, software, configuration, models and ports, and tries every link between workers.
+
+    Each finding says what it means and what to do.
+    Exit status: 0 fit, 1 something should be mended, 2 something stands in the way of serving.
+    """
+    from deploy.diagnosis.drawing import draw_findings
 
     with errors_as_lines():
-        machine = list(check_machine())
+        state = _running(cluster)
+        path = config or (Path(state.config_path) if state is not None and state.config_path else DEFAULT_CONFIG)
         links: list[LinkFinding] = []
-        refusals: list[str] = []
-        try:
-            running_state(pdserve_home(), cluster)
-            running = True
-        except ClusterError:
-            running = False
-        if running:
-            links, refusals = asyncio.run(_probe(cluster))
+        findings = list(_check(path, state))
+        if state is not None:
+            links, more = _check_links(state)
+            findings += more
+        status = exit_status(findings)
         if as_json:
-            described = {
-                "machine": [asdict(finding) for finding in machine],
-                "cluster": cluster if running else None,
-                "links": [asdict(link) for link in links],
-                "refused": refusals,
-            }
-            out.print_json(json.dumps(described))
-        else:
-            _draw(machine, links, refusals, cluster, running)
-        if refusals or not all(finding.ok for finding in machine):
-            raise typer.Exit(1)
-
-
-def check_machine() -> Iterable[Finding]:
-    """What pdserve needs of a machine; cheap, imports nothing heavy."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    yield Finding(
-        "python", version, sys.version_info >= (3, 11), "" if sys.version_info >= (3, 11) else "use Python 3.11 or later"
-    )
-    for module, extra, needed in (("torch", "engine", True), ("ray", "ray", True), ("nixl", "nixl", False)):
-        there = importlib.util.find_spec(module) is not None or (
-            module == "nixl" and importlib.util.find_spec("nixl_cu13") is not None
-        )
-        advice = "" if there else f"pip install 'pdserve[{extra}]'" + ("" if needed else ", for RDMA and NVLink")
-        yield Finding(module, "installed" if there else "not installed", there or not needed, advice)
-    cores = len(os.sched_getaffinity(0))
-    yield Finding("cores", str(cores), True, "" if cores >= 2 else "prefill and decode will share one core")
-    free_bytes = _available_memory_bytes()
-    yield Finding(
-        "memory",
-        f"{free_bytes / 2**30:.1f} GiB available",
-        free_bytes >= 2**30,
-        "" if free_bytes >= 2**30 else "a worker needs weights and KV pool in memory: lower engine.kv_pool_tokens",
-    )
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield Finding(
-        "open files", str(files), files >= 256, "" if files >= _FEWEST_FILES else f"ulimit -n {_FEWEST_FILES} before `pdserve up`"
-    )
-    shared = _can_share_memory()
-    yield Finding("shared memory", "works" if shared else "refused", True, "" if shared else "transport shm cannot be used here")
-
-
-def _available_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _can_share_memory() -> bool:
-    try:
-        os.close(os.memfd_create("pdserve-doctor", os.MFD_CLOEXEC))
-    except OSError:
-        return False
-    return True
-
-
-async def _probe(cluster: str) -> tuple[list[LinkFinding], list[str]]:
-    import grpc.aio
-
-    from common.codec import role_from_wire
-    from common.config import pdserve_home
-    from common.errors import PdserveError
-    from common.rpc import connect, error_from_rpc
-    from common.types import Role, WorkerState
-    from common.wire.registry_pb2 import StatusRequest
-    from common.wire.registry_pb2_grpc import ControlStub
-    from common.wire.types_pb2 import WorkerRef
-    from common.wire.worker_pb2 import ProbeLinksRequest
-    from common.wire.worker_pb2_grpc import DecodeStub
-    from deploy.cluster_state import running_state
-
-    state = running_state(pdserve_home(), cluster)
-
-    async def call(address: str, ask: Any) -> Any:
-        channel = connect(address, state.token)
-        try:
-            return await ask(channel)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            await channel.close(None)
-
-    snapshot = await call(
-        state.manager_address, lambda channel: ControlStub(channel).Status(StatusRequest(refresh=True), timeout=_PROBE_TIMEOUT_S)
-    )
-    ready = [worker for worker in snapshot.workers if worker.state == WorkerState.READY]
-    links: list[LinkFinding] = []
-    refusals = [f"{worker.worker_id} is {worker.state}" for worker in snapshot.workers if worker.state != WorkerState.READY]
-    for decode in (worker for worker in ready if role_from_wire(worker.role) is Role.DECODE):
-        prefill = [one for one in ready if role_from_wire(one.role) is Role.PREFILL and one.model == decode.model]
-        refs = [WorkerRef(worker_id=one.worker_id, incarnation=one.incarnation, address=one.address) for one in prefill]
-        request = ProbeLinksRequest(prefill=refs)
-        try:
-            reply = await call(
-                decode.address, lambda channel, request=request: DecodeStub(channel).ProbeLinks(request, timeout=_PROBE_TIMEOUT_S)
+            out.print_json(
+                {
+                    "status": status,
+                    "config": str(path),
+                    "cluster": state.cluster if state is not None else None,
+                    "findings": [asdict(finding) for finding in findings],
+                    "links": [asdict(link) for link in links],
+                }
             )
-        except PdserveError as error:
-            refusals.append(f"{decode.worker_id} does not probe: {error.message}")
-            continue
-        for peer in reply.peers:
-            if peer.HasField("refused"):
-                pair = f"{peer.prefill_worker_id} -> {decode.worker_id}"
-                refusals.append(f"{pair}: no hand-off: {peer.refused.message} ({peer.refused.param or peer.refused.code})")
-            links.extend(_link_finding(decode.worker_id, peer, link) for link in peer.links)
-    return links, refusals
+        else:
+            draw_findings(findings, links, path, running=state is not None)
+        raise typer.Exit(status)
 
 
-def _link_finding(decode: str, peer: Any, link: Any) -> LinkFinding:
-    works = not link.HasField("error")
-    return LinkFinding(
-        prefill=peer.prefill_worker_id,
-        decode=decode,
-        transport=link.kind,
-        works=works,
-        in_use=link.kind == peer.transport,
-        configured=link.configured,
-        latency_ms=link.latency_s * 1e3,
-        mebibytes_per_s=link.bytes_per_s / _MIB,
-        advice="" if works else advise(link.kind, link.error.code, link.error.param, link.error.message),
-    )
+def _running(cluster: str | None) -> ClusterState | None:
+    from common.errors import ClusterError
+    from deploy.commands.which_cluster import chosen_state
+
+    try:
+        return chosen_state(cluster)
+    except ClusterError:
+        if cluster is not None:
+            raise
+        return None
 
 
-def advise(kind: str, code: str, param: str, message: str) -> str:
-    """What to do about a link that does not work."""
-    match kind, code, param:
-        case _, _, "cluster_token":
-            return "the two workers belong to different clusters: start both with the same token"
-        case "nixl", _, "transports":
-            return f"{message}; needed only for RDMA and NVLink"
-        case "shm", "TransferBroken", _:
-            return "works between processes of one host only; elsewhere use tcp"
-        case "tcp", "TransferBroken" | "TransferTimeout", _:
-            return f"{message}: is there a firewall between the workers?"
-        case _:
-            return f"{message} ({param or code})"
+def _check(path: Path, state: ClusterState | None) -> Iterator[Finding]:
+    from common.config import pdserve_home
+    from deploy.diagnosis.machine import check_machine
+    from deploy.diagnosis.models import check_models
+    from deploy.diagnosis.ports import check_ports
+    from deploy.diagnosis.shared_store import check_store
+    from deploy.diagnosis.software import check_software
+    from deploy.diagnosis.storage import check_storage
+
+    config, findings = _check_config(path)
+    yield from check_machine()
+    yield from check_software(config)
+    yield from check_storage(pdserve_home())
+    yield from findings
+    if config is not None:
+        yield from check_models(config, pdserve_home())
+        yield from check_ports(config.router, ours=_ports_of(state, config))
+        yield from check_store(config.cache.redis)
 
 
-def _draw(machine: list[Finding], links: list[LinkFinding], refusals: list[str], cluster: str, running: bool) -> None:
-    for finding in machine:
-        mark = "[green]ok  [/]" if finding.ok and not finding.advice else "[yellow]note[/]" if finding.ok else "[red]bad [/]"
-        out.print(f"{mark} {finding.what}: {finding.found}" + (f"  -> {finding.advice}" if finding.advice else ""))
-    if not running:
-        out.print(f"note no cluster {cluster!r} runs here: links were not tried (start one with `pdserve up CONFIG`)")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("prefill", "decode", "transport", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("latency ms", "MiB/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what to do")
-    for link in links:
-        state = (
-            "[green]in use[/]"
-            if link.in_use
-            else "works"
-            if link.works
-            else "[red]broken[/]"
-            if link.configured
-            else "[dim]off[/]"
-        )
-        figures = (f"{link.latency_ms:.1f}", f"{link.mebibytes_per_s:,.0f}") if link.works else ("", "")
-        table.add_row(link.prefill, link.decode, link.transport, state, *figures, link.advice)
-    out.print(table)
-    for refusal in refusals:
-        out.print(f"bad  {refusal}", style="red", markup=False, soft_wrap=True)
-    if not links and not refusals:
-        out.print("note no pair of prefill and decode workers: prompts are prefilled where they are decoded")
+def _check_config(path: Path) -> tuple[Config | None, list[Finding]]:
+    from common.config import check_config
+    from common.errors import ConfigError
+
+    try:
+        checked = check_config(path)
+    except ConfigError as error:
+        return None, [Finding("config", "file", error.message, Severity.FAILURE, "nothing starts with it")]
+    if not checked.problems:
+        return checked.config, [Finding("config", "file", f"{path}: good")]
+    advice = f"pdserve config check {path}"
+    return None, [Finding("config", one.key, one.line, Severity.FAILURE, one.help, advice) for one in checked.problems]
+
+
+def _ports_of(state: ClusterState | None, config: Config) -> frozenset[int]:
+    """Those on which routers of the running cluster listen, if it is the one of this configuration."""
+    from common.errors import PdserveError
+    from deploy.commands.manager import ask_status, call_manager
+
+    if state is None or state.cluster != config.cluster:
+        return frozenset()
+    try:
+        snapshot = call_manager(state, ask_status)
+    except PdserveError:
+        return frozenset()
+    addresses = [address for router in snapshot.routers for address in (router.http_address, router.grpc_address)]
+    return frozenset(int(address.rpartition(":")[2]) for address in addresses if address)
+
+
+def _check_links(state: ClusterState) -> tuple[list[LinkFinding], list[Finding]]:
+    import asyncio
+
+    from common.errors import PdserveError
+    from deploy.diagnosis.links import probe_links
+
+    try:
+        return asyncio.run(probe_links(state))
+    except PdserveError as error:
+        return [], [Finding("cluster", state.cluster, error.message, Severity.FAILURE, "nothing is known of its workers")]

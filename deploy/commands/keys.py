@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, out, say
 
 app = typer.Typer(help="Makes API keys, and entries for those that you have.", no_args_is_help=True)
 
 Tenant = Annotated[str, typer.Option(help="Whose key it is: a name under router.tenants.")]
 
+NEW_EXAMPLES = examples(("a key for a tenant, and the line of the keys file for it", "pdserve keys new --tenant acme"))
+HASH_EXAMPLES = examples(("a key that you have, typed unseen", "pdserve keys hash --tenant acme >> keys"))
 
-@app.command()
+
+@app.command(epilog=NEW_EXAMPLES)
 def new(tenant: Tenant = "default") -> None:
     """Prints a new key on stdout, once, and the line for router.keys_file that stands for it on stderr."""
     from common.api_keys import entry_of, new_key
@@ -25,7 +29,7 @@ def new(tenant: Tenant = "default") -> None:
     out.print(key, markup=False, soft_wrap=True)
 
 
-@app.command("hash")
+@app.command("hash", epilog=HASH_EXAMPLES)
 def hash_(
     tenant: Tenant = "default",
     slow: Annotated[bool, typer.Option(help="For a key that a person made up: guessing it from the entry is made slow.")] = True,

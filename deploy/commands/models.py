@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
+from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, out, say
+
+EXAMPLES = examples(
+    ("a small model, 98 MB", "pdserve pull smollm2-135m"),
+    ("a model of the Hugging Face hub", "pdserve pull org/name"),
+)
 
 
 def pull(

@@ -10,9 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, out
+from deploy.commands.which_cluster import ClusterName
 
 _TIMEOUT_S = 30.0
+EXPLAIN_EXAMPLES = examples(
+    ("a request in a file", "pdserve route explain request.json"),
+    (
+        "one that is typed, with a header",
+        'echo \'{"model": "auto", "prompt": "hi"}\' | pdserve route explain - --header x-tier=premium',
+    ),
+)
 
 app = typer.Typer(help="Which model answers a request.", no_args_is_help=True)
 
@@ -22,14 +31,14 @@ def route() -> None:
     """Which model answers a request."""
 
 
-@app.command()
+@app.command(epilog=EXPLAIN_EXAMPLES)
 def explain(
     file: Annotated[
         str, typer.Argument(help="A request as for /v1/chat/completions or /v1/completions, in JSON; - reads stdin.")
     ],
     header: Annotated[list[str] | None, typer.Option(help="A header of the request, name=value; as often as wanted.")] = None,
     url: Annotated[str | None, typer.Option(help="Address of a router; that of the local cluster by default.")] = None,
-    cluster: Annotated[str, typer.Option(help="Name of the cluster on this machine.")] = "local",
+    cluster: ClusterName = None,
 ) -> None:
     """Prints who would answer, in which order and why, and who would not. Nothing is generated."""
     import httpx

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, say
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 _TOLD_CHARACTERS = 4000
 _LEAST_TOKEN_CHARACTERS = 32
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "local.yaml"
+EXAMPLES = examples(
+    ("one small model, a prefill and a decode worker, on this machine", "pdserve up"),
+    ("your own configuration, with one key changed", "pdserve up cluster.yaml --set router.http_port=8080"),
+    ("is a configuration good, before it is started", "pdserve config check cluster.yaml"),
+)
 
 
 def up(
@@ -47,9 +53,6 @@ def up(
         if detach:
             _detach(config.resolve(), given, loaded)
             return
-        from common.logs import configure_logging
-
-        configure_logging(loaded.logging, process="launcher")
         raise typer.Exit(_launch(config.resolve(), tuple(given), loaded, announce))
 
 

@@ -11,7 +11,7 @@ from support.cluster import RunningCluster, launched
 from support.exact_load import ExactLoad, asks
 from support.tiny_models import make_tiny_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROMPTS = asks(6, prompt_tokens=400, max_tokens=2, seed=1)
 OUTPUTS = asks(6, prompt_tokens=20, max_tokens=80, seed=2)
@@ -49,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
 
 
 def order(cluster: RunningCluster, *arguments: str) -> None:
-    done = cluster.cli(*arguments, "--cluster", cluster.name, timeout_s=120.0)
+    done = cluster.cli(*arguments, "--cluster", cluster.name, timeout_s=300.0)
     assert done.returncode == 0, (arguments, done.stdout, done.stderr)
 
 

@@ -37,7 +37,7 @@ from support.tiny_models import make_tiny_model
 MISSING = what_is_missing("redis-server", "prometheus", "ss", "git")
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(MISSING is not None, reason=MISSING or "everything is there"),
 ]
 

@@ -31,7 +31,7 @@ _FLAGS = (
     "-shared",
     "-pthread",
 )
-_COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300.0
 
 
@@ -41,7 +41,7 @@ class BuildError(EngineFailure):
 
 def find_library(cache: Path) -> Path | None:
     """The library for this machine, if it was built before."""
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return None
     path = cache / _name(compiler)
@@ -53,9 +53,9 @@ def build_library(cache: Path, check: Callable[[Path], None]) -> Path:
 
     Raises BuildError, and what `check` raises.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
-        raise BuildError(f"no C++ compiler: looked for {', '.join(_COMPILERS)}")
+        raise BuildError(f"no C++ compiler: looked for {', '.join(COMPILERS)}")
     path = cache / _name(compiler)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,8 @@ def _first_error(output: str) -> str:
     return lines[0] if lines else "no message"
 
 
-def _compiler() -> str | None:
-    return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+def find_compiler() -> str | None:
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def _name(compiler: str) -> str:

@@ -1,0 +1,39 @@
+"""Are the files of the configured models here, and are they what was fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.config import Config
+from common.errors import ModelLoadError
+from common.model_store import can_be_fetched, embedder_folder, resolve
+from deploy.diagnosis.finding import Finding, Severity
+
+_AREA = "models"
+
+
+def check_models(config: Config, home: Path) -> Iterator[Finding]:
+    for model in config.models:
+        yield _model(model.name, model.source, home)
+        if model.decode.speculation.method == "draft":
+            yield _model(f"{model.name}, draft", model.decode.speculation.draft_model, home)
+    if config.cache.semantic.enabled and config.cache.semantic.embedder == "minilm":
+        try:
+            yield Finding(_AREA, "embedder", str(embedder_folder("minilm", home=home)))
+        except ModelLoadError as error:
+            yield Finding(_AREA, "embedder", error.message, Severity.FAILURE, "the semantic cache cannot compare questions")
+
+
+def _model(name: str, source: str, home: Path) -> Finding:
+    try:
+        files = resolve(source, home=home)
+        size_bytes = sum(file.stat().st_size for file in files.weights)
+        digest = files.digest()
+    except ModelLoadError as error:
+        if can_be_fetched(source):
+            return Finding(
+                _AREA, name, error.message, Severity.NOTE, "`pdserve up` fetches it before anything starts, which takes a while"
+            )
+        return Finding(_AREA, name, error.message, Severity.FAILURE, "its workers cannot start")
+    return Finding(_AREA, name, f"{files.kind}, {size_bytes / 2**20:,.0f} MiB, sha256 {digest[:12]}, {files.path}")
