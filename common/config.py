@@ -46,6 +46,18 @@ class EngineConfig(_Part):
     exact_tile_rows: int = Field(16, ge=1, description="Rows of the one GEMM tile of exact mode.")
     block_tokens: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
     kv_pool_tokens: int = Field(32_768, ge=16, description="Capacity of each worker's KV pool, in tokens.")
+    device_memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=0.98,
+        description="On a GPU: the share of its memory that this engine may take. What weights and steps leave of it is the"
+        " KV pool, instead of kv_pool_tokens. Workers that share a GPU each state their share.",
+    )
+    captured_rows: int = Field(
+        256,
+        ge=0,
+        description="On a GPU: decode steps of up to so many sequences are captured once and replayed; 0 = none are.",
+    )
     max_model_tokens: int | None = Field(
         None, ge=1, description="Longest prompt + output; default is what model and pool allow, whichever is less."
     )
@@ -56,10 +68,10 @@ class EngineConfig(_Part):
         " matrix products and Triton's kernels for all else, on CUDA. auto: native on a CPU, once it is compiled, triton on CUDA,"
         " each where it can be had, and torch elsewhere.",
     )
-    weights: Literal["model", "int8"] = Field(
+    weights: Literal["model", "int8", "int4", "fp8"] = Field(
         "model",
         description="How matrices are held. int8: 8 bits, 64 weights to a scale, half the bytes to read per token. Native kernels"
-        " compute in 8 bits; torch computes with the rounded weights.",
+        " compute in 8 bits; torch computes with the rounded weights. int4 and fp8 are for GPUs; a CPU rounds and gains nothing.",
     )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
 
@@ -196,8 +208,11 @@ class ModelConfig(_Part):
 class TransferConfig(_Part):
     """How KV travels from prefill to decode workers."""
 
-    transports: tuple[Literal["shm", "tcp", "nixl"], ...] = Field(
-        ("shm", "tcp"), min_length=1, description="Offered by decode workers, in order of preference. nixl needs pdserve[nixl]."
+    transports: tuple[Literal["shm", "cuda_ipc", "tcp", "nixl"], ...] = Field(
+        ("cuda_ipc", "shm", "tcp"),
+        min_length=1,
+        description="Offered by decode workers, in order of preference, as far as their pool's memory can serve them: on a"
+        " GPU that is cuda_ipc, elsewhere the others. nixl needs pdserve[nixl].",
     )
     lease_s: float = Field(
         4.0, gt=0, description="A worker that is silent for so long during a transfer is given up by the other."

@@ -9,9 +9,19 @@ to errors. What the configuration rules out, no router can ask for.
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
-from common.config import DecodeConfig
 from common.types import PrefillChoice
+
+
+class LocalPrefill(Protocol):
+    """Of `common.config.DecodeConfig`, what is said of prompts that are prefilled here."""
+
+    @property
+    def local_prefill(self) -> str: ...
+
+    @property
+    def local_prefill_tokens(self) -> int: ...
 
 
 class PrefillPlace(enum.Enum):
@@ -20,7 +30,7 @@ class PrefillPlace(enum.Enum):
     NOWHERE = "nowhere"  # configured never to prefill here, and nobody else can
 
 
-def choose_place(config: DecodeConfig, choice: PrefillChoice, *, uncached_tokens: int, num_candidates: int) -> PrefillPlace:
+def choose_place(config: LocalPrefill, choice: PrefillChoice, *, uncached_tokens: int, num_candidates: int) -> PrefillPlace:
     if config.local_prefill == "always":
         return PrefillPlace.LOCAL
     if num_candidates == 0:

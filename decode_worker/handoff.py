@@ -39,6 +39,7 @@ from common.worker import WorkerSpec
 from decode_worker.prefill_peer import ConnectPrefill, PrefillPeer
 from decode_worker.scheduler import RemotePrefill, RemotePrefillWanted
 from kvtransfer import PROTOCOL_VERSION
+from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion
@@ -64,6 +65,11 @@ class MakeReceiver(Protocol):
 
 
 _log = get_logger(__name__)
+
+
+def region_of_pool(memory: PoolMemory, device_memory: DeviceMemory | None, block_bytes: int) -> BlockRegion:
+    """Where the engine's KV pool lies; on a GPU the engine brings the memory itself. Raises StartupError."""
+    return memory.region if device_memory is None else region_of(device_memory, block_bytes)
 
 
 @dataclass(slots=True)

@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from common.blocks import root_hash
 from common.clock import Clock
-from common.config import DecodeConfig
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
@@ -44,10 +44,27 @@ from common.types import (
     WorkAccount,
     WorkerRef,
 )
-from decode_worker.admission import PrefillPlace, choose_place
+from decode_worker.admission import LocalPrefill, PrefillPlace, choose_place
 from decode_worker.generation import Choice, ChoiceState, Generation
 from decode_worker.speculation.proposer import Wanted
 from decode_worker.speculation.speculator import Speculator
+
+
+class DecodeLimits(LocalPrefill, Protocol):
+    """Of `common.config.DecodeConfig`, what bounds a step."""
+
+    @property
+    def max_running(self) -> int: ...
+
+    @property
+    def max_waiting(self) -> int: ...
+
+    @property
+    def step_tokens(self) -> int: ...
+
+    @property
+    def watermark_blocks(self) -> int: ...
+
 
 _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
 
@@ -116,7 +133,7 @@ class StepPlan:
 
 class DecodeScheduler:
     def __init__(
-        self, config: DecodeConfig, layout: KVLayout, blocks: BlockManager, clock: Clock, speculator: Speculator | None = None
+        self, config: DecodeLimits, layout: KVLayout, blocks: BlockManager, clock: Clock, speculator: Speculator | None = None
     ) -> None:
         """`speculator` is None when nobody guesses."""
         self._config = config

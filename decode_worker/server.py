@@ -27,7 +27,7 @@ from common.tracing.tracer import header_of
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
-from decode_worker.handoff import DecodeHandoff, PoolMemory
+from decode_worker.handoff import DecodeHandoff, PoolMemory, region_of_pool
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from decode_worker.scheduler import DecodeScheduler, Event
 from decode_worker.speculation.choice import create_speculator
@@ -56,6 +56,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         )
         self._loaded = await host.load(PoolMemory(touch=True), self._kept)
         engine = self._loaded.engine
+        region = region_of_pool(self._loaded.memory, engine.device_memory, engine.layout.block_bytes)
         speculator = await asyncio.to_thread(
             create_speculator,
             spec.model.decode.speculation,
@@ -70,7 +71,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         self._handoff = DecodeHandoff(
             spec,
             engine.layout,
-            self._loaded.memory.region,
+            region,
             self._clock,
             connect=lambda ref: GrpcPrefillPeer(ref, spec.cluster_token),
             on_drained=lambda blocks: loop.post(scheduler.drained, blocks),

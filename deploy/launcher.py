@@ -385,11 +385,12 @@ def _tell_how_to_call(snapshot: ClusterSnapshot, config: Config, say: Say) -> No
     router = snapshot.routers[0]
     model = config.models[0].name
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+    console = f"  console      http://{router.http_address}/\n" if config.router.console.enabled else ""
     say(
         f"""
 ready: {len(snapshot.workers)} workers
 
-  OpenAI HTTP  http://{router.http_address}/v1
+{console}  OpenAI HTTP  http://{router.http_address}/v1
   gRPC         {router.grpc_address}
 
   curl -N http://{router.http_address}/v1/chat/completions -H 'Content-Type: application/json' \\

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
+from typing import Protocol
 
 from xxhash import xxh3_128, xxh3_128_digest
 
@@ -32,6 +33,12 @@ _pack_part = struct.Struct(f"<HH{DIGEST_BYTES}s").pack
 _BLOCK_TAG = b"pdserve-kv-block-2"
 
 
+class DeviceContent(Protocol):
+    """A piece that cannot be read here (`kvtransfer.device`)."""
+
+    def content(self) -> bytes: ...
+
+
 class DigestKind(enum.Enum):
     """How a piece's bytes are read; the value is the tag of its digests."""
 
@@ -40,18 +47,21 @@ class DigestKind(enum.Enum):
 
 
 def piece_digest(
-    piece: memoryview,
+    piece: memoryview | DeviceContent,
     nonce: bytes,
     logical_block: int,
     first_layer: int,
     num_layers: int,
     kind: DigestKind = DigestKind.BYTES,
 ) -> bytes:
-    """The digest of a piece of the transfer `nonce`. Lets go of the GIL while it reads a large one."""
+    """The digest of a piece of the transfer `nonce`. Lets go of the GIL while it reads a large one. Of a piece on a device, what
+    the device says of its content is taken for its bytes."""
+    if not isinstance(piece, memoryview):
+        return _bound(DigestKind.BYTES, xxh3_128_digest(piece.content()), nonce, logical_block, first_layer, num_layers)
     if kind is DigestKind.LANES:
         from common.lane_sums import lane_sums
 
-        sums = memoryview(lane_sums(piece)).cast("B")
+        sums = lane_sums(piece).data.cast("B")
         return piece_digest_of_sums(sums, piece.nbytes, nonce, logical_block, first_layer, num_layers)
     if piece.nbytes < _LARGE_BYTES:
         content = xxh3_128_digest(piece)

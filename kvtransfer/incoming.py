@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from common.clock import Clock
 from common.errors import HandoffError, PdserveError, RequestCancelled, TicketRefused, TransferBroken
 from common.types import Ticket
+from kvtransfer.device import read_contents
 from kvtransfer.digest import piece_digest
 from kvtransfer.lease import PULSES_PER_LEASE
 from kvtransfer.region import BlockRegion
@@ -177,11 +178,13 @@ class Incoming:
         blocks_before = len(transfer.verified)
         transfer.heard(self._side.clock.monotonic_s())
         arrived_bytes = verified_bytes = repeated_bytes = 0
-        for name, stated, dropped in written:
+        contents = [self._content(name) if dropped is None else dropped for name, _, dropped in written]
+        if self._side.region.on_device:
+            read_contents(contents)
+        for (name, stated, _), content in zip(written, contents, strict=True):
             if not transfer.receiving:
                 counters.late_pieces += 1
                 continue
-            content = self._content(name) if dropped is None else dropped
             arrived_bytes += content.nbytes
             arrival = transfer.piece_arrived(name, stated, piece_digest(content, nonce, *name) == stated)
             if arrival is Arrival.VERIFIED:

@@ -23,6 +23,8 @@ F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 
 
 class BlockRegion:
+    on_device = False  # see `kvtransfer.device`
+
     def __init__(self, buffer: memoryview, block_bytes: int, num_blocks: int, fd: int | None = None) -> None:
         """`fd`, if given, is a descriptor of the same memory, from offset 0; the region owns it from now on."""
         if block_bytes <= 0 or num_blocks <= 0 or buffer.nbytes != block_bytes * num_blocks:

@@ -189,6 +189,7 @@ class KVSender:
                     peer.name,
                     pool_blocks=peer.pool_blocks,
                     layout=self._layout,
+                    source=self._side.region,
                 )
             except HandoffError as failure:  # a kind unknown here, or out of reach (shm from another host): try the next
                 failures.append(failure)

@@ -22,6 +22,7 @@ from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from kvtransfer import PROTOCOL_VERSION
+from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.layout import check_compatible
 from kvtransfer.probe import ProbeOrder, ProbeSource
 from kvtransfer.region import BlockRegion
@@ -49,13 +50,19 @@ class PrefillHandoff:
     """One per worker; lives on its asyncio loop."""
 
     def __init__(
-        self, spec: WorkerSpec, layout: KVLayout, pool: memoryview, clock: Clock, *, make_sender: MakeSender = KVSender
+        self,
+        spec: WorkerSpec,
+        layout: KVLayout,
+        pool: memoryview | DeviceMemory,
+        clock: Clock,
+        *,
+        make_sender: MakeSender = KVSender,
     ) -> None:
         """`pool` is the engine's KV memory, a whole number of blocks."""
         self._spec = spec
         self._layout = layout
         secret = derive_secret(spec.cluster_token)
-        region = BlockRegion(pool, layout.block_bytes, pool.nbytes // layout.block_bytes)
+        region = region_of(pool, layout.block_bytes)
         self._sender = make_sender(region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)
 

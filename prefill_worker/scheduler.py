@@ -13,10 +13,10 @@ import enum
 import itertools
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 from common.blocks import root_hash
 from common.clock import Clock
-from common.config import PrefillConfig
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
@@ -25,6 +25,17 @@ from common.engine.sequence import PagedSequence
 from common.errors import IllegalTransition, PdserveError
 from common.load import WorkerLoad, pairs
 from common.types import KVLayout, Request, SampledToken, TokenLogprob
+
+
+class PrefillLimits(Protocol):
+    """Of `common.config.PrefillConfig`, what bounds a step."""
+
+    @property
+    def chunk_tokens(self) -> int: ...
+
+    @property
+    def max_running(self) -> int: ...
+
 
 _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
 
@@ -103,7 +114,7 @@ class StepPlan:
 
 
 class PrefillScheduler:
-    def __init__(self, config: PrefillConfig, layout: KVLayout, blocks: BlockManager, clock: Clock) -> None:
+    def __init__(self, config: PrefillLimits, layout: KVLayout, blocks: BlockManager, clock: Clock) -> None:
         self._config = config
         self._layout = layout
         self._blocks = blocks

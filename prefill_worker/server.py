@@ -57,7 +57,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             on_step=host.step_done,
         )
         self._loop = EngineLoop[Event](core, name="engine")
-        self._handoff = PrefillHandoff(self._spec, engine.layout, engine.pool.buffer, self._clock)
+        self._handoff = PrefillHandoff(self._spec, engine.layout, engine.device_memory or engine.pool.buffer, self._clock)
         self._runs = PrefillRuns(
             self._scheduler,
             self._loop,

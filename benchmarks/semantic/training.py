@@ -87,7 +87,7 @@ def train(
         for batch in torch.tensor_split(torch.randperm(len(inputs)), len(inputs) // 256 + 1):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(network(inputs[batch])[:, 0], targets[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     with torch.no_grad():
         scores = torch.sigmoid(

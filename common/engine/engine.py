@@ -3,7 +3,8 @@
     model files -> architecture -> layout and sizes -> KV pool (over given memory) -> model -> runner
                                                     \\-> block manager
 
-The order matters: sizes are decided, and refused, before the weights are read.
+The order matters: sizes are decided, and refused, before the weights are read. On a GPU the pool may take what weights and steps
+leave of a stated share, and decode steps are captured at the end (`device_steps`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from pathlib import Path
 import torch
 
 from common.blocks import num_blocks, root_hash
-from common.config import EngineConfig, pdserve_home
 from common.engine.block_manager import BlockManager
+from common.engine.device_memory import DeviceAllocation
 from common.engine.exact import ExactNumerics
 from common.engine.exactness_check import check_exactness
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.loader import ModelArchitecture, load_architecture, load_weights
-from common.engine.models import create_model
-from common.engine.native.choice import choose_model
+from common.engine.models import Model, create_model
 from common.engine.numerics import FastNumerics, Numerics
+from common.engine.operations import Operations
 from common.engine.quantisation import WeightFormat, rounded_weights
-from common.engine.runner import ModelRunner
+from common.engine.runner import ModelRunner, Successor
+from common.engine.settings import EngineSettings
 from common.engine.triton_kernels.choice import choose_operations
 from common.errors import ConfigError
 from common.types import KVLayout
@@ -42,26 +44,29 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     max_model_tokens: int  # longest prompt + output
+    device_memory: DeviceAllocation | None  # the pool's, on a GPU
 
 
 def build_engine(
     model_path: Path,
-    config: EngineConfig,
+    config: EngineSettings,
     *,
     threads: int,
     model_digest: str,
     tokenizer_digest: str,
     memory: Callable[[int, int], memoryview] | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """Loads the model and builds all around it; blocking. Raises a StartupError.
 
-    `memory(block_bytes, num_blocks)` provides the KV pool's memory (a shared region, on CPUs); None lets the pool allocate.
+    `memory(block_bytes, num_blocks)` provides the KV pool's memory on a CPU (a shared region); None lets the pool allocate.
+    `announce` is told, once, what could not be had and is done without.
     """
     torch.set_num_threads(threads)
     device = _device(config)
     dtype = _dtype(config, device)
-    architecture = load_architecture(model_path)
     weight_format = WeightFormat(config.weights)
+    architecture = load_architecture(model_path)
     layout = KVLayout(
         model_digest=_digest_as_computed(model_digest, weight_format),
         tokenizer_digest=tokenizer_digest,
@@ -72,18 +77,26 @@ def build_engine(
         dtype=str(dtype).removeprefix("torch."),
         exact=config.exact,
     )
-    operations = choose_operations(config, architecture, layout, device)
-    numerics: Numerics = ExactNumerics(config.exact_tile_rows, operations) if config.exact else FastNumerics(operations)
-    usable_blocks = num_blocks(config.kv_pool_tokens, config.block_tokens)
+    operations = choose_operations(config, architecture, layout, device, announce)
+    numerics = _numerics(config, operations, weight_format)
+    usable_blocks = _usable_blocks(config, architecture, layout, weight_format, device)
     total_blocks = FIRST_BLOCK + usable_blocks
     max_model_tokens = min(
         config.max_model_tokens or architecture.context_tokens,
         architecture.context_tokens,
         usable_blocks * config.block_tokens,
     )
-    _, weights = load_weights(model_path, dtype)
+    captures = device.type == "cuda" and config.captured_rows > 0 and not config.exact
+    _, weights = load_weights(model_path, dtype, device)
     weights = {name: weight.to(device) for name, weight in weights.items()}
-    pool = KVPool(layout, total_blocks, device, None if memory is None else memory(layout.block_bytes, total_blocks))
+    # One block more than there are to hand out: where the padding of captured steps is written.
+    pool_blocks = total_blocks + 1 if captures else total_blocks
+    device_memory = None
+    if device.type == "cuda":
+        device_memory = DeviceAllocation(layout.block_bytes * pool_blocks, layout.block_bytes // layout.num_layers, device)
+        pool = KVPool(layout, pool_blocks, device, device_memory.words)
+    else:
+        pool = KVPool(layout, pool_blocks, device, None if memory is None else memory(layout.block_bytes, pool_blocks))
     fingerprint = layout.fingerprint
     blocks = BlockManager(
         total_blocks,
@@ -92,21 +105,47 @@ def build_engine(
         prefix_cache=config.prefix_cache,
         first_block=FIRST_BLOCK,
     )
-    in_torch = rounded_weights if weight_format is WeightFormat.INT8 else lambda as_they_are: as_they_are
-    model, successor = choose_model(
-        config,
-        architecture,
-        weights,
-        pool,
-        max_model_tokens,
-        threads=threads,
-        cache=pdserve_home() / "kernels",
-        create_torch_model=lambda: create_model(architecture, in_torch(weights), numerics, max_model_tokens),
-    )
-    runner = ModelRunner(model, pool, numerics, architecture.num_heads, successor)
+
+    def create_torch_model() -> Model:
+        as_they_are = weight_format in (WeightFormat.MODEL, numerics.weight_format)
+        given = weights if as_they_are else rounded_weights(weights, weight_format)
+        return create_model(architecture, given, numerics, max_model_tokens)
+
+    successor: Successor | None = None
+    if config.kernels == "native" or (config.kernels == "auto" and device.type == "cpu"):
+        from common.config import pdserve_home
+        from common.engine.native.choice import choose_model
+
+        model, successor = choose_model(
+            config,
+            architecture,
+            weights,
+            pool,
+            max_model_tokens,
+            threads=threads,
+            cache=pdserve_home() / "kernels",
+            create_torch_model=create_torch_model,
+        )
+    else:
+        model = create_torch_model()
+    steps = None
+    if captures:
+        from common.engine.device_steps import capture_steps
+
+        steps = capture_steps(
+            model,
+            pool,
+            numerics.operations.attention,
+            architecture.num_heads,
+            most_rows=config.captured_rows,
+            max_model_tokens=max_model_tokens,
+            scratch_block=total_blocks,
+            announce=announce,
+        )
+    runner = ModelRunner(model, pool, numerics, architecture.num_heads, successor, steps=steps)
     if numerics.exact:
         check_exactness(runner, pool, blocks, architecture.vocab_size, max_model_tokens)
-    return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens)
+    return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens, device_memory)
 
 
 def _digest_as_computed(model_digest: str, weight_format: WeightFormat) -> str:
@@ -116,7 +155,42 @@ def _digest_as_computed(model_digest: str, weight_format: WeightFormat) -> str:
     return hashlib.sha256(f"{model_digest}:{weight_format}".encode()).hexdigest()
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _numerics(config: EngineSettings, operations: Operations | None, weight_format: WeightFormat) -> Numerics:
+    """Where Triton's kernels compute all else, they multiply with rounded weights as well, and with those of experts."""
+    if config.exact:
+        return ExactNumerics(config.exact_tile_rows, operations)
+    if operations is not None:
+        from common.engine.gpu_numerics import GpuNumerics
+
+        return GpuNumerics(weight_format, operations)
+    return FastNumerics(operations)
+
+
+def _usable_blocks(
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    layout: KVLayout,
+    weight_format: WeightFormat,
+    device: torch.device,
+) -> int:
+    if device.type != "cuda" or config.device_memory_share is None:
+        return num_blocks(config.kv_pool_tokens, config.block_tokens)
+    from common.engine.device_steps import plan_device
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    plan = plan_device(
+        architecture,
+        layout,
+        weight_format,
+        share=config.device_memory_share,
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        captured_rows=config.captured_rows,
+    )
+    return plan.num_blocks - FIRST_BLOCK - 1  # and the block for padding
+
+
+def _device(config: EngineSettings) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -124,7 +198,7 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def _dtype(config: EngineSettings, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.dtype)
         return chosen

@@ -4,15 +4,18 @@
 
 A library's matrix product picks its kernel, its blocking and its order of summation by the shape of the call, so a row's last
 bits depend on how many rows share it. With one shape there is one order. Where a row stands in its tile, and what its neighbours
-are, does not matter: that is measured, not promised by any library.
+are, does not matter: that is measured, not promised by any library. On a GPU the product is a kernel of ours, in which it follows
+from the order of summation (`triton_kernels.gemm_exact`), and `exact_tile_rows` says nothing.
 """
 
 from __future__ import annotations
 
 import torch
 
+from common.engine.numerics import ExpertsProduct, experts_in_turn
 from common.engine.operations import Operations, TorchOperations
 from common.engine.packed_matrix import Product, pack
+from common.engine.quantisation import WeightFormat
 from common.errors import ConfigError
 
 _ROW_MULTIPLE = 8
@@ -20,6 +23,7 @@ _ROW_MULTIPLE = 8
 
 class ExactNumerics:
     exact = True
+    weight_format = WeightFormat.MODEL
 
     def __init__(self, tile_rows: int, operations: Operations | None = None) -> None:
         """With torch's operations, unless others are given; they must not let a row's bits depend on its batch."""
@@ -32,6 +36,10 @@ class ExactNumerics:
         self.operations = TorchOperations.exact() if operations is None else operations
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        if weight.device.type == "cuda":
+            from common.engine.triton_kernels.gemm_exact import exact_linear
+
+            return lambda rows: exact_linear(rows, weight, bias)
         product, num_outputs = pack(weight, bias), weight.shape[0]
 
         def tiled(rows: torch.Tensor) -> torch.Tensor:
@@ -47,3 +55,9 @@ class ExactNumerics:
             return output[:count]
 
         return tiled
+
+    def plain_linear(self, weight: torch.Tensor) -> Product:
+        return self.linear(weight, None)
+
+    def experts(self, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertsProduct:
+        return experts_in_turn(self, gate_up, down)

@@ -18,16 +18,19 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
 
 from common.errors import InvalidRequest, PdserveError
 from common.grammar.compiling import check, compile_grammar
 from common.metrics import MaskReadings
 from common.tokenizer import Tokenizer
 from common.types import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 Words = npt.NDArray[np.uint32]  # bit i of word w is token 32 * w + i
 _Ids = npt.NDArray[np.int64]
@@ -112,6 +115,8 @@ class GrammarCompiler:
         return list(self._all_tokens().tokenize_str(text))
 
     def _all_tokens(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
         with self._building:  # takes a fifth of a second, so only models that are asked for grammars have one
             if self._vocabulary is None:
                 tokens = _Tokens(self._tokenizer, self._vocab_size)

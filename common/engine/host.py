@@ -33,6 +33,7 @@ from common.engine.reporter import Reporter, ReportingScheduler
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError, WorkerLost
 from common.in_flight import InFlight
 from common.load import WorkerShape
+from common.logs import get_logger
 from common.loopback import is_loopback
 from common.metrics import LeaseReadings, WorkerMetrics, WorkerReadings, start_metrics_server
 from common.model_store import resolve
@@ -43,6 +44,7 @@ from common.types import Request, WorkerRef, WorkerState
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
 
+_log = get_logger(__name__)
 _COMPILE_S = (
     5.0  # the router gives a new grammar less, but the model's tokens may be more work than its bytes, and the machine busy
 )
@@ -151,6 +153,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
                 model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
                 tokenizer_digest=tokenizer.digest,
                 memory=memory.allocate,
+                announce=lambda text: _log.warning(text, worker=spec.worker_id),
             )
 
         self._engine = await asyncio.to_thread(build)

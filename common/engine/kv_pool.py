@@ -30,8 +30,10 @@ FIRST_BLOCK = 1
 
 
 class KVPool:
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, memory: memoryview | None = None) -> None:
-        """Over `memory` (writable, at least num_blocks * block_bytes; CPU only) or over memory of its own."""
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device, memory: memoryview | torch.Tensor | None = None
+    ) -> None:
+        """Over `memory` (writable, at least num_blocks * block_bytes; a tensor is on the device), or over memory of its own."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
@@ -50,7 +52,11 @@ class KVPool:
         self._runs_per_block = layout.num_layers * self._runs_per_layer
         self._head_runs = heads * 2
 
-    def _over(self, memory: memoryview, num_bytes: int) -> torch.Tensor:
+    def _over(self, memory: memoryview | torch.Tensor, num_bytes: int) -> torch.Tensor:
+        if isinstance(memory, torch.Tensor):
+            if memory.device.type != self.device.type or memory.nbytes < num_bytes:
+                raise EngineFailure(f"a KV pool needs {num_bytes} bytes on {self.device}, got {memory.nbytes} on {memory.device}")
+            return memory.view(torch.uint8)[:num_bytes].view(self._dtype)
         if self.device.type != "cpu":
             raise EngineFailure("a KV pool over given memory lives on the CPU")
         if memory.readonly or memory.nbytes < num_bytes:

@@ -1,8 +1,13 @@
-"""Weights in 8 bits: every 64 inputs of an output share one scale, as every 64 values of a row do where rows are rounded as well.
+"""Weights in 8 or 4 bits.
 
-    weight ~ rounded * scale        rounded in -127 ... 127, scale = largest of the group / 127, symmetric: no zero points
+    int8    weight ~ rounded * scale     rounded in -127 ... 127, a scale for each 64 inputs of an output, as for each 64 values
+    of
+                                         a row where rows are rounded as well
+    int4    likewise                     rounded in -7 ... 7, a scale for each 64 or 128 inputs; two in a byte, 8 added
+    fp8     weight ~ float * scale       a float of 8 bits (e4m3), one scale for each output
 
-Norms, biases, the embedding and KV stay as they are. What this costs in quality is measured by `benchmarks/quality.py`.
+Symmetric: no zero points. Norms, biases, the embedding, the router of a mixture and KV stay as they are. What int8 costs in
+quality is measured by `benchmarks/quality.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +19,10 @@ import torch.nn.functional as F
 
 GROUP = 64
 STEPS = 127
+PACKED_INPUTS = 128  # of 4 bits, in 64 bytes: the low halves hold the first 64, the high halves the others
+INT4_GROUP = 128
+INT4_STEPS = 7
+FP8_LARGEST = 448.0
 
 
 class WeightFormat(enum.StrEnum):
@@ -21,6 +30,8 @@ class WeightFormat(enum.StrEnum):
 
     MODEL = "model"  # as they came, in the engine's dtype
     INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
 
 
 def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,12 +50,60 @@ def dequantise(rounded: torch.Tensor, scales: torch.Tensor, num_inputs: int) -> 
     return groups.view(len(rounded), -1)[:, :num_inputs]
 
 
-def rounded_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same model with every matrix of its layers as 8 bits would have it, in the type it had. For engines that cannot
-    compute in 8 bits: what they say differs by rounding, not by weights."""
+def quantise_int4(matrix: torch.Tensor, group: int = INT4_GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """[outputs, inputs] -> packed uint8 [outputs, runs * 64], padded with zeros, and fp32 scales [outputs, groups]."""
+    padded = F.pad(matrix.float(), (0, -matrix.shape[1] % PACKED_INPUTS))
+    groups = padded.view(len(padded), -1, group)
+    scales = groups.abs().amax(dim=-1) / INT4_STEPS
+    inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+    rounded = (groups * inverse[:, :, None]).round().clamp(-INT4_STEPS, INT4_STEPS) + (INT4_STEPS + 1)
+    runs = rounded.to(torch.uint8).view(len(padded), -1, 2, PACKED_INPUTS // 2)
+    return (runs[:, :, 0] | (runs[:, :, 1] << 4)).reshape(len(padded), -1), scales.contiguous()
+
+
+def dequantise_int4(packed: torch.Tensor, scales: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """fp32 [outputs, inputs]."""
+    runs = packed.view(len(packed), -1, 1, PACKED_INPUTS // 2)
+    rounded = torch.cat((runs & 15, runs >> 4), dim=2).view(*scales.shape, -1).float() - (INT4_STEPS + 1)
+    return (rounded * scales[:, :, None]).view(len(packed), -1)[:, :num_inputs]
+
+
+def quantise_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[outputs, inputs] -> e4m3 [outputs, inputs] and fp32 scales [outputs]."""
+    scales = matrix.float().abs().amax(dim=-1) / FP8_LARGEST
+    inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+    scaled = (matrix.float() * inverse[:, None]).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+def dequantise_fp8(weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """fp32 [outputs, inputs]."""
+    return weights.float() * scales[:, None]
+
+
+def rounded_matrix(matrix: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """What the format leaves of a matrix, in the type that it had."""
+    match weight_format:
+        case WeightFormat.MODEL:
+            return matrix
+        case WeightFormat.INT8:
+            rounded = dequantise(*quantise(matrix), matrix.shape[1])
+        case WeightFormat.INT4:
+            rounded = dequantise_int4(*quantise_int4(matrix), matrix.shape[1])
+        case WeightFormat.FP8:
+            rounded = dequantise_fp8(*quantise_fp8(matrix))
+    return rounded.to(matrix.dtype)
+
+
+def rounded_weights(weights: dict[str, torch.Tensor], weight_format: WeightFormat = WeightFormat.INT8) -> dict[str, torch.Tensor]:
+    """The same model with every matrix of its layers as the format would have it, in the type it had. For engines that cannot
+    compute in it: what they say differs by rounding, not by weights."""
     return {
-        name: dequantise(*quantise(weight), weight.shape[1]).to(weight.dtype)
-        if weight.dim() == 2 and name.startswith("model.layers.")
-        else weight
+        name: rounded_matrix(weight, weight_format) if weight.dim() == 2 and is_rounded(name) else weight
         for name, weight in weights.items()
     }
+
+
+def is_rounded(name: str) -> bool:
+    """Whether a format is for this matrix: those of the layers, but for what chooses experts."""
+    return name.startswith("model.layers.") and not name.endswith(".mlp.gate.weight")

@@ -7,17 +7,24 @@ Rows that need logits are the last row of a slice that samples, the rows of its 
 log-probability was asked for; the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary
 floats at once.
 
+A step of single tokens goes another way where there are programs of fixed shape for it (`captured`): the same operations,
+launched at once, and greedy tokens drawn on the device.
+
 One thread uses a runner. It trusts the scheduler about blocks, and it knows neither requests nor who shares what.
 """
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 
 from common.engine.attention import create_attention
-from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.captured.buckets import Bucket
+from common.engine.captured.steps import DecodeSteps
 from common.engine.grammar import MaskThread, NextMask
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
@@ -41,8 +48,16 @@ class Successor(Protocol):
 
 class ModelRunner:
     def __init__(
-        self, model: Model, pool: KVPool, numerics: Numerics, num_heads: int, successor: Successor | None = None
+        self,
+        model: Model,
+        pool: KVPool,
+        numerics: Numerics,
+        num_heads: int,
+        successor: Successor | None = None,
+        *,
+        steps: DecodeSteps | None = None,
     ) -> None:
+        self.steps = steps
         self._model = model
         self._successor = successor
         self._pool = pool
@@ -55,12 +70,20 @@ class ModelRunner:
     def mask_readings(self) -> MaskReadings:
         return self._mask_thread.readings
 
+    def without_steps(self) -> ModelRunner:
+        """The same runner, which computes every step one operation after the other."""
+        other = copy.copy(self)
+        other.steps = None
+        return other
+
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:
         """Computes one step. Blocks until its tokens are on the host; calls `layer_done` from within, on this thread."""
         if not batch.slices:
             return ForwardResult()
         _check(batch)
+        if self.steps is not None and layer_done is None and (bucket := self.steps.bucket_of(batch)) is not None:
+            return self._execute_at_once(self.steps, batch, bucket)
         masks = [mask for item in batch.slices for mask in _masks(item)]
         working_out = self._mask_thread.begin(masks)
         step, hidden = self._forward(batch, layer_done)
@@ -68,12 +91,26 @@ class ModelRunner:
             self._prompt_logprobs(item, hidden[span.first_row : span.first_row + span.num_rows])
             for item, span in zip(batch.slices, step.spans, strict=True)
         ]
-        # A thread that found no core so far would be waited for: this one has nothing else to do.
-        if working_out is not None and not working_out.cancel():
-            working_out.result()
+        _wait_for(working_out)
         tokens = self._sample(batch, step, hidden)
         errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
         return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, strict=True)))
+
+    def _execute_at_once(self, steps: DecodeSteps, batch: ScheduledBatch, bucket: Bucket) -> ForwardResult:
+        pending = steps.launch(batch, bucket)
+        if all(_is_greedy(spec) for item in batch.slices for spec in item.samples):
+            token_ids = pending.token_ids()
+            results = [
+                SliceResult((SampledToken(token_id, None),) if item.samples else ())
+                for item, token_id in zip(batch.slices, token_ids, strict=True)
+            ]
+            return ForwardResult(tuple(results))
+        _wait_for(self._mask_thread.begin([mask for item in batch.slices for mask in _masks(item)]))
+        rows = [row for row, item in enumerate(batch.slices) if item.samples]
+        logits = pending.logits()
+        tokens = draw(logits if len(rows) == len(logits) else logits[rows], batch.slices, self._operations.sample)
+        errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
+        return ForwardResult(tuple(SliceResult(found, (), error) for found, error in zip(tokens, errors, strict=True)))
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor:
@@ -95,7 +132,24 @@ class ModelRunner:
         step = self._buffers.fill(batch)
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
-        return step, self._model.forward(step, self._pool, self._attention, layer_done)
+        if layer_done is None or self._pool.device.type == "cpu":
+            return step, self._model.forward(step, self._pool, self._attention, layer_done)
+        return step, self._forward_on_device(step, layer_done)
+
+    def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
+        """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""
+        marks: list[tuple[int, torch.cuda.Event]] = []
+
+        def mark(num_layers: int) -> None:
+            event = torch.cuda.Event()
+            event.record()
+            marks.append((num_layers, event))
+
+        hidden = self._model.forward(step, self._pool, self._attention, mark)
+        for num_layers, event in marks:
+            event.synchronize()
+            layer_done(num_layers)
+        return hidden
 
     def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
         rows: list[int] = []
@@ -116,6 +170,16 @@ class ModelRunner:
             logits = self._model.logits(hidden[start : start + len(following)])
             reports.extend(self._operations.report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
         return tuple(reports)
+
+
+def _is_greedy(spec: SampleSpec) -> bool:
+    return spec.temperature == 0.0 and spec.rules is None and spec.logprobs is None
+
+
+def _wait_for(working_out: Future[None] | None) -> None:
+    """A thread that found no core so far would be waited for: this one has nothing else to do."""
+    if working_out is not None and not working_out.cancel():
+        working_out.result()
 
 
 def _masks(item: SequenceSlice) -> list[NextMask]:

@@ -6,24 +6,28 @@ Limits bound the work of compiling and of each step, and the memory; a grammar t
 matcher into an error state. White space in JSON is limited, so that no answer is an endless blank: between two parts there may be
 nothing, one space, or a line break with some indentation, and nothing stands before or after the whole.
 
-Importing this imports llguidance. It knows neither models nor tokenizers of ours.
+llguidance is loaded with the first grammar. It knows neither models nor tokenizers of ours.
 """
 
 from __future__ import annotations
 
 import json
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING
 
 from common.errors import InvalidRequest
 from common.grammar.notation import JSON_OPTIONS, lark_string
 from common.types import Grammar, GrammarKind
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 _MAX_MESSAGE_CHARS = 300
 
 
 def compile_grammar(vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
     """A matcher at the beginning of the answer. May take a second; other Python threads run meanwhile."""
+    from llguidance import LLMatcher
+
     matcher = LLMatcher(vocabulary, source_of(grammar), log_level=0, limits=_limits())
     check(matcher)
     mask = matcher.compute_bitmask()
@@ -57,6 +61,8 @@ def check(matcher: LLMatcher) -> None:
 
 
 def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
     # Steps are paid for by all who share the batch, states by the worker's memory; what is not given here bounds compiling.
     return LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=16_000, verbose_errors=False)
 

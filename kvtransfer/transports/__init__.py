@@ -1,11 +1,14 @@
 """The links that KV travels over, one file each, behind one interface (`base`), and the table of them.
 
-| kind   | for                     | how                                             | a writer that does not answer |
-|--------|-------------------------|-------------------------------------------------|-------------------------------|
-| inproc | tests, simulations      | copies within the process                       | its link must end             |
-| shm    | two processes, one host | the peer maps the pool; one memcpy              | its process must end or go on |
-| tcp    | anywhere                | bytes pass through the owner of the pool        | is fenced at once             |
-| nixl   | RDMA, NVLink; anywhere  | one-sided writes into a window, then one memcpy | is fenced at once             |
+| kind     | for                     | how                                               | a writer that does not answer |
+|----------|-------------------------|---------------------------------------------------|-------------------------------|
+| inproc   | tests, simulations      | copies within the process                         | its link must end             |
+| shm      | two processes, one host | the peer maps the pool; one memcpy                | its process must end or go on |
+| cuda_ipc | two processes, one GPU  | the peer opens the pool; one launch for a batch   | its process must end or go on |
+| tcp      | anywhere                | bytes pass through the owner of the pool          | is fenced at once             |
+| nixl     | RDMA, NVLink; anywhere  | one-sided writes into a window, then one memcpy   | is fenced at once             |
+
+Pools on a GPU are served by cuda_ipc alone, pools in host memory by the others.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ def _shm() -> Transport:
     return ShmTransport()
 
 
+def _cuda_ipc() -> Transport:
+    from kvtransfer.transports.cuda_ipc import CudaIpcTransport
+
+    return CudaIpcTransport()
+
+
 def _tcp() -> Transport:
     from kvtransfer.transports.tcp import TcpTransport
 
@@ -40,7 +49,13 @@ def _nixl() -> Transport:
     return NixlTransport()
 
 
-TRANSPORTS: Mapping[str, Callable[[], Transport]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp, "nixl": _nixl}
+TRANSPORTS: Mapping[str, Callable[[], Transport]] = {
+    "inproc": _inproc,
+    "shm": _shm,
+    "cuda_ipc": _cuda_ipc,
+    "tcp": _tcp,
+    "nixl": _nixl,
+}
 
 
 def create_transport(kind: str, transports: Mapping[str, Callable[[], Transport]] = TRANSPORTS) -> Transport:

@@ -223,7 +223,15 @@ class Transport(Protocol):
     ) -> Listener: ...
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
-        """Raises HandshakeRefused if the peer is not `peer`, or does not let us in; TransferBroken if it cannot be reached."""
+        """`source` is the pool that pieces will be of. Raises HandshakeRefused if the peer is not `peer`, or does not let us in;
+        TransferBroken if it cannot be reached."""
         ...

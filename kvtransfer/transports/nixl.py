@@ -68,7 +68,7 @@ _RESERVED: list[mmap.mmap] = []  # windows that a peer may still write to when n
 
 class NixlTransport:
     def can_serve(self, region: BlockRegion) -> bool:
-        return True
+        return not region.on_device
 
     async def listen(
         self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, layout: KVLayout, host: str
@@ -78,8 +78,17 @@ class NixlTransport:
         return NixlListener(sock, address, landing, credentials, region, layout, same_host=is_loopback(host))
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
+        if source.on_device:
+            raise HandshakeRefused("the KV pool here is on a device", param="transports")
         try:
             await asyncio.to_thread(load_nixl)
         except StartupError as error:

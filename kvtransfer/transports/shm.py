@@ -76,8 +76,17 @@ class ShmTransport:
         )
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
+        if source.on_device:
+            raise HandshakeRefused("the KV pool here is on a device", param="transports")
         host, _, _ = address.partition("/")
         if host != this_host():
             raise TransferBroken("the decode worker is on another host")

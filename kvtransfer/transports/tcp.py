@@ -11,7 +11,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from common.errors import StartupError, TransferBroken
+from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
@@ -29,7 +29,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 
 class TcpTransport:
     def can_serve(self, region: BlockRegion) -> bool:
-        return True
+        return not region.on_device
 
     async def listen(
         self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, layout: KVLayout, host: str
@@ -40,8 +40,17 @@ class TcpTransport:
         )
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
+        if source.on_device:
+            raise HandshakeRefused("the KV pool here is on a device", param="transports")
         sock = await dial(address)
         try:
             await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, layout.block_bytes))

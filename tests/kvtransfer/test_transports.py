@@ -40,12 +40,19 @@ from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import TRANSPORTS
 from kvtransfer.transports.authentication import LINK_VERSION, Hello, Verdict, prefill_proof
 from kvtransfer.transports.base import PeerName, Piece, PieceName, SenderLink, TransportOffer
+from support.device_pools import VisibleRegion
 
 LAYOUT = KVLayout("model", "tokenizer", 4, 2, 32, 16, "float32", True)  # 64 KiB a block
 BLOCKS = 24
 SECRET = derive_secret("token")
 Result = TypeVar("Result")
 PATIENCE_S = 20.0  # far beyond what anything here takes: a hang becomes a failure
+
+
+def region_for(kind: str) -> BlockRegion:
+    if kind == "cuda_ipc":  # on a GPU if there is one
+        return VisibleRegion(LAYOUT.block_bytes, BLOCKS, LAYOUT.num_layers)
+    return BlockRegion.create_shared(LAYOUT.block_bytes, BLOCKS)
 
 
 class Pair:
@@ -56,8 +63,7 @@ class Pair:
     ) -> None:
         self.kind = kind
         self.random = random.Random(kind)
-        self.pool = BlockRegion.create_shared(LAYOUT.block_bytes, BLOCKS)
-        self.source = BlockRegion.create_shared(LAYOUT.block_bytes, BLOCKS)
+        self.pool, self.source = region_for(kind), region_for(kind)
         self.source.buffer[:] = self.random.randbytes(self.source.buffer.nbytes)
         self.receiver = KVReceiver(
             self.pool, LAYOUT, "m/decode/0", 3, SECRET, clock or SystemClock(), lease_s=lease_s, credit_bytes=credit_bytes
@@ -307,6 +313,7 @@ def tamper(pair: Pair, monkeypatch: pytest.MonkeyPatch, at_block: int, change: C
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
+    monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)  # of a device: not before the damage is done
 
 
 @pytest.mark.parametrize("position", [0, LAYOUT.block_bytes // 2, LAYOUT.block_bytes - 1])
@@ -335,6 +342,7 @@ async def test_one_flipped_bit_in_one_layer_is_noticed(pair: Pair, monkeypatch: 
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
+    monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)
     incoming = pair.offer((5, 6))
     outgoing = pair.sender.open(incoming.ticket)
     for first in range(LAYOUT.num_layers):
@@ -986,7 +994,7 @@ async def test_the_first_offer_that_works_is_taken(pair: Pair) -> None:
     ]
     sender = pair.another_sender("m/prefill/1", 1)
     assert await within(sender.connect("m/decode/0", 3, offers, BLOCKS)) == pair.kind
-    with pytest.raises(TransferBroken):
+    with pytest.raises(HandshakeRefused if pair.kind == "cuda_ipc" else TransferBroken):  # a pool on a device has no other way
         await within(pair.another_sender("m/prefill/2", 1).connect("m/decode/0", 3, offers[:-1], BLOCKS))
     with pytest.raises(HandshakeRefused):
         await within(pair.another_sender("m/prefill/3", 1).connect("m/decode/0", 3, [], BLOCKS))

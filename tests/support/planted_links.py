@@ -94,9 +94,16 @@ class PlantedTransport:
         return await self._inner.listen(PlantedLanding(landing, self._plants), credentials, region, layout, host)
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
-        link = await self._inner.connect(address, credentials, peer, pool_blocks=pool_blocks, layout=layout)
+        link = await self._inner.connect(address, credentials, peer, pool_blocks=pool_blocks, layout=layout, source=source)
         return PlantedSenderLink(link, self._plants)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from common.engine.kv_pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionPlan", "Span", "create_attention"]
+__all__ = ["AttentionBackend", "AttentionPlan", "RowsAttention", "Span", "create_attention", "create_rows_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,20 @@ class AttentionPlan(Protocol):
 class AttentionBackend(Protocol):
     def plan(self, block_tables: torch.Tensor, spans: Sequence[Span]) -> AttentionPlan:
         """For one step. `block_tables` [sequences, blocks] is padded with the null block; row i belongs to `spans[i]`."""
+        ...
+
+
+class RowsAttention(Protocol):
+    """Attention of steps whose shape is fixed beforehand: one row of each sequence."""
+
+    @property
+    def reads_whole_tables(self) -> bool:
+        """Whether its cost grows with the width of the tables rather than with the sequences."""
+        ...
+
+    def plan_rows(self, block_tables: torch.Tensor, lengths: torch.Tensor) -> AttentionPlan:
+        """`block_tables` [rows, blocks]; row i sees the first `lengths[i]` tokens of its table, the last of which is its own.
+        Neither this nor the plan looks at values on the host."""
         ...
 
 
@@ -94,3 +108,14 @@ _BACKENDS: dict[str, Callable[[], BackendCreator]] = {
 
 def create_attention(name: str, pool: KVPool, num_heads: int) -> AttentionBackend:
     return _BACKENDS[name]()(pool, num_heads)
+
+
+def create_rows_attention(name: str, pool: KVPool, num_heads: int) -> RowsAttention:
+    """For steps of fixed shape beside the backend `name`."""
+    if name == "paged":
+        from common.engine.attention.paged_rows import PagedRowsAttention
+
+        return PagedRowsAttention(pool, num_heads)
+    from common.engine.attention.padded import PaddedAttention
+
+    return PaddedAttention(pool, num_heads)

@@ -13,3 +13,13 @@ class Linear:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         return self._product(rows)
+
+
+class PlainLinear:
+    """The same for a matrix that is never rounded, without a bias."""
+
+    def __init__(self, numerics: Numerics, weight: torch.Tensor) -> None:
+        self._product = numerics.plain_linear(weight)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._product(rows)

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from common.engine.loader.architecture import Llama3RopeScaling, ModelArchitecture
+from common.engine.loader.random_model import is_random, make_weights
+from common.engine.loader.random_model import read_architecture as read_random_architecture
 from common.errors import ModelLoadError
 
 __all__ = ["Llama3RopeScaling", "ModelArchitecture", "load_architecture", "load_weights"]
@@ -24,6 +26,8 @@ __all__ = ["Llama3RopeScaling", "ModelArchitecture", "load_architecture", "load_
 
 def load_architecture(model_path: Path) -> ModelArchitecture:
     """What the model is, without reading its tensors. Raises ModelLoadError."""
+    if is_random(str(model_path)):
+        return read_random_architecture(str(model_path))
     if _is_gguf(model_path):
         from common.engine.loader.gguf_file import read_architecture
 
@@ -33,12 +37,17 @@ def load_architecture(model_path: Path) -> ModelArchitecture:
     return read_folder_architecture(model_path)
 
 
-def load_weights(model_path: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+def load_weights(
+    model_path: Path, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
     """The model at `model_path` (a .gguf file, or a folder with config.json and *.safetensors) as CPU tensors of `dtype`.
+    `random:NAME` makes one up, on `device` (`random_model`).
 
     The dictionary holds exactly `ModelArchitecture.tensor_shapes()`: with tied embeddings there is no `lm_head.weight`, the
     model uses `model.embed_tokens.weight` for both. Blocking: seconds to minutes. Raises ModelLoadError.
     """
+    if is_random(str(model_path)):
+        return make_weights(str(model_path), dtype, device or torch.device("cpu"))
     if _is_gguf(model_path):
         from common.engine.loader.gguf_file import read_weights
 

@@ -36,9 +36,9 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
-    """A dense decoder. Written by the loaders."""
+    """A decoder. Written by the loaders."""
 
-    family: str  # "llama", "gemma3"; selects the model definition
+    family: str  # "llama", "gemma3", "qwen3"; selects the model definition
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -56,6 +56,9 @@ class ModelArchitecture:
         int, ...
     ] = ()  # per layer: how many tokens, itself among them, a token sees; 0 = all. () = all in all layers
     local_rope_theta: float | None = None  # of the layers with a window
+    num_experts: int | None = None  # of a layer, each of `ffn_size`; None: one feed-forward part for all tokens
+    experts_per_token: int | None = None
+    normalise_routing: bool = True  # the weights of a token's experts add up to 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -68,6 +71,12 @@ class ModelArchitecture:
             raise ModelLoadError(
                 f"the model states {self.num_heads} heads, not a multiple of its {self.num_kv_heads} KV heads",
                 param="num_kv_heads",
+            )
+        if (self.num_experts is None) != (self.experts_per_token is None) or (self.experts_per_token or 0) > (
+            self.num_experts or 0
+        ):
+            raise ModelLoadError(
+                f"the model states {self.experts_per_token} experts per token of {self.num_experts}", param="experts_per_token"
             )
         if self.head_dim % 2:
             raise ModelLoadError(f"the model states head_dim = {self.head_dim}; rotary embedding needs pairs", param="head_dim")
@@ -85,14 +94,19 @@ class ModelArchitecture:
                 shapes[f"{prefix}.self_attn.{name}.weight"] = shape
                 if self.attention_bias:
                     shapes[f"{prefix}.self_attn.{name}.bias"] = shape[:1]
-            shapes[f"{prefix}.mlp.gate_proj.weight"] = (ffn, hidden)
-            shapes[f"{prefix}.mlp.up_proj.weight"] = (ffn, hidden)
-            shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, ffn)
+            parts = ["mlp"] if self.num_experts is None else [f"mlp.experts.{expert}" for expert in range(self.num_experts)]
+            for part in parts:
+                shapes[f"{prefix}.{part}.gate_proj.weight"] = (ffn, hidden)
+                shapes[f"{prefix}.{part}.up_proj.weight"] = (ffn, hidden)
+                shapes[f"{prefix}.{part}.down_proj.weight"] = (hidden, ffn)
+            if self.num_experts is not None:
+                shapes[f"{prefix}.mlp.gate.weight"] = (self.num_experts, hidden)
             shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
             shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
             if self.family == "gemma3":
                 shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (hidden,)
                 shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (hidden,)
+            if self.family in ("gemma3", "qwen3"):
                 shapes[f"{prefix}.self_attn.q_norm.weight"] = (self.head_dim,)
                 shapes[f"{prefix}.self_attn.k_norm.weight"] = (self.head_dim,)
         shapes["model.norm.weight"] = (hidden,)

@@ -23,8 +23,8 @@ from common.engine.loader.architecture import (
 )
 from common.errors import ModelLoadError
 
-_GEMMA3 = "Gemma3ForCausalLM"
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _GEMMA3)
+_GEMMA3, _QWEN3, _QWEN3_MOE = "Gemma3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _GEMMA3, _QWEN3, _QWEN3_MOE)
 _GEMMA3_PERIOD = 6  # of layers, where the config does not list their kinds
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Number = TypeVar("_Number", int, float)
@@ -64,6 +64,11 @@ def read_architecture(folder: Path) -> ModelArchitecture:
     if names[0] == _GEMMA3:
         return _gemma3(config)
     _refuse_unsupported(config)
+    is_qwen3 = names[0] in (_QWEN3, _QWEN3_MOE)
+    num_experts = experts_per_token = None
+    if names[0] == _QWEN3_MOE:
+        named = "num_experts" if "num_experts" in config else "num_local_experts"  # older and newer configs
+        num_experts, experts_per_token = _number(config, named, int), _number(config, "num_experts_per_tok", int)
     hidden_size = _number(config, "hidden_size", int)
     num_heads = _number(config, "num_attention_heads", int)
     num_kv_heads = _number(config, "num_key_value_heads", int, default=num_heads)
@@ -72,13 +77,13 @@ def read_architecture(folder: Path) -> ModelArchitecture:
     if not isinstance(rope, dict):
         raise ModelLoadError("config.json: rope_scaling must be a table", param="rope_scaling")
     return ModelArchitecture(
-        family="llama",
+        family="qwen3" if is_qwen3 else "llama",
         num_layers=_number(config, "num_hidden_layers", int),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_number(config, "head_dim", int, default=hidden_size // max(num_heads, 1)),
-        ffn_size=_number(config, "intermediate_size", int),
+        ffn_size=_number(config, "intermediate_size" if num_experts is None else "moe_intermediate_size", int),
         vocab_size=_number(config, "vocab_size", int),
         rope_theta=_number({**config, **rope}, "rope_theta", float, default=10_000.0),
         rope_scaling=_rope_scaling(rope),
@@ -86,6 +91,9 @@ def read_architecture(folder: Path) -> ModelArchitecture:
         context_tokens=_number(config, "max_position_embeddings", int),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        normalise_routing=bool(config.get("norm_topk_prob", num_experts is None)),
     )
 
 
@@ -144,7 +152,9 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         {
             "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
             "mlp_bias": bool(config.get("mlp_bias")),
-            "sliding_window": config.get("sliding_window") is not None,
+            "sliding_window": config.get("sliding_window") is not None and bool(config.get("use_sliding_window", True)),
+            "mlp_only_layers": bool(config.get("mlp_only_layers")),
+            "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
             "quantization_config": config.get("quantization_config") is not None,
         },
     )

@@ -48,9 +48,16 @@ def _gemma3() -> ModelCreator:
     return Gemma3Model
 
 
+def _qwen3() -> ModelCreator:
+    from common.engine.models.qwen3 import Qwen3Model
+
+    return Qwen3Model
+
+
 _FAMILIES: dict[str, Callable[[], ModelCreator]] = {
     "llama": _llama,
     "gemma3": _gemma3,
+    "qwen3": _qwen3,
 }
 
 

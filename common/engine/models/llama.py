@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
-from common.engine.layers.linear import Linear
+from common.engine.layers.linear import Linear, PlainLinear
 from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
 from common.engine.numerics import Numerics
@@ -81,7 +81,7 @@ class LlamaModel:
         )
         self._layers = [LlamaLayer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
         self._norm = numerics.operations.rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
-        self._head = Linear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
+        self._head = PlainLinear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
 
     def forward(
         self,

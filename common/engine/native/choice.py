@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from common.config import EngineConfig
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import Model
@@ -27,6 +26,7 @@ from common.engine.native.library import Library
 from common.engine.native.model import MAX_HEAD_DIM, NativeModel
 from common.engine.native.panels import ModelPanels
 from common.engine.quantisation import WeightFormat
+from common.engine.settings import EngineSettings
 from common.errors import ConfigError, EngineFailure
 from common.logs import get_logger
 
@@ -34,7 +34,7 @@ _log = get_logger(__name__)
 
 
 def choose_model(
-    config: EngineConfig,
+    config: EngineSettings,
     architecture: ModelArchitecture,
     weights: dict[str, torch.Tensor],
     pool: KVPool,
@@ -95,7 +95,7 @@ def _build(cache: Path) -> Library:
     return Library(build_library(cache, check_library))
 
 
-def _library_at_hand(config: EngineConfig, cache: Path) -> Library | None:
+def _library_at_hand(config: EngineSettings, cache: Path) -> Library | None:
     """The library if no compiler has to run for it; with `kernels: native` it is compiled now. Raises ConfigError."""
     if config.kernels == "native":
         try:
@@ -113,7 +113,7 @@ def _library_at_hand(config: EngineConfig, cache: Path) -> Library | None:
         return None
 
 
-def _wants_native(config: EngineConfig, architecture: ModelArchitecture, pool: KVPool) -> bool:
+def _wants_native(config: EngineSettings, architecture: ModelArchitecture, pool: KVPool) -> bool:
     """Raises ConfigError if native kernels are demanded where there are none."""
     if config.kernels in ("torch", "triton"):
         return False
@@ -125,11 +125,13 @@ def _wants_native(config: EngineConfig, architecture: ModelArchitecture, pool: K
     return obstacle is None
 
 
-def _obstacle(config: EngineConfig, architecture: ModelArchitecture, pool: KVPool) -> str | None:
+def _obstacle(config: EngineSettings, architecture: ModelArchitecture, pool: KVPool) -> str | None:
     if pool.device.type != "cpu":
         return f"on {pool.device.type}"
     if config.exact:
         return "in exact mode"
+    if config.weights not in ("model", "int8"):
+        return f"for weights in {config.weights}"
     if pool.layout.dtype not in ("bfloat16", "float32"):
         return f"for {pool.layout.dtype}"
     if architecture.family != "llama":

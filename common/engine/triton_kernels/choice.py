@@ -10,39 +10,40 @@ What is chosen has been held against torch on this device (`check`).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
-from common.config import EngineConfig
 from common.engine.loader import ModelArchitecture
 from common.engine.operations import Operations
+from common.engine.settings import EngineSettings
 from common.errors import ConfigError, EngineFailure
-from common.logs import get_logger
 from common.types import KVLayout
 
-_log = get_logger(__name__)
 _MAX_HEAD_DIM = 256
 
 
 def choose_operations(
-    config: EngineConfig, architecture: ModelArchitecture, layout: KVLayout, device: torch.device
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    layout: KVLayout,
+    device: torch.device,
+    announce: Callable[[str], None],
 ) -> Operations | None:
-    """None: those of torch. Raises ConfigError if `engine.kernels` demands what cannot be had."""
+    """None: those of torch. `announce` is told why, if they might have been others. Raises ConfigError if `engine.kernels`
+    demands what cannot be had."""
     demanded = config.kernels == "triton"
     if not demanded and not (config.kernels == "auto" and device.type == "cuda"):
         return None
     obstacle = _obstacle(layout, device)
     if obstacle is None:
         try:
-            operations = _checked(architecture, layout, device, exact=config.exact)
+            return _checked(architecture, layout, device, exact=config.exact)
         except EngineFailure as error:
             obstacle = str(error)
-        else:
-            _log.info("Triton's kernels compute")
-            return operations
     if demanded:
         raise ConfigError(f"no Triton kernels: {obstacle}", param="engine.kernels")
-    _log.warning("torch computes: Triton's kernels cannot be had", reason=obstacle)
+    announce(f"torch computes, for Triton's kernels cannot be had: {obstacle}")
     return None
 
 

@@ -115,7 +115,7 @@ def test_mistral_without_a_window_is_the_same_model(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": []}, "supported"),
         ({"architectures": "LlamaForCausalLM"}, "supported"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window"),

@@ -109,9 +109,16 @@ class FaultTransport:
         return await self._inner.listen(FaultLanding(landing, self._plan), credentials, region, layout, host)
 
     async def connect(
-        self, address: str, credentials: LinkCredentials, peer: PeerName, *, pool_blocks: int, layout: KVLayout
+        self,
+        address: str,
+        credentials: LinkCredentials,
+        peer: PeerName,
+        *,
+        pool_blocks: int,
+        layout: KVLayout,
+        source: BlockRegion,
     ) -> SenderLink:
-        link = await self._inner.connect(address, credentials, peer, pool_blocks=pool_blocks, layout=layout)
+        link = await self._inner.connect(address, credentials, peer, pool_blocks=pool_blocks, layout=layout, source=source)
         return FaultSenderLink(link, self._plan, self._breakpoint, self._requests)
 
 

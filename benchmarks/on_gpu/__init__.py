@@ -1,0 +1,1 @@
+"""The blocks of `benchmarks.gpu`. They import nothing that a bare machine with torch and triton lacks."""

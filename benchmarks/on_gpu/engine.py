@@ -1,0 +1,267 @@
+"""Steps of whole models: decode captured and not, prompts in chunks, how long the device idles, and whether tokens are right.
+
+The steps are those that a scheduler would ask for, through `ModelRunner.execute`: inputs from the host, tokens back on it.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.on_gpu.report import Figure, Report
+from benchmarks.on_gpu.settings import Settings, engine_of
+from benchmarks.on_gpu.timing import seconds_of, wall_seconds_of
+from common.blocks import num_blocks
+from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
+from common.engine.device_steps import weights_bytes
+from common.engine.engine import Engine
+from common.engine.quantisation import WeightFormat
+
+CHECKED_TOKENS = 48
+CHECKED_PROMPT = 40
+
+
+def run_engine(report: Report, *, grid: bool, model_path: Path | None) -> None:
+    large, small = (
+        ("random:llama-3-8b", "random:smollm2-135m") if report.device == "cuda" else ("random:toy", "random:toy-mixture")
+    )
+    tokens_agree(report, str(model_path) if model_path is not None else small)
+    free()
+    decode(report, small, (1,), 1024, idle_target=0.15, ratio_target=4.0)
+    free()
+    decode(report, large, (1, 32, 256), 1024, idle_target=0.05, ratio_target=1.3)
+    if report.device == "cuda":
+        free()
+        decode(report, "random:qwen3-30b-a3b", (1, 64), 1024, idle_target=None, ratio_target=None)
+    free()
+    prefill(report, large)
+    if grid:
+        free()
+        step_grid(report, large)
+
+
+def settings_of(report: Report, *, captured: bool, share: float = 0.9) -> Settings:
+    if report.device == "cuda":
+        # Set aside for a few buckets only: these benchmarks ask for no others.
+        return Settings("cuda", device_memory_share=share, captured_rows=256 if captured else 0, max_model_tokens=32_768)
+    return Settings("cpu", kernels="torch", dtype="float32", kv_pool_tokens=8192, max_model_tokens=1024)
+
+
+def tokens_agree(report: Report, source: str) -> None:
+    """Greedy tokens of the device, captured and not, against those of the CPU in fp32, the first token that differs ending it."""
+    announced: list[str] = []
+    settings = Settings("cpu", dtype="float32", kernels="torch", kv_pool_tokens=2048, max_model_tokens=1024)
+    on_cpu = engine_of(source, settings, announced)
+    prompt = [(7 * index * index + 11) % on_cpu.architecture.vocab_size for index in range(CHECKED_PROMPT)]
+    expected = greedy(on_cpu, prompt)
+    for dtype, captured in itertools.product(("float32", "bfloat16"), (0, 8)):
+        if report.device == "cpu" and (dtype != "float32" or captured):
+            continue
+        other = Settings(
+            report.device,
+            dtype=dtype,
+            kernels="auto" if report.device == "cuda" else "torch",
+            kv_pool_tokens=2048,
+            captured_rows=captured,
+            max_model_tokens=1024,
+        )
+        engine = engine_of(source, other, announced)
+        got = greedy(engine, prompt)
+        same = next((place for place, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), len(expected))
+        what = f"greedy tokens as on the CPU in fp32, {dtype}, {'captured' if captured else 'not captured'}"
+        report.add(Figure("Q1", what, same, "tokens", same / len(expected), "all", 1.0 if dtype == "float32" else None))
+        free()
+    for text in announced:
+        report.note(text)
+
+
+def greedy(engine: Engine, prompt: Sequence[int]) -> list[int]:
+    """Tokens one by one, as a decode worker asks for them."""
+    known = list(prompt)
+    blocks = engine.blocks.allocate(num_blocks(len(prompt) + CHECKED_TOKENS, engine.layout.block_tokens))
+    start = 0
+    while len(known) < len(prompt) + CHECKED_TOKENS:
+        item = SequenceSlice(known[start:], start, blocks, (sample_at(len(known)),))
+        start = len(known)
+        known.append(engine.runner.execute(ScheduledBatch((item,))).slices[0].tokens[0].token_id)
+    engine.blocks.release(blocks)
+    return known[len(prompt) :]
+
+
+def sample_at(position: int) -> SampleSpec:
+    return SampleSpec(position, 0, 0, 0.0, 0, 1.0, 0.0, None)
+
+
+def decode(
+    report: Report,
+    source: str,
+    batches: Sequence[int],
+    context: int,
+    *,
+    idle_target: float | None,
+    ratio_target: float | None,
+) -> None:
+    on_gpu = report.device == "cuda"
+    targets_ms = {("random:llama-3-8b", 1): 4.8, ("random:llama-3-8b", 32): 6.0, ("random:llama-3-8b", 256): 17.0}
+    context = context if on_gpu else 48
+    announced: list[str] = []
+    engine = engine_of(source, settings_of(report, captured=True), announced)
+    eager = engine.runner.without_steps()
+    for batch in batches:
+        batch = batch if on_gpu else min(batch, 4)
+        step = decode_batch(engine, batch, context)
+        repeats = 100 if on_gpu else 3
+        captured_s = wall_seconds_of(lambda step=step: engine.runner.execute(step), report.device, repeats)  # type: ignore[misc]
+        eager_s = wall_seconds_of(lambda step=step: eager.execute(step), report.device, max(3, repeats // 5))  # type: ignore[misc]
+        least = least_bytes(engine, batch, context)
+        floor_s = least / report.roof.copy_bytes_per_s
+        what = f"{source} decode, {batch} x {context}"
+        target_ms = targets_ms.get((source, batch))
+        report.add(
+            Figure("E1", what, captured_s * 1e3, "ms", target=target_ms, lower_is_better=True),
+            Figure("E1", f"{what}: bytes at the measured copy", floor_s * 1e3, "ms", floor_s / captured_s, "the step"),
+            Figure(
+                "E4",
+                f"{what}: not captured over captured",
+                eager_s / captured_s,
+                "x",
+                target=ratio_target if batch == 1 else None,
+            ),
+        )
+        if on_gpu:
+            busy_s = device_seconds(engine, step)
+            ahead_s = ahead_seconds(engine, step, repeats)
+            idle = max(0.0, 1.0 - busy_s / captured_s)
+            report.add(
+                Figure("E3", f"{what}: idle between steps", idle, "", target=idle_target, lower_is_better=True),
+                Figure("E3", f"{what}: idle, one step ahead", max(0.0, 1.0 - busy_s / ahead_s), "", lower_is_better=True),
+                Figure("E4", f"{what}: one step after the other over one ahead", captured_s / ahead_s, "x"),
+            )
+    for text in announced:
+        report.note(text)
+
+
+def device_seconds(engine: Engine, step: ScheduledBatch) -> float:
+    """Of a step's program alone, its inputs being there."""
+    steps = engine.runner.steps
+    bucket = None if steps is None else steps.bucket_of(step)
+    if steps is None or bucket is None:
+        return seconds_of(lambda: engine.runner.execute(step), "cuda")
+    program = steps.program(bucket)
+    with torch.inference_mode():
+        return seconds_of(program.run, "cuda")
+
+
+def ahead_seconds(engine: Engine, step: ScheduledBatch, repeats: int) -> float:
+    """Of a step that is launched, with placeholders for its tokens, before the one before is read."""
+    steps = engine.runner.steps
+    bucket = None if steps is None else steps.bucket_of(step)
+    if steps is None or bucket is None:
+        return wall_seconds_of(lambda: engine.runner.execute(step), "cuda", repeats)
+    following = ScheduledBatch(
+        tuple(SequenceSlice([-1 - row], item.start, item.block_table, item.samples) for row, item in enumerate(step.slices))
+    )
+    pending = steps.launch(step, bucket)
+
+    def next_one() -> None:
+        nonlocal pending
+        before, pending = pending, steps.launch(following, bucket)
+        before.token_ids()
+
+    seconds = wall_seconds_of(next_one, "cuda", repeats)
+    pending.token_ids()
+    return seconds
+
+
+def prefill(report: Report, source: str) -> None:
+    on_gpu = report.device == "cuda"
+    prompt, chunk = (4096, 2048) if on_gpu else (64, 32)
+    announced: list[str] = []
+    engine = engine_of(source, settings_of(report, captured=False), announced)
+    table = list(range(1, 1 + num_blocks(prompt, engine.layout.block_tokens)))
+    token_ids = [(31 * index) % 400 for index in range(prompt)]
+    parts = [
+        ScheduledBatch(
+            (
+                SequenceSlice(
+                    token_ids[start : start + chunk], start, table, (sample_at(prompt),) if start + chunk == prompt else ()
+                ),
+            )
+        )
+        for start in range(0, prompt, chunk)
+    ]
+    seconds = wall_seconds_of(lambda: [engine.runner.execute(part) for part in parts], report.device, 10 if on_gpu else 2)
+    shapes = engine.architecture.tensor_shapes()
+    linear = sum(shape[0] * shape[1] for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+    architecture = engine.architecture
+    flops = 2 * linear * prompt + 2 * architecture.num_layers * prompt**2 * architecture.num_heads * architecture.head_dim
+    what = f"{source} prompt of {prompt} in chunks of {chunk}"
+    report.add(
+        Figure("E2", what, prompt / seconds, "tok/s", target=36_000),
+        Figure("E2", what, flops / seconds / 1e12, "TFLOP/s", flops / seconds / report.roof.flops_per_s, "the measured product"),
+    )
+
+
+def step_grid(report: Report, source: str) -> None:
+    """Seconds of steps over what decides them: sequences that decode, their context, and a prompt's chunk beside them."""
+    on_gpu = report.device == "cuda"
+    batches = (0, 1, 2, 4, 8, 16, 32, 64, 128, 192, 256) if on_gpu else (0, 1, 2)
+    contexts = (64, 256, 1024, 2048, 4096, 8192) if on_gpu else (16, 32)
+    chunks = (0, 64, 256, 512, 1024, 2048) if on_gpu else (0, 16)
+    announced: list[str] = []
+    engine = engine_of(source, settings_of(report, captured=True), announced)
+    block_tokens = engine.layout.block_tokens
+    for batch, context, chunk in itertools.product(batches, contexts, chunks):
+        needed = batch * num_blocks(context + 1, block_tokens) + num_blocks(context + chunk, block_tokens)
+        if not (batch or chunk) or needed > engine.blocks.num_total:
+            continue
+        slices = list(decode_batch(engine, batch, context).slices)
+        if chunk:
+            first = 1 + batch * num_blocks(context + 1, block_tokens)
+            table = list(range(first, first + num_blocks(context + chunk, block_tokens)))
+            slices.append(SequenceSlice([index % 400 for index in range(chunk)], context, table))
+        step = ScheduledBatch(tuple(slices))
+        seconds = wall_seconds_of(lambda step=step: engine.runner.execute(step), report.device, 8 if on_gpu else 1)  # type: ignore[misc]
+        report.grid.append(
+            {
+                "batch": batch,
+                "context": context,
+                "chunk": chunk,
+                "tokens": step.num_tokens,
+                "pairs": step.num_pairs,
+                "seconds": seconds,
+            }
+        )
+    report.note(f"{len(report.grid)} step times over batch, context and chunk are in the file")
+
+
+def decode_batch(engine: Engine, batch: int, context: int) -> ScheduledBatch:
+    """`batch` sequences of `context` tokens that take one more."""
+    blocks = num_blocks(context + 1, engine.layout.block_tokens)
+    tables = [list(range(1 + row * blocks, 1 + (row + 1) * blocks)) for row in range(batch)]
+    return ScheduledBatch(
+        tuple(SequenceSlice([17 + row], context, table, (sample_at(context + 1),)) for row, table in enumerate(tables))
+    )
+
+
+def least_bytes(engine: Engine, batch: int, context: int) -> float:
+    """What a step has to read: weights, of experts those that so many rows choose on average, and KV."""
+    architecture = engine.architecture
+    weights = float(weights_bytes(architecture, engine.layout.dtype_bytes, WeightFormat.MODEL))
+    if not architecture.tie_embeddings:
+        weights -= architecture.vocab_size * architecture.hidden_size * engine.layout.dtype_bytes
+    if architecture.num_experts is not None and architecture.experts_per_token is not None:
+        one = 3 * architecture.ffn_size * architecture.hidden_size * architecture.num_layers * engine.layout.dtype_bytes
+        share = 1.0 - (1.0 - architecture.experts_per_token / architecture.num_experts) ** batch
+        weights -= one * architecture.num_experts * (1.0 - share)
+    return weights + batch * context * engine.layout.block_bytes / engine.layout.block_tokens
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,58 @@
+"""Settings of engines and schedulers of a benchmark, without what reads configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.engine.engine import Engine, build_engine
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A `common.engine.settings.EngineSettings`."""
+
+    device: str
+    dtype: str = "auto"
+    exact: bool = False
+    exact_tile_rows: int = 16
+    block_tokens: int = 16
+    kv_pool_tokens: int = 32_768
+    device_memory_share: float | None = None
+    captured_rows: int = 0
+    max_model_tokens: int | None = None
+    kernels: str = "auto"
+    weights: str = "model"
+    prefix_cache: bool = False
+
+
+@dataclass(frozen=True)
+class PrefillSettings:
+    chunk_tokens: int = 2048
+    max_running: int = 32
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    max_running: int = 256
+    max_waiting: int = 100_000
+    step_tokens: int = 2048
+    watermark_blocks: int = 2
+    local_prefill: str = "always"
+    local_prefill_tokens: int = 0
+
+
+def engine_of(
+    source: str, settings: Settings, announce: list[str], *, memory: Callable[[int, int], memoryview] | None = None
+) -> Engine:
+    """`source` is random:NAME or a path. What the engine had to do without is appended to `announce`."""
+    return build_engine(
+        Path(source),
+        settings,
+        threads=1,
+        model_digest=source,
+        tokenizer_digest="none",
+        memory=memory,
+        announce=announce.append,
+    )

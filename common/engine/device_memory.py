@@ -1,0 +1,218 @@
+"""The KV pool's memory on a GPU, so that another process on this host can be let into it; a `kvtransfer.device.DeviceMemory`.
+
+    DeviceAllocation   one cudaMalloc of its own, for a handle names a whole allocation; torch gets a tensor over it
+    handle             64 bytes of the driver's, the process and the GPU's UUID; opened by cudaIpcOpenMemHandle, once per link
+    write, contents    one launch each, on streams of their own beside the engine's, waited for by event
+
+CUDA's runtime is the one that torch has loaded, called through ctypes: six functions, all documented. Nothing is unpickled. What
+a write reads must be on the device by then: the runner reports layers only when the device is through with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from common.errors import EngineFailure, StartupError, TransferBroken
+
+_HANDLE_BYTES = 64
+_HANDLE = struct.Struct(f"<4sQQ16s{_HANDLE_BYTES}s")  # magic, process, address in it, GPU, the driver's handle
+_MAGIC = b"PDGM"
+_LAZY_PEER_ACCESS = 1
+WORD_BYTES = 8
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * _HANDLE_BYTES)]
+
+
+class CudaRuntime:
+    """The functions that torch has no public name for."""
+
+    def __init__(self) -> None:
+        """Raises StartupError where there is no such library."""
+        torch.cuda.init()
+        major = (torch.version.cuda or "").split(".")[0]
+        for name in (f"libcudart.so.{major}", "libcudart.so"):
+            try:
+                self._library = ctypes.CDLL(name)
+                break
+            except OSError:
+                continue
+        else:
+            raise StartupError("CUDA's runtime library cannot be loaded", param="engine.device")
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        self._library.cudaIpcOpenMemHandle.argtypes = [ctypes.POINTER(ctypes.c_void_p), _IpcHandle, ctypes.c_uint]
+
+    def allocate(self, size_bytes: int) -> int:
+        address = ctypes.c_void_p()
+        self._check("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        return int(address.value or 0)
+
+    def free(self, address: int) -> None:
+        self._check("cudaFree", ctypes.c_void_p(address))
+
+    def handle_of(self, address: int) -> bytes:
+        handle = _IpcHandle()
+        self._check("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address))
+        return bytes(handle)
+
+    def open_handle(self, handle: bytes) -> int:
+        address = ctypes.c_void_p()
+        opened = _IpcHandle.from_buffer_copy(handle)
+        self._check("cudaIpcOpenMemHandle", ctypes.byref(address), opened, ctypes.c_uint(_LAZY_PEER_ACCESS))
+        return int(address.value or 0)
+
+    def close_handle(self, address: int) -> None:
+        self._check("cudaIpcCloseMemHandle", ctypes.c_void_p(address))
+
+    def _check(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._library, function)(*arguments)
+        if code:
+            text = self._library.cudaGetErrorString(code)
+            self._library.cudaGetLastError()  # it is not the next caller's error
+            raise EngineFailure(f"{function}: {text.decode(errors='replace')}")
+
+
+class _Foreign:
+    """Memory that torch did not allocate, as torch takes it."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size_bytes // WORD_BYTES,),
+            "typestr": "<i8",
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _words_over(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(_Foreign(address, size_bytes), device=device)
+
+
+class DeviceAllocation:
+    def __init__(self, size_bytes: int, row_bytes: int, device: torch.device) -> None:
+        """Zeroed. Rows are what is copied and summed: a layer of a block. Raises StartupError."""
+        if row_bytes % WORD_BYTES or size_bytes % row_bytes:
+            raise StartupError(f"a pool of {size_bytes} bytes has no rows of {row_bytes}", param="engine.block_tokens")
+        self.device = device
+        self.size_bytes = size_bytes
+        self._row_bytes = row_bytes
+        self._runtime = CudaRuntime()
+        try:
+            with torch.cuda.device(device):
+                self._address = self._runtime.allocate(size_bytes)
+        except EngineFailure as error:
+            raise StartupError(f"no memory on the GPU for a KV pool of {size_bytes} bytes: {error.message}") from error
+        self.words = _words_over(self._address, size_bytes, device)
+        self.words.zero_()
+        self._reading = torch.cuda.Stream(device)
+
+    def handle(self) -> bytes:
+        with torch.cuda.device(self.device):
+            driver = self._runtime.handle_of(self._address)
+        return _HANDLE.pack(_MAGIC, os.getpid(), self._address, _gpu(self.device), driver)
+
+    def contents(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """16 bytes for each row of a range."""
+        from common.engine.triton_kernels.byte_rows import sum_rows
+
+        return sums_of_ranges(
+            ranges,
+            self._row_bytes,
+            lambda rows: self._aside(lambda on_device: sum_rows(self.words, on_device, self._row_words), rows),
+        )
+
+    def open_peer(self, handle: bytes, size_bytes: int) -> PeerAllocation:
+        try:
+            magic, process, address, gpu, driver = _HANDLE.unpack(handle)
+        except struct.error as error:
+            raise TransferBroken("the handle of the pool is not one of ours") from error
+        if magic != _MAGIC or gpu != _gpu(self.device):
+            raise TransferBroken("the decode worker's pool is on another GPU")
+        own = process == os.getpid()  # a process cannot open what it exported, and need not
+        try:
+            if not own:
+                with torch.cuda.device(self.device):
+                    address = self._runtime.open_handle(driver)
+        except EngineFailure as error:
+            raise TransferBroken(f"the decode worker's pool cannot be opened: {error.message}") from error
+        close = (lambda: None) if own else (lambda: self._runtime.close_handle(address))
+        return PeerAllocation(self, _words_over(address, size_bytes, self.device), close)
+
+    @property
+    def row_bytes(self) -> int:
+        return self._row_bytes
+
+    @property
+    def _row_words(self) -> int:
+        return self._row_bytes // WORD_BYTES
+
+    def _aside(self, launch: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device(self.device), torch.cuda.stream(self._reading):
+            return launch(rows.to(self.device)).cpu()  # waits for this stream alone
+
+
+class PeerAllocation:
+    """Used by one lane."""
+
+    def __init__(self, own: DeviceAllocation, words: torch.Tensor, close: Callable[[], None]) -> None:
+        self._own = own
+        self._words: torch.Tensor | None = words
+        self._close = close
+        self._writing = torch.cuda.Stream(own.device)
+        self._done = torch.cuda.Event()
+
+    def write(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        from common.engine.triton_kernels.byte_rows import copy_rows
+
+        if self._words is None:
+            raise TransferBroken("the decode worker's pool was let go")
+        row_bytes = self._own.row_bytes
+        sources = rows_of([(source, size) for source, _, size in copies], row_bytes)
+        destinations = rows_of([(destination, size) for _, destination, size in copies], row_bytes)
+        with torch.cuda.device(self._own.device), torch.cuda.stream(self._writing):
+            both = torch.tensor([sources, destinations]).to(self._own.device)
+            copy_rows(self._own.words, self._words, both[0], both[1], row_bytes // WORD_BYTES)
+            self._done.record(self._writing)
+        self._done.synchronize()
+
+    def close(self) -> None:
+        if self._words is not None:
+            self._words = None
+            self._writing.synchronize()
+            self._close()
+
+
+def rows_of(ranges: Sequence[tuple[int, int]], row_bytes: int) -> list[int]:
+    """The numbers of the rows in ranges of bytes, one range after the other."""
+    rows: list[int] = []
+    for offset_bytes, size_bytes in ranges:
+        if offset_bytes % row_bytes or size_bytes % row_bytes:
+            raise EngineFailure(f"{size_bytes} bytes at {offset_bytes} are no rows of {row_bytes}")
+        rows.extend(range(offset_bytes // row_bytes, (offset_bytes + size_bytes) // row_bytes))
+    return rows
+
+
+def sums_of_ranges(
+    ranges: Sequence[tuple[int, int]], row_bytes: int, sum_rows: Callable[[torch.Tensor], torch.Tensor]
+) -> list[bytes]:
+    """`sum_rows` gives int64 [rows, 2] on the host for numbers of rows; all ranges are summed by one call."""
+    data: bytes = sum_rows(torch.tensor(rows_of(ranges, row_bytes))).numpy().tobytes()
+    contents, start = [], 0
+    for _, size_bytes in ranges:
+        end = start + size_bytes // row_bytes * 2 * WORD_BYTES
+        contents.append(data[start:end])
+        start = end
+    return contents
+
+
+def _gpu(device: torch.device) -> bytes:
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return bytes.fromhex(uuid.removeprefix("GPU-").replace("-", ""))
