@@ -13,6 +13,8 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 # Side by side: they share nothing. What starts workers or is sensitive to load runs alone.
 QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients and not hosts"
+# command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
+TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromium:chromium
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
@@ -31,9 +33,10 @@ model: install ## Fetch the default model into the model cache (MODEL=)
 serve: install ## Start a cluster on this machine, models fetched; Ctrl-C stops it (CONFIG=, HTTP_PORT=, GRPC_PORT=)
 	exec $(BIN)/pdserve up $(CONFIG) --set router.http_port=$(HTTP_PORT) --set router.grpc_port=$(GRPC_PORT)
 
-tools: # The model checker, a Redis and promtool, where they can be installed; tests that need them are skipped where they are not
-	@{ command -v spin && command -v redis-server && command -v promtool; } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc redis-server prometheus >/dev/null; } || true
+tools: # What tests need beside Python, where it can be installed; tests whose tool is missing are skipped
+	@missing=; for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi || true
 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
 	$(QUICK_TESTS)

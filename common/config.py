@@ -74,9 +74,33 @@ class EngineConfig(_Part):
         " compute in 8 bits; torch computes with the rounded weights. int4 and fp8 are for GPUs; a CPU rounds and gains nothing.",
     )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
+    rank_timeout_s: float = Field(
+        10.0, gt=0, description="A worker of several processes ends when one of them gives no sign of life for so long."
+    )
 
 
-class PrefillConfig(_Part):
+class ParallelConfig(_Part):
+    """Ranks: processes that compute as one worker, on one host. Each has some heads (tensor) of some layers (pipeline)."""
+
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="Processes that divide every layer of a worker; at most the model's KV heads."
+    )
+    pipeline_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Stages of a worker, each with some of the layers; with tensor_parallel, processes of a stage.",
+    )
+    micro_batch_tokens: int = Field(
+        64, ge=1, description="A step with stages is cut into parts of no fewer tokens, so that all stages have something to do."
+    )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+class PrefillConfig(ParallelConfig):
     replicas: int = Field(1, ge=0, description="Prefill workers of this model.")
     chunk_tokens: int = Field(512, ge=1, description="Most prompt tokens computed in one step.")
     max_running: int = Field(32, ge=1, description="Most prompts in progress at once.")
@@ -113,7 +137,7 @@ class SpeculationConfig(_Part):
         return self
 
 
-class DecodeConfig(_Part):
+class DecodeConfig(ParallelConfig):
     replicas: int = Field(1, ge=0, description="Decode workers of this model.")
     max_running: int = Field(64, ge=1, description="Most sequences in one step.")
     step_tokens: int = Field(
@@ -203,6 +227,15 @@ class ModelConfig(_Part):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     autoscaling: AutoscalingConfig = AutoscalingConfig()
+
+    @model_validator(mode="after")
+    def _exact_sums_have_one_order(self) -> ModelConfig:
+        if self.engine.exact and self.prefill.tensor_parallel != self.decode.tensor_parallel:
+            raise ValueError(
+                "exact mode needs one tensor_parallel in both pools: sums over other parts differ in their last bits"
+                " (pipeline_parallel may differ)"
+            )
+        return self
 
 
 class TransferConfig(_Part):

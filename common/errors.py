@@ -27,6 +27,7 @@
     │   └── SealMismatch                   the transfer's account does not add up
     ├── AnswerNotCached               504  only the cache was to be asked, and it has no answer
     ├── WorkerLost                    503  a worker's process or link died
+    │   └── RankLost                  503  one of the processes that compute as one worker died or hangs; all of them end
     ├── EngineFailure                 500  the engine raised; a bug or a broken machine
     └── StartupError                  never reaches a client
         ├── ConfigError                    `param` names the key
@@ -195,6 +196,10 @@ class WorkerLost(PdserveError):
     grpc_code = "UNAVAILABLE"
     openai_type = "ServiceUnavailableError"
     retryable = True
+
+
+class RankLost(WorkerLost):
+    pass
 
 
 class EngineFailure(PdserveError):

@@ -508,6 +508,7 @@ class WorkerReadings:
     steps_by_accepted: tuple[int, ...]
     work_s: Mapping[str, float]  # time of steps, by what their rows were for
     masks: MaskReadings
+    ranks: int = 1
 
 
 class WorkerMetrics:
@@ -570,6 +571,7 @@ class WorkerMetrics:
             ("vllm:num_requests_running", "Requests in the current batch.", now.requests_running),
             ("vllm:num_requests_waiting", "Requests waiting to be scheduled.", now.requests_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use.", 1.0 - available / max(1, now.blocks_total)),
+            ("pdserve_worker_ranks", "Processes that compute as this worker.", now.ranks),
             ("pdserve_kv_leases_open", "Transfers that may still read or write KV.", now.leases.open),
             ("pdserve_kv_lease_oldest_seconds", "Age of the oldest of those.", now.leases.oldest_s),
             ("pdserve_kv_leases_quarantined", "Those that were given up, whose blocks wait for it.", now.leases.quarantined),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.config import LoggingConfig, ModelConfig, TracingConfig, TransferConfig
+from common.config import LoggingConfig, ModelConfig, ParallelConfig, TracingConfig, TransferConfig
 from common.types import Role, WorkerRef
 
 
@@ -25,9 +25,14 @@ class WorkerSpec:
     cluster_token: str = field(repr=False)
     host: str = "127.0.0.1"  # every port of the worker binds here
     trusted_network: bool = False  # the operator's word; `host` is on loopback without it
-    threads: int = 1  # CPU threads of the engine
+    threads: int = 1  # CPU threads of the engine, in each of its ranks
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Of the pool that this worker is in."""
+        return self.model.prefill if self.role is Role.PREFILL else self.model.decode
 
 
 class LoadedModel(Protocol):

@@ -42,12 +42,13 @@ from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.receiver import Incoming, KVReceiver
-from kvtransfer.region import BlockRegion
-from kvtransfer.region import PoolMemory as PoolMemory
+from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import TRANSPORTS
 from kvtransfer.transports.base import TransportOffer
+
+__all__ = ["DecodeHandoff", "MakeReceiver", "PoolMemory", "region_of_pool"]
 
 
 class MakeReceiver(Protocol):

@@ -19,7 +19,7 @@ from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, sta
 from common.engine.core import Core
 from common.engine.host import Arrivals, WorkerHost
 from common.engine.loop import EngineLoop
-from common.errors import DeadlineExceeded, PdserveError
+from common.errors import DeadlineExceeded, PdserveError, RankLost
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
 from common.tracing.span import within
@@ -80,6 +80,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         self._streams = DecodeStreams(scheduler, loop, self._handoff, metrics=host.metrics, clock=self._clock)
         host.report(scheduler, loop, step_tokens=spec.model.decode.step_tokens, local_prefill=spec.model.decode.local_prefill)
         loop.start(deliver=self._streams.deliver, on_failure=self._engine_failed)
+        host.watch_ranks(loop)
         ref = await host.serve(lambda server: worker_pb2_grpc.add_DecodeServicer_to_server(self, server), ("pdserve.v1.Decode",))
         _log.info("ready", worker=ref.worker_id, incarnation=ref.incarnation, address=ref.address)
         return ref
@@ -90,6 +91,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
     async def stop(self, grace_s: float) -> None:
         await self._host.stop(grace_s)
         await self._loop.stop()
+        await self._host.close_engine()
         await self._handoff.close()
         self._loaded.close()
 
@@ -104,7 +106,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
     def _engine_failed(self, error: BaseException) -> None:
         _log.error("the engine failed", error=repr(error))
         self._host.fail(error)
-        self._streams.engine_failed()
+        self._streams.engine_failed(error if isinstance(error, RankLost) else None)
 
     # -- the Decode service --------------------------------------------------------------------------------------------
 

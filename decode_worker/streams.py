@@ -54,7 +54,7 @@ class DecodeStreams:
         self._clock = clock
         self._serial = itertools.count()
         self._streams: dict[str, _Stream] = {}
-        self._failed = False
+        self._failure: PdserveError | None = None
 
     async def generate(
         self,
@@ -64,8 +64,8 @@ class DecodeStreams:
         choice: PrefillChoice = PrefillChoice.WORKER,
     ) -> AsyncGenerator[Output, None]:
         """Ends after the output that says `done`, or raises a PdserveError. Closing it aborts the request."""
-        if self._failed:
-            raise EngineFailure("the decode engine failed")
+        if self._failure is not None:
+            raise self._failure
         deadline_s = self._clock.monotonic_s() + request.timeout_s
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
@@ -109,11 +109,11 @@ class DecodeStreams:
                 case RemotePrefillWanted():
                     self._start_fetch(event)
 
-    def engine_failed(self) -> None:
-        """Nothing can be generated any more: all streams end, and those to come."""
-        self._failed = True
+    def engine_failed(self, error: PdserveError | None = None) -> None:
+        """Nothing can be generated any more: all streams end, and those to come; in `error`, if what happened has a name."""
+        self._failure = error or EngineFailure("the decode engine failed")
         for stream in self._streams.values():
-            stream.news.put_nowait(EngineFailure("the decode engine failed"))
+            stream.news.put_nowait(self._failure)
 
     # -- within --------------------------------------------------------------------------------------------------------
 

@@ -321,11 +321,14 @@ def _with_log_folder(asked: Launch, home: Path) -> Launch:
 
 def _model_to_serve(model: ModelConfig, config: Config, home: Path, say: Say) -> ModelToServe:
     files = pull(model.source, home=home, progress=say)
-    workers = _count_workers(config)
-    threads = model.engine.threads or max(1, (os.cpu_count() or 1) // max(1, workers))
+    threads = model.engine.threads or max(1, (os.cpu_count() or 1) // max(1, _count_ranks(config)))
     if not files.path.resolve().is_relative_to((home / "models").resolve()):
         model = model.model_copy(update={"source": str(files.path)})  # workers have other working directories
     return ModelToServe(config=model, path=str(files.path), created_s=int(time.time()), threads=threads)
+
+
+def _count_ranks(config: Config) -> int:
+    return sum(pool.replicas * pool.num_ranks for model in config.models for pool in (model.prefill, model.decode))
 
 
 def _count_workers(config: Config) -> int:

@@ -406,11 +406,20 @@ class PoolManager:
 
     async def _bury(self, worker: _Worker) -> None:
         if not worker.handed_on.is_set():
-            await worker.process.kill()
+            await self._kill(worker)
         if worker.channel is not None:
             await worker.channel.close(None)
         if self._workers.get(worker.worker_id) is worker:
             del self._workers[worker.worker_id]
+
+    async def _kill(self, worker: _Worker) -> None:
+        """Returns when it is dead, for two incarnations must never live. A process that the kernel does not let go of, as on a
+        machine that swaps, is asked again and holds up nobody but its successor."""
+        while True:
+            try:
+                return await worker.process.kill()
+            except ClusterError as error:  # it has waited
+                log.error("worker cannot be killed yet", worker=worker.worker_id, reason=error.message)
 
     async def _watch(self, worker: _Worker) -> str:
         """Returns why the worker must be given up."""

@@ -73,7 +73,8 @@ class RayHost:
         options = {
             "name": f"{spec.worker_id}#{spec.incarnation}",
             "namespace": self._namespace,
-            "num_cpus": self._rooms.num_cpus_per_worker,
+            # The other ranks are children of this process, on its node.
+            "num_cpus": self._rooms.num_cpus_per_worker * spec.parallel.num_ranks,
             "resources": resources_of(spec.role, slots=self._rooms.slots),
             "max_restarts": 0,
             "max_task_retries": 0,

@@ -25,11 +25,12 @@ from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.layout import check_compatible
 from kvtransfer.probe import ProbeOrder, ProbeSource
-from kvtransfer.region import BlockRegion
-from kvtransfer.region import PoolMemory as PoolMemory
+from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.sender import KVSender, Outgoing, TransferAccount
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.base import TransportOffer
+
+__all__ = ["MakeSender", "PoolMemory", "PrefillHandoff", "Push"]
 
 
 class MakeSender(Protocol):

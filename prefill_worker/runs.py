@@ -54,7 +54,7 @@ class PrefillRuns:
         self._serial = itertools.count()
         self._news: dict[str, asyncio.Queue[Event | PdserveError]] = {}
         self._giving_back: set[asyncio.Task[None]] = set()
-        self._failed = False
+        self._failure: PdserveError | None = None
 
     async def run(self, message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         """Ends in the seal or in a PdserveError. Cancelling it stops the computation within one step."""
@@ -72,11 +72,11 @@ class PrefillRuns:
             if news is not None:
                 news.put_nowait(event)
 
-    def engine_failed(self) -> None:
-        """No run can be computed any more: all of them end, and those to come."""
-        self._failed = True
+    def engine_failed(self, error: PdserveError | None = None) -> None:
+        """No run can be computed any more: all of them end, and those to come; in `error`, if what happened has a name."""
+        self._failure = error or EngineFailure("the prefill engine failed")
         for news in self._news.values():
-            news.put_nowait(EngineFailure("the prefill engine failed"))
+            news.put_nowait(self._failure)
 
     async def wait_given_back(self) -> None:
         """Returns when every ended run has given its blocks back."""
@@ -86,8 +86,8 @@ class PrefillRuns:
     # -- one run -------------------------------------------------------------------------------------------------------
 
     async def _run(self, request: Request, ticket: Ticket) -> worker_pb2.PrefillReply:
-        if self._failed:
-            raise EngineFailure("the prefill engine failed")
+        if self._failure is not None:
+            raise self._failure
         self._check(request)
         if ticket.request_id != request.request_id or ticket.num_tokens != request.num_prompt_tokens:
             raise TicketRefused("the ticket is for another prompt", param="request_id")

@@ -14,7 +14,7 @@ from common.clock import SystemClock
 from common.engine.core import Core
 from common.engine.host import WorkerHost
 from common.engine.loop import EngineLoop
-from common.errors import PdserveError
+from common.errors import PdserveError, RankLost
 from common.logs import bind_request, get_logger
 from common.rpc import typed_errors
 from common.tracing.span import within
@@ -69,6 +69,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         )
         host.report(self._scheduler, self._loop, step_tokens=config.chunk_tokens)
         self._loop.start(deliver=self._runs.deliver, on_failure=self._engine_failed)
+        host.watch_ranks(self._loop)
         ref = await host.serve(
             lambda server: worker_pb2_grpc.add_PrefillServicer_to_server(self, server), ("pdserve.v1.Prefill",)
         )
@@ -83,6 +84,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         await self._handoff.close()
         await self._runs.wait_given_back()
         await self._loop.stop()
+        await self._host.close_engine()
         self._loaded.close()
 
     async def retire(self) -> LoadedModel:
@@ -96,7 +98,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
     def _engine_failed(self, error: BaseException) -> None:
         _log.error("the engine failed", error=repr(error))
         self._host.fail(error)
-        self._runs.engine_failed()
+        self._runs.engine_failed(error if isinstance(error, RankLost) else None)
 
     # -- the Prefill service -------------------------------------------------------------------------------------------
 

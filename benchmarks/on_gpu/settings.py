@@ -43,6 +43,14 @@ class DecodeSettings:
     local_prefill_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """A KV pool's memory that no other process maps."""
+
+    allocate: Callable[[int, int], memoryview]
+    descriptor: int | None = None
+
+
 def engine_of(
     source: str, settings: Settings, announce: list[str], *, memory: Callable[[int, int], memoryview] | None = None
 ) -> Engine:
@@ -53,6 +61,6 @@ def engine_of(
         threads=1,
         model_digest=source,
         tokenizer_digest="none",
-        memory=memory,
+        memory=None if memory is None else _Memory(memory),
         announce=announce.append,
     )

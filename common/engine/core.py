@@ -121,7 +121,7 @@ class Core(Generic[PlanType, Event]):
         self._started_s = self._clock.monotonic_s()
         plan = self._scheduler.schedule()
         for source, destination in plan.copies:
-            self._engine.pool.copy_block(source, destination)
+            self._engine.runner.copy_block(source, destination)
         if not plan.batch.slices:
             if self._scheduler.is_idle:
                 self._engine.blocks.check_integrity()

@@ -3,6 +3,8 @@
     model files -> architecture -> layout and sizes -> KV pool (over given memory) -> model -> runner
                                                     \\-> block manager
 
+    several ranks: the same, but that each rank has a share of the model over one pool (`common.engine.parallel`)
+
 The order matters: sizes are decided, and refused, before the weights are read. On a GPU the pool may take what weights and steps
 leave of a stated share, and decode steps are captured at the end (`device_steps`).
 """
@@ -13,6 +15,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -30,8 +33,25 @@ from common.engine.quantisation import WeightFormat, rounded_weights
 from common.engine.runner import ModelRunner, Successor
 from common.engine.settings import EngineSettings
 from common.engine.triton_kernels.choice import choose_operations
-from common.errors import ConfigError
+from common.errors import ConfigError, PdserveError, StartupError
 from common.types import KVLayout
+
+if TYPE_CHECKING:
+    from common.config import ParallelConfig
+    from common.engine.parallel.group import RankGroup
+
+
+class PoolMemory(Protocol):
+    """Where a KV pool's memory comes from (a shared region, on CPUs)."""
+
+    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
+        """Called once."""
+        ...
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of that memory, for other processes to map; None if it has none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +65,17 @@ class Engine:
     dtype: torch.dtype
     max_model_tokens: int  # longest prompt + output
     device_memory: DeviceAllocation | None  # the pool's, on a GPU
+    group: RankGroup | None = None  # the processes that compute it, if this one has others
+
+    @property
+    def degree(self) -> tuple[int, int]:
+        """Processes that divide a layer, and stages."""
+        return (1, 1) if self.group is None else (self.group.parallel.tensor_parallel, self.group.parallel.pipeline_parallel)
+
+    def close(self) -> None:
+        """Ends the other processes, if there are any. Blocking; the runner must not be used afterwards."""
+        if self.group is not None:
+            self.group.close()
 
 
 def build_engine(
@@ -54,21 +85,25 @@ def build_engine(
     threads: int,
     model_digest: str,
     tokenizer_digest: str,
-    memory: Callable[[int, int], memoryview] | None = None,
+    memory: PoolMemory | None = None,
     announce: Callable[[str], None] = lambda _: None,
+    parallel: ParallelConfig | None = None,
+    name: str = "engine",
 ) -> Engine:
     """Loads the model and builds all around it; blocking. Raises a StartupError.
 
-    `memory(block_bytes, num_blocks)` provides the KV pool's memory on a CPU (a shared region); None lets the pool allocate.
-    `announce` is told, once, what could not be had and is done without.
+    `memory` provides the KV pool's memory on a CPU; None lets the pool allocate. `announce` is told, once, what could not be had
+    and is done without. `parallel` says how many processes compute; with several, memory with a descriptor is needed, and `name`
+    stands before what they log.
     """
     torch.set_num_threads(threads)
     device = _device(config)
     dtype = _dtype(config, device)
     weight_format = WeightFormat(config.weights)
     architecture = load_architecture(model_path)
+    exact_shards = parallel.tensor_parallel if parallel is not None and config.exact else 1
     layout = KVLayout(
-        model_digest=_digest_as_computed(model_digest, weight_format),
+        model_digest=_digest_as_computed(model_digest, weight_format, exact_shards),
         tokenizer_digest=tokenizer_digest,
         num_layers=architecture.num_layers,
         num_kv_heads=architecture.num_kv_heads,
@@ -86,6 +121,27 @@ def build_engine(
         architecture.context_tokens,
         usable_blocks * config.block_tokens,
     )
+    fingerprint = layout.fingerprint
+    blocks = BlockManager(
+        total_blocks,
+        config.block_tokens,
+        lambda salt: root_hash(fingerprint, salt),
+        prefix_cache=config.prefix_cache,
+        first_block=FIRST_BLOCK,
+    )
+    if parallel is not None and parallel.num_ranks > 1:
+        group = _start_group(
+            model_path, config, parallel, architecture, layout, total_blocks, max_model_tokens, threads, device, memory, name
+        )
+        pool = group.mine.pool
+        runner = ModelRunner(group.mine.model, pool, numerics, len(group.mine.share.heads), group=group)
+        if numerics.exact:
+            try:
+                check_exactness(runner, pool, blocks, architecture.vocab_size, max_model_tokens)
+            except PdserveError:
+                group.close()
+                raise
+        return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens, None, group)
     captures = device.type == "cuda" and config.captured_rows > 0 and not config.exact
     _, weights = load_weights(model_path, dtype, device)
     weights = {name: weight.to(device) for name, weight in weights.items()}
@@ -96,15 +152,7 @@ def build_engine(
         device_memory = DeviceAllocation(layout.block_bytes * pool_blocks, layout.block_bytes // layout.num_layers, device)
         pool = KVPool(layout, pool_blocks, device, device_memory.words)
     else:
-        pool = KVPool(layout, pool_blocks, device, None if memory is None else memory(layout.block_bytes, pool_blocks))
-    fingerprint = layout.fingerprint
-    blocks = BlockManager(
-        total_blocks,
-        config.block_tokens,
-        lambda salt: root_hash(fingerprint, salt),
-        prefix_cache=config.prefix_cache,
-        first_block=FIRST_BLOCK,
-    )
+        pool = KVPool(layout, pool_blocks, device, None if memory is None else memory.allocate(layout.block_bytes, pool_blocks))
 
     def create_torch_model() -> Model:
         as_they_are = weight_format in (WeightFormat.MODEL, numerics.weight_format)
@@ -148,11 +196,57 @@ def build_engine(
     return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens, device_memory)
 
 
-def _digest_as_computed(model_digest: str, weight_format: WeightFormat) -> str:
-    """Rounded weights are other weights: their KV must not be mixed with that of the model as it came."""
-    if weight_format is WeightFormat.MODEL:
+def _start_group(
+    model_path: Path,
+    config: EngineSettings,
+    parallel: ParallelConfig,
+    architecture: ModelArchitecture,
+    layout: KVLayout,
+    num_blocks: int,
+    max_model_tokens: int,
+    threads: int,
+    device: torch.device,
+    memory: PoolMemory | None,
+    name: str,
+) -> RankGroup:
+    # Here, for an engine of one process needs nothing of them.
+    from common.config import EngineConfig, pdserve_home
+    from common.engine.native.choice import choose_library
+    from common.engine.parallel.group import RankGroup
+    from common.engine.parallel.model import ShareOrder
+    from common.engine.parallel.share import shares_of
+
+    shares = shares_of(architecture, parallel)
+    if device.type != "cpu":
+        raise ConfigError(f"workers of several ranks compute on CPUs, not on {device.type}", param="engine.device")
+    if not isinstance(config, EngineConfig):
+        raise ConfigError("workers of several ranks need a whole configuration", param="engine")
+    whole_groups = all(share.has_whole_groups(architecture.head_dim) for share in shares)
+    order = ShareOrder(
+        rank=0,
+        model_path=str(model_path),
+        engine=config,
+        parallel=parallel,
+        threads=threads,
+        layout=layout,
+        num_blocks=num_blocks,
+        max_model_tokens=max_model_tokens,
+        library=choose_library(config, architecture, layout.dtype, pdserve_home() / "kernels", whole_groups=whole_groups),
+    )
+    region = None if memory is None else memory.allocate(layout.block_bytes, num_blocks)
+    descriptor = None if memory is None else memory.descriptor
+    if region is None or descriptor is None:
+        raise StartupError("the ranks of a worker share its KV pool: it needs memory with a descriptor")
+    return RankGroup.start(order, shares, region, descriptor, name=name)
+
+
+def _digest_as_computed(model_digest: str, weight_format: WeightFormat, exact_shards: int) -> str:
+    """Rounded weights are other weights: their KV must not be mixed with that of the model as it came. Nor, in exact mode, KV
+    with sums over another number of parts."""
+    if weight_format is WeightFormat.MODEL and exact_shards == 1:
         return model_digest
-    return hashlib.sha256(f"{model_digest}:{weight_format}".encode()).hexdigest()
+    parts = [model_digest, weight_format] + ([f"{exact_shards} shards"] if exact_shards > 1 else [])
+    return hashlib.sha256(":".join(parts).encode()).hexdigest()
 
 
 def _numerics(config: EngineSettings, operations: Operations | None, weight_format: WeightFormat) -> Numerics:

@@ -56,6 +56,9 @@ class ExactNumerics:
 
         return tiled
 
+    def summed_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        return self.linear(weight, bias)
+
     def plain_linear(self, weight: torch.Tensor) -> Product:
         return self.linear(weight, None)
 

@@ -30,7 +30,7 @@ from common.engine.grammar import CompiledGrammar, GrammarCompiler
 from common.engine.loop import Inbox
 from common.engine.pace import Pace
 from common.engine.reporter import Reporter, ReportingScheduler
-from common.errors import EngineFailure, InvalidRequest, ModelNotFound, StartupError, WorkerLost
+from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PdserveError, StartupError, WorkerLost
 from common.in_flight import InFlight
 from common.load import WorkerShape
 from common.logs import get_logger
@@ -57,6 +57,9 @@ class Memory(Protocol):
 
     def allocate(self, block_bytes: int, num_blocks: int) -> memoryview: ...
 
+    @property
+    def descriptor(self) -> int | None: ...
+
     def close(self) -> None: ...
 
 
@@ -69,6 +72,7 @@ class LoadedEngine(Generic[MemoryType]):
     memory: MemoryType
 
     def close(self) -> None:
+        self.engine.close()
         self.memory.close()
 
 
@@ -140,8 +144,10 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         if kept is not None:
             if not isinstance(kept, LoadedEngine) or not isinstance(kept.memory, type(memory)):
                 raise StartupError("what the last worker in this process kept is no engine")
-            self._engine, self._grammars = kept.engine, kept.grammars
-            return kept
+            if kept.engine.degree == (spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel):
+                self._engine, self._grammars = kept.engine, kept.grammars
+                return kept
+            await asyncio.to_thread(kept.close)  # the other role has other ranks
         path = Path(spec.model_path)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
 
@@ -152,7 +158,9 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
                 threads=spec.threads,
                 model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
                 tokenizer_digest=tokenizer.digest,
-                memory=memory.allocate,
+                memory=memory,
+                parallel=spec.parallel,
+                name=f"{spec.worker_id}#{spec.incarnation}",
                 announce=lambda text: _log.warning(text, worker=spec.worker_id),
             )
 
@@ -254,6 +262,20 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         finally:
             self.metrics.grammar(outcome, time.monotonic() - started_s)
 
+    def watch_ranks(self, inbox: Inbox) -> None:
+        """Has the engine's thread fail when one of the engine's other processes is lost, also while it has nothing to do."""
+
+        def fail(error: PdserveError) -> None:
+            raise error
+
+        if self.engine.group is not None:
+            self.engine.group.watch(lambda error: inbox.post(fail, error))
+
+    async def close_engine(self) -> None:
+        """After the engine's thread has ended, and also where it never began."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+
     def count_served(self) -> None:
         self._served += 1
 
@@ -343,6 +365,9 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             dtype=engine.layout.dtype,
             exact=engine.layout.exact,
             layout_fingerprint=engine.layout.fingerprint.hex(),
+            tensor_parallel=spec.parallel.tensor_parallel,
+            pipeline_parallel=spec.parallel.pipeline_parallel,
+            rank_pids=engine.group.pids if engine.group is not None else (),
             started_s=self._started_s,
             blocks_cached=blocks.num_cached,
             blocks_arriving=arrivals.blocks_arriving,
@@ -376,6 +401,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
             steps_by_accepted=tuple(totals.steps_by_accepted),
+            ranks=self.spec.parallel.num_ranks,
             work_s={"prefill": totals.prefill_s, "decode": totals.decode_s, "wasted": totals.wasted_s},
             masks=self.engine.runner.mask_readings,
         )

@@ -42,6 +42,10 @@ class Numerics(Protocol):
         """Prepares `rows [n, in] @ weight [out, in]^T + bias [out]`; called once per matrix, when the model is built."""
         ...
 
+    def summed_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The same for a matrix of whose inputs this process may hold only some: the result is the sum over all that do."""
+        ...
+
     def plain_linear(self, weight: torch.Tensor) -> Product:
         """As `linear`, for a matrix that stays in the model's own type whatever the others are held in: what gives logits, and
         what chooses experts."""
@@ -62,6 +66,9 @@ class FastNumerics:
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         return pack(weight, bias)
+
+    def summed_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        return self.linear(weight, bias)
 
     def plain_linear(self, weight: torch.Tensor) -> Product:
         return pack(weight, None)

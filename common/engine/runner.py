@@ -7,6 +7,8 @@ Rows that need logits are the last row of a slice that samples, the rows of its 
 log-probability was asked for; the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary
 floats at once.
 
+Where several processes compute as one (`StepGroup`), the forward and the logits are theirs, and sampling stays here.
+
 A step of single tokens goes another way where there are programs of fixed shape for it (`captured`): the same operations,
 launched at once, and greedy tokens drawn on the device.
 
@@ -16,7 +18,9 @@ One thread uses a runner. It trusts the scheduler about blocks, and it knows nei
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -29,6 +33,7 @@ from common.engine.grammar import MaskThread, NextMask
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
+from common.engine.operations import Operations
 from common.engine.step_input import StepBuffers, StepInput
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
@@ -46,6 +51,17 @@ class Successor(Protocol):
         ...
 
 
+class StepGroup(Protocol):
+    """Several processes that compute as one (`common.engine.parallel.group`)."""
+
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """When it returns the step is computed. Then the fp32 logits [rows, vocab] of each group of rows in `wanted`: taken one
+        after the other, all of them, before the next step."""
+        ...
+
+    def copy_block(self, source: int, destination: int) -> None: ...
+
+
 class ModelRunner:
     def __init__(
         self,
@@ -56,10 +72,13 @@ class ModelRunner:
         successor: Successor | None = None,
         *,
         steps: DecodeSteps | None = None,
+        group: StepGroup | None = None,
     ) -> None:
+        """With a group, `model` and `pool` are this process's part of what the group computes."""
         self.steps = steps
         self._model = model
         self._successor = successor
+        self._group = group
         self._pool = pool
         self._attention = create_attention(numerics.operations.attention, pool, num_heads)
         self._operations = numerics.operations
@@ -86,13 +105,21 @@ class ModelRunner:
             return self._execute_at_once(self.steps, batch, bucket)
         masks = [mask for item in batch.slices for mask in _masks(item)]
         working_out = self._mask_thread.begin(masks)
-        step, hidden = self._forward(batch, layer_done)
+        first_rows = list(accumulate((len(item.token_ids) for item in batch.slices), initial=0))
+        reported = [_reported_rows(item, first) for item, first in zip(batch.slices, first_rows, strict=False)]
+        sampled = [
+            row
+            for item, end in zip(batch.slices, first_rows[1:], strict=True)
+            for row in range(end - num_sampled_rows(item), end)
+        ]
+        wanted = [rows for groups in reported for rows in groups] + ([sampled] if sampled else [])
+        logits = self._compute(batch, wanted, layer_done)
         prompt_logprobs = [
-            self._prompt_logprobs(item, hidden[span.first_row : span.first_row + span.num_rows])
-            for item, span in zip(batch.slices, step.spans, strict=True)
+            _prompt_logprobs(item, len(groups), logits, self._operations)
+            for item, groups in zip(batch.slices, reported, strict=True)
         ]
         _wait_for(working_out)
-        tokens = self._sample(batch, step, hidden)
+        tokens = draw(next(logits), batch.slices, self._operations.sample) if sampled else [() for _ in batch.slices]
         errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
         return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, strict=True)))
 
@@ -116,25 +143,43 @@ class ModelRunner:
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor:
         """Computes one step and returns the fp32 logits after the last token of each slice: [slices, vocab]."""
         _check(batch)
-        step, hidden = self._forward(batch)
-        return self._model.logits(hidden[[span.first_row + span.num_rows - 1 for span in step.spans]])
+        ends = accumulate(len(item.token_ids) for item in batch.slices)
+        return next(self._compute(batch, [[end - 1 for end in ends]]))
 
     @torch.inference_mode()
     def compute_all_logits(self, batch: ScheduledBatch) -> torch.Tensor:
         """Computes one step and returns the fp32 logits after every token, slice by slice: [tokens, vocab]."""
         _check(batch)
-        _, hidden = self._forward(batch)
-        return self._model.logits(hidden)
+        return next(self._compute(batch, [range(batch.num_tokens)]))
 
-    def _forward(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> tuple[StepInput, torch.Tensor]:
+    @torch.inference_mode()
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copies a block in the pool before the next step is computed."""
+        if self._group is not None:
+            self._group.copy_block(source, destination)
+        else:
+            self._pool.copy_block(source, destination)
+
+    def _compute(
+        self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], layer_done: LayerDone | None = None
+    ) -> Iterator[torch.Tensor]:
+        """As `StepGroup.compute`."""
+        if self._group is not None:
+            logits = self._group.compute(batch, wanted)
+            if layer_done is not None:
+                layer_done(self._pool.whole_layout.num_layers)
+            return logits
         if self._successor is not None and (model := self._successor.poll()) is not None:
             self._model, self._successor = model, None
         step = self._buffers.fill(batch)
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
+        model = self._model
         if layer_done is None or self._pool.device.type == "cpu":
-            return step, self._model.forward(step, self._pool, self._attention, layer_done)
-        return step, self._forward_on_device(step, layer_done)
+            hidden = model.forward(step, self._pool, self._attention, layer_done)
+        else:
+            hidden = self._forward_on_device(step, layer_done)
+        return (model.logits(hidden[torch.tensor(rows, device=hidden.device)]) for rows in wanted)
 
     def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
         """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""
@@ -151,25 +196,25 @@ class ModelRunner:
             layer_done(num_layers)
         return hidden
 
-    def _sample(self, batch: ScheduledBatch, step: StepInput, hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
-        rows: list[int] = []
-        for item, span in zip(batch.slices, step.spans, strict=True):
-            end = span.first_row + span.num_rows
-            rows.extend(range(end - num_sampled_rows(item), end))
-        if not rows:
-            return [() for _ in batch.slices]
-        logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
-        return draw(logits, batch.slices, self._operations.sample)
 
-    def _prompt_logprobs(self, item: SequenceSlice, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
-        if item.prompt_logprobs is None:
-            return ()
-        reports: list[TokenLogprob] = []
-        for start in range(0, len(item.next_token_ids), _LOGPROB_ROWS):
-            following = item.next_token_ids[start : start + _LOGPROB_ROWS]
-            logits = self._model.logits(hidden[start : start + len(following)])
-            reports.extend(self._operations.report_logprobs(logits, following, [item.prompt_logprobs] * len(following)))
-        return tuple(reports)
+def _reported_rows(item: SequenceSlice, first_row: int) -> list[range]:
+    """The rows whose next token's log-probability was asked for, in groups."""
+    if item.prompt_logprobs is None:
+        return []
+    end = first_row + len(item.next_token_ids)
+    return [range(row, min(row + _LOGPROB_ROWS, end)) for row in range(first_row, end, _LOGPROB_ROWS)]
+
+
+def _prompt_logprobs(
+    item: SequenceSlice, num_groups: int, logits: Iterator[torch.Tensor], operations: Operations
+) -> tuple[TokenLogprob, ...]:
+    if item.prompt_logprobs is None:
+        return ()
+    reports: list[TokenLogprob] = []
+    for group in range(num_groups):
+        following = item.next_token_ids[group * _LOGPROB_ROWS : (group + 1) * _LOGPROB_ROWS]
+        reports.extend(operations.report_logprobs(next(logits), following, [item.prompt_logprobs] * len(following)))
+    return tuple(reports)
 
 
 def _is_greedy(spec: SampleSpec) -> bool:

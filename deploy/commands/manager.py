@@ -124,6 +124,9 @@ def describe(snapshot: Any, state: ClusterState) -> dict[str, Any]:
                 "device": worker.device,
                 "dtype": worker.dtype,
                 "exact": worker.exact,
+                "tensor_parallel": worker.tensor_parallel,
+                "pipeline_parallel": worker.pipeline_parallel,
+                "rank_pids": list(worker.rank_pids),
                 "failure": worker.failure,
             }
             for worker in snapshot.workers

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from common.errors import EngineFailure
+from common.metrics_access import metrics_token
 from common.rpc import connect
 from deploy.commands.manager import ask_status, called, describe
 from deploy.commands.which_cluster import chosen_state
@@ -65,21 +66,23 @@ class Observer:
             self._past.clear()
             self._state, self._channel = state, connect(state.manager_address, state.token)
         described = describe(await called(self._channel, state, ask_status), state)
-        scrapes = await self._scrape(described)
+        scrapes = await self._scrape(described, state)
         picture = draw_up(described, self._changes(scrapes), at_s=time.time(), up_s=described["up_s"], first=not self._past)
         self._remember(scrapes)
         return picture
 
-    async def _scrape(self, described: dict[str, Any]) -> Scrapes:
+    async def _scrape(self, described: dict[str, Any], state: ClusterState) -> Scrapes:
+        # Workers on other hosts show their metrics to nobody else.
+        headers = {"Authorization": f"Bearer {metrics_token(state.token)}"}
         addresses = [router["http_address"] for router in described["routers"]]
         addresses += [worker["metrics_address"] for worker in described["workers"] if worker["metrics_address"]]
-        found = await asyncio.gather(*(self._samples(address) for address in addresses))
+        found = await asyncio.gather(*(self._samples(address, headers) for address in addresses))
         return {address: samples for address, samples in zip(addresses, found, strict=True) if samples is not None}
 
-    async def _samples(self, address: str) -> Samples | None:
+    async def _samples(self, address: str, headers: dict[str, str]) -> Samples | None:
         assert self._http is not None
         try:
-            reply = await self._http.get(f"http://{address}/metrics")
+            reply = await self._http.get(f"http://{address}/metrics", headers=headers)
             return parse(reply.text, time.monotonic()) if reply.status_code == httpx.codes.OK else None
         except (httpx.HTTPError, EngineFailure):
             return None

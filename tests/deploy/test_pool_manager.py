@@ -179,6 +179,17 @@ async def test_a_worker_that_is_given_up_gets_nothing_more_while_it_is_being_bur
         assert [one.incarnation for one in snapshot.workers if one.worker_id == DECODE] == [2]
 
 
+async def test_a_process_that_does_not_die_holds_up_its_successor_and_nobody_else() -> None:
+    async with running(spec_of()) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        cluster.host.undying = 3
+        cluster.host.latest(DECODE).die("exit 9")
+        await cluster.until_states(prefill_0="ready", decode_0="starting")
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        assert cluster.host.undying == 0
+        assert [worker.spec.incarnation for worker in cluster.host.workers if worker.spec.worker_id == DECODE] == [1, 2]
+
+
 async def test_a_worker_for_which_there_is_no_room_can_be_taken_back() -> None:
     async with running(spec_of()) as cluster:
         await cluster.until_states(prefill_0="ready", decode_0="ready")

@@ -73,7 +73,8 @@ class Transcript:
         head = (
             "# `ray up` on four hosts\n\n"
             "Written by `make test-cluster` (tests/hosts/test_ray_up.py). The hosts are network, PID, mount, UTS and IPC"
-            f" namespaces of one machine with {os.cpu_count()} cores.\nA model of random weights in exact mode; three clients"
+            f" namespaces of one machine with {os.cpu_count()} cores; while other programs run on"
+            " it, times are longer.\nA model of random weights in exact mode; three clients"
             " stream without pause, and every answer is compared with that of an aggregated run.\n\n"
         )
         TRANSCRIPT.write_text(head + "\n".join(self._lines) + f"\n\n{self.outcome}\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 from common.errors import TransferBroken
 from common.types import KVLayout
 from kvtransfer.host_identity import this_host
+from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import LinkCredentials, PeerName
 from kvtransfer.transports.shm import ShmTransport
 
@@ -43,4 +44,5 @@ async def test_memory_of_another_host_is_passed_over_without_a_try() -> None:
             PeerName("d", 1),
             pool_blocks=1,
             layout=layout,
+            source=BlockRegion(memoryview(bytearray(layout.block_bytes)), layout.block_bytes, 1),
         )

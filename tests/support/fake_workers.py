@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.errors import PdserveError, WorkerLost
+from common.errors import ClusterError, PdserveError, WorkerLost
 from common.rpc import RpcServer, start_server
 from common.types import WorkerRef
 from common.wire.worker_pb2 import DrainReply, DrainRequest, InfoReply, InfoRequest, WorkerPace
@@ -75,6 +75,9 @@ class FakeWorker(WorkerServicer):
 
     async def kill(self) -> None:
         await self._host.may_bury.wait()
+        if self._host.undying:
+            self._host.undying -= 1
+            raise ClusterError("the process does not die")
         self.die("killed")
         self.answers.set()
         if self._server is not None:
@@ -122,6 +125,7 @@ class FakeHost:
     drains_at_once: bool = False
     expected: list[int] = field(default_factory=list)
 
+    undying: int = 0  # so many kills come to nothing
     may_launch: asyncio.Event = field(default_factory=asyncio.Event)  # there is room
 
     def __post_init__(self) -> None:

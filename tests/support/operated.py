@@ -71,7 +71,7 @@ class FakeProcess:
     def __init__(self, metrics: Callable[[CollectorRegistry], Any]) -> None:
         registry = CollectorRegistry()
         self.metrics = metrics(registry)
-        self.address, self.stop = start_metrics_server(registry, "127.0.0.1")
+        self.address, self.stop = start_metrics_server(registry, "127.0.0.1", cluster_token=TOKEN)
 
 
 @dataclass

@@ -37,7 +37,7 @@ _GGUF_NAMES = {
 }
 
 
-def make_tiny_gemma(path: Path, seed: int = 0, *, layers: int = 7, dtype: torch.dtype = torch.float32) -> Path:
+def make_tiny_gemma(path: Path, seed: int = 0, *, layers: int = 7, kv_heads: int = 1, dtype: torch.dtype = torch.float32) -> Path:
     """Writes config, weights and tokenizer into the folder `path`; its sixth layer sees all, the others `WINDOW` tokens."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -45,7 +45,7 @@ def make_tiny_gemma(path: Path, seed: int = 0, *, layers: int = 7, dtype: torch.
         num_hidden_layers=layers,
         hidden_size=48,
         num_attention_heads=4,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         head_dim=16,
         query_pre_attn_scalar=16,
         intermediate_size=96,

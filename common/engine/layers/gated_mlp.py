@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.engine.layers.linear import Linear
+from common.engine.layers.linear import Linear, SummedLinear
 from common.engine.numerics import Numerics
 
 
@@ -21,7 +21,7 @@ class GatedMLP:
     ) -> None:
         self._gated = gated
         self._gate_up = Linear(numerics, torch.cat((gate, up)))
-        self._down = Linear(numerics, down)
+        self._down = SummedLinear(numerics, down)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         return self._down(self._gated(self._gate_up(rows)))

@@ -6,8 +6,8 @@ learns which file format it came from.
 
     path -> architecture (refused early if no model here can run it) -> tensors one by one -> complete, or ModelLoadError
 
-Does not know: devices, parallelism (tensors come whole, on the CPU), tokenizers (`common.tokenizer`), where files come from
-(`common.model_store`).
+Does not know: devices (tensors are on the CPU), who holds which part of a model (`keep` says), tokenizers (`common.tokenizer`),
+where files come from (`common.model_store`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from common.engine.loader.architecture import Llama3RopeScaling, ModelArchitecture
+from common.engine.loader.architecture import Keep, Llama3RopeScaling, ModelArchitecture, keep_all
 from common.engine.loader.random_model import is_random, make_weights
 from common.engine.loader.random_model import read_architecture as read_random_architecture
 from common.errors import ModelLoadError
 
-__all__ = ["Llama3RopeScaling", "ModelArchitecture", "load_architecture", "load_weights"]
+__all__ = ["Keep", "Llama3RopeScaling", "ModelArchitecture", "keep_all", "load_architecture", "load_weights"]
 
 
 def load_architecture(model_path: Path) -> ModelArchitecture:
@@ -38,23 +38,25 @@ def load_architecture(model_path: Path) -> ModelArchitecture:
 
 
 def load_weights(
-    model_path: Path, dtype: torch.dtype, device: torch.device | None = None
+    model_path: Path, dtype: torch.dtype, device: torch.device | None = None, *, keep: Keep = keep_all
 ) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
     """The model at `model_path` (a .gguf file, or a folder with config.json and *.safetensors) as CPU tensors of `dtype`.
     `random:NAME` makes one up, on `device` (`random_model`).
 
     The dictionary holds exactly `ModelArchitecture.tensor_shapes()`: with tied embeddings there is no `lm_head.weight`, the
-    model uses `model.embed_tokens.weight` for both. Blocking: seconds to minutes. Raises ModelLoadError.
+    model uses `model.embed_tokens.weight` for both. `keep` says what is held of each tensor, as soon as it was read, for a
+    process that needs only some. Blocking: seconds to minutes. Raises ModelLoadError.
     """
     if is_random(str(model_path)):
-        return make_weights(str(model_path), dtype, device or torch.device("cpu"))
+        architecture, made = make_weights(str(model_path), dtype, device or torch.device("cpu"))
+        return architecture, {kept: part for name, tensor in made.items() for kept, part in keep(name, tensor).items()}
     if _is_gguf(model_path):
         from common.engine.loader.gguf_file import read_weights
 
-        return read_weights(model_path, dtype)
+        return read_weights(model_path, dtype, keep)
     from common.engine.loader.safetensors_folder import read_weights as read_folder_weights
 
-    return read_folder_weights(model_path, dtype)
+    return read_folder_weights(model_path, dtype, keep)
 
 
 def _is_gguf(model_path: Path) -> bool:

@@ -7,10 +7,19 @@ hold the files against it, so that a model definition can trust its dictionary b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
+
 from common.errors import ModelLoadError
+
+Keep = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+"""What is held of a tensor, under which names; what it returns must not hold on to the rest."""
+
+
+def keep_all(name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    return {name: tensor}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from gguf.quants import dequantize
 
 from common.engine.loader.architecture import (
+    Keep,
     Llama3RopeScaling,
     ModelArchitecture,
     check_names,
@@ -56,7 +57,7 @@ _GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA3_LAYERS_OF_27B = 62  # scales its queries by another number, which GGUF files do not state
 
 
-def read_weights(path: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+def read_weights(path: Path, dtype: torch.dtype, keep: Keep) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
     file = GGUFFile(path)
     architecture = _architecture(file)
     shapes = architecture.tensor_shapes()
@@ -78,7 +79,7 @@ def read_weights(path: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dic
             values = values - 1.0
         # Conversion copies already, unless there is nothing to convert: then the array may still be the mapped file.
         tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
-        tensors[name] = tensor.to(dtype).contiguous()
+        tensors.update(keep(name, tensor.to(dtype).contiguous()))
     return architecture, tensors
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.engine.loader.architecture import (
+    Keep,
     Llama3RopeScaling,
     ModelArchitecture,
     check_names,
@@ -30,7 +31,7 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Number = TypeVar("_Number", int, float)
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+def read_weights(folder: Path, dtype: torch.dtype, keep: Keep) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
     architecture = read_architecture(folder)
     shapes = architecture.tensor_shapes()
     shard_of = _tensor_files(folder)
@@ -48,7 +49,7 @@ def read_weights(folder: Path, dtype: torch.dtype) -> tuple[ModelArchitecture, d
                             f"tensor {name} is {tensor.dtype}; only 16 and 32 bit floats are supported", param=name
                         )
                     check_shape(name, tuple(tensor.shape), shapes)
-                    tensors[name] = tensor.to(dtype).contiguous()
+                    tensors.update(keep(name, tensor.to(dtype).contiguous()))
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"cannot read {shard}: {error}") from error
     return architecture, tensors

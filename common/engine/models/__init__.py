@@ -23,9 +23,15 @@ LayerDone = Callable[[int], None]
 
 class Model(Protocol):
     def forward(
-        self, step: StepInput, pool: KVPool, attention: AttentionBackend, layer_done: LayerDone | None = None
+        self,
+        step: StepInput,
+        pool: KVPool,
+        attention: AttentionBackend,
+        layer_done: LayerDone | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Computes the rows of a step, writes their keys and values, returns their hidden states [rows, hidden]."""
+        """Computes the rows of a step, writes their keys and values, returns their hidden states [rows, hidden]. `rows` are what
+        an earlier stage of a pipeline made of them, and may be changed; without, the model begins with its embedding."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
-from common.engine.layers.linear import Linear, PlainLinear
+from common.engine.layers.linear import Linear, PlainLinear, SummedLinear
 from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
+from common.engine.models.ends import ModelEnds, present
 from common.engine.numerics import Numerics
 from common.engine.operations import Norm
 from common.engine.step_input import StepInput
@@ -44,7 +45,7 @@ class Gemma3Layer:
         self._attention_norm = norm("input_layernorm")
         self._qkv = Linear(numerics, torch.cat([take(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")]))
         self._head_norms = norm("self_attn.q_norm"), norm("self_attn.k_norm")
-        self._output = Linear(numerics, take("self_attn.o_proj"))
+        self._output = SummedLinear(numerics, take("self_attn.o_proj"))
         self._attended_norm = norm("post_attention_layernorm")
         self._mlp_norm = norm("pre_feedforward_layernorm")
         self._mlp = GatedMLP(
@@ -78,19 +79,18 @@ class Gemma3Model:
         numerics: Numerics,
         max_model_tokens: int,
     ) -> None:
-        self._embedding = weights.pop("model.embed_tokens.weight")
-        self._embedding_scale = torch.tensor(architecture.hidden_size**0.5, dtype=self._embedding.dtype)  # rounded as rows are
+        ends = ModelEnds.take(architecture, weights)
+        self._embedding = ends.embedding
+        self._embedding_scale = torch.tensor(architecture.hidden_size**0.5, dtype=ends.dtype)  # rounded as rows are
 
         def rotary(theta: float) -> RotaryEmbedding:
-            return RotaryEmbedding(
-                architecture.head_dim, theta, architecture.rope_scaling, max_model_tokens, self._embedding.device
-            )
+            return RotaryEmbedding(architecture.head_dim, theta, architecture.rope_scaling, max_model_tokens, ends.device)
 
         self._global_rotary = rotary(architecture.rope_theta)
         self._local_rotary = rotary(architecture.local_rope_theta or architecture.rope_theta)
         self._layers = [Gemma3Layer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = numerics.operations.offset_rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
-        self._head = PlainLinear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
+        self._norm = None if ends.norm is None else numerics.operations.offset_rms_norm(ends.norm, architecture.rms_norm_eps)
+        self._head = None if ends.head is None else PlainLinear(numerics, ends.head)
 
     def forward(
         self,
@@ -98,8 +98,10 @@ class Gemma3Model:
         pool: KVPool,
         attention: AttentionBackend,
         layer_done: Callable[[int], None] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        rows = F.embedding(step.token_ids, self._embedding) * self._embedding_scale
+        if rows is None:
+            rows = F.embedding(step.token_ids, present(self._embedding)) * self._embedding_scale
         local_angles = self._local_rotary.angles(step.positions)
         global_angles = self._global_rotary.angles(step.positions)
         write_index = pool.write_index(step.slots)
@@ -111,4 +113,4 @@ class Gemma3Model:
         return rows
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._head(self._norm(hidden)).float()
+        return present(self._head)(present(self._norm)(hidden)).float()

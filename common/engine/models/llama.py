@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
-from common.engine.layers.linear import Linear, PlainLinear
+from common.engine.layers.linear import Linear, PlainLinear, SummedLinear
 from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
+from common.engine.models.ends import ModelEnds, present
 from common.engine.numerics import Numerics
 from common.engine.step_input import StepInput
 
@@ -42,7 +43,7 @@ class LlamaLayer:
         self._qkv = Linear(
             numerics, torch.cat([take(f"{name}.weight") for name in projections]), torch.cat(biases) if biases else None
         )
-        self._output = Linear(numerics, take("self_attn.o_proj.weight"), take_bias("self_attn.o_proj.bias"))
+        self._output = SummedLinear(numerics, take("self_attn.o_proj.weight"), take_bias("self_attn.o_proj.bias"))
         self._mlp_norm = self._operations.rms_norm(take("post_attention_layernorm.weight"), architecture.rms_norm_eps)
         feed_forward = [take(f"mlp.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")]
         self._mlp = GatedMLP(numerics, numerics.operations.gated_silu, *feed_forward)
@@ -71,17 +72,18 @@ class LlamaModel:
         numerics: Numerics,
         max_model_tokens: int,
     ) -> None:
-        self._embedding = weights.pop("model.embed_tokens.weight")
+        ends = ModelEnds.take(architecture, weights)
+        self._embedding = ends.embedding
         self._rotary = RotaryEmbedding(
             architecture.head_dim,
             architecture.rope_theta,
             architecture.rope_scaling,
             max_model_tokens,
-            self._embedding.device,
+            ends.device,
         )
         self._layers = [LlamaLayer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = numerics.operations.rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
-        self._head = PlainLinear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
+        self._norm = None if ends.norm is None else numerics.operations.rms_norm(ends.norm, architecture.rms_norm_eps)
+        self._head = None if ends.head is None else PlainLinear(numerics, ends.head)
 
     def forward(
         self,
@@ -89,8 +91,10 @@ class LlamaModel:
         pool: KVPool,
         attention: AttentionBackend,
         layer_done: Callable[[int], None] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        rows = F.embedding(step.token_ids, self._embedding)
+        if rows is None:
+            rows = F.embedding(step.token_ids, present(self._embedding))
         angles = self._rotary.angles(step.positions)
         write_index = pool.write_index(step.slots)
         plan = attention.plan(step.block_tables, step.spans)
@@ -102,4 +106,4 @@ class LlamaModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # The last norm is per row as well: rows that need no logits do not pay for it.
-        return self._head(self._norm(hidden)).float()
+        return present(self._head)(present(self._norm)(hidden)).float()

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from common.engine.attention import AttentionBackend, AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
-from common.engine.layers.linear import Linear, PlainLinear
+from common.engine.layers.linear import Linear, PlainLinear, SummedLinear
 from common.engine.layers.mixture import Mixture
 from common.engine.layers.rotary import Angles, RotaryEmbedding
 from common.engine.loader import ModelArchitecture
+from common.engine.models.ends import ModelEnds, present
 from common.engine.numerics import Numerics
 from common.engine.operations import Norm
 from common.engine.step_input import StepInput
@@ -51,7 +52,7 @@ class Qwen3Layer:
             torch.cat([take(f"{name}.bias") for name in projections]) if biased else None,
         )
         self._head_norms = norm("self_attn.q_norm"), norm("self_attn.k_norm")
-        self._output = Linear(numerics, take("self_attn.o_proj.weight"), take("self_attn.o_proj.bias") if biased else None)
+        self._output = SummedLinear(numerics, take("self_attn.o_proj.weight"), take("self_attn.o_proj.bias") if biased else None)
         self._mlp_norm = norm("post_attention_layernorm")
         self._mlp: Callable[[torch.Tensor], torch.Tensor]
         if architecture.num_experts is None or architecture.experts_per_token is None:
@@ -91,17 +92,18 @@ class Qwen3Model:
         numerics: Numerics,
         max_model_tokens: int,
     ) -> None:
-        self._embedding = weights.pop("model.embed_tokens.weight")
+        ends = ModelEnds.take(architecture, weights)
+        self._embedding = ends.embedding
         self._rotary = RotaryEmbedding(
             architecture.head_dim,
             architecture.rope_theta,
             architecture.rope_scaling,
             max_model_tokens,
-            self._embedding.device,
+            ends.device,
         )
         self._layers = [Qwen3Layer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = numerics.operations.rms_norm(weights.pop("model.norm.weight"), architecture.rms_norm_eps)
-        self._head = PlainLinear(numerics, self._embedding if architecture.tie_embeddings else weights.pop("lm_head.weight"))
+        self._norm = None if ends.norm is None else numerics.operations.rms_norm(ends.norm, architecture.rms_norm_eps)
+        self._head = None if ends.head is None else PlainLinear(numerics, ends.head)
 
     def forward(
         self,
@@ -109,8 +111,10 @@ class Qwen3Model:
         pool: KVPool,
         attention: AttentionBackend,
         layer_done: Callable[[int], None] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        rows = F.embedding(step.token_ids, self._embedding)
+        if rows is None:
+            rows = F.embedding(step.token_ids, present(self._embedding))
         angles = self._rotary.angles(step.positions)
         write_index = pool.write_index(step.slots)
         plan = attention.plan(step.block_tables, step.spans)
@@ -121,4 +125,4 @@ class Qwen3Model:
         return rows
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._head(self._norm(hidden)).float()
+        return present(self._head)(present(self._norm)(hidden)).float()

@@ -45,7 +45,7 @@ def choose_model(
     create_torch_model: Callable[[], Model],
 ) -> tuple[Model, Successor | None]:
     """The model to start with, and perhaps one that will take over. Raises ConfigError."""
-    if not _wants_native(config, architecture, pool):
+    if not _wants_native(config, architecture, pool.device.type, pool.layout.dtype):
         return create_torch_model(), None
     library = _library_at_hand(config, cache)
     panels = ModelPanels.of(architecture, weights, WeightFormat(config.weights))
@@ -57,6 +57,27 @@ def choose_model(
         _log.info("native kernels compute")
         return create(library), None
     return create_torch_model(), Successor(cache, create)
+
+
+def choose_library(
+    config: EngineSettings, architecture: ModelArchitecture, dtype: str, cache: Path, *, whole_groups: bool
+) -> str:
+    """For several processes that must all compute the same way from the start: the path of the library, compiled now if need be,
+    or "" for torch. `whole_groups`: no process has a part of a group of 8-bit weights. Raises ConfigError."""
+    if not _wants_native(config, architecture, "cpu", dtype):
+        return ""
+    if WeightFormat(config.weights) is WeightFormat.INT8 and not whole_groups:
+        if config.kernels == "native":
+            raise ConfigError("no native kernels for parts of groups of 8-bit weights", param="engine.kernels")
+        _log.info("torch computes: ranks would divide groups of 8-bit weights")
+        return ""
+    try:
+        return str(build_library(cache, check_library))
+    except EngineFailure as error:
+        if config.kernels == "native":
+            raise ConfigError(f"no native kernels: {error}", param="engine.kernels") from error
+        _log.warning("native kernels cannot be had; torch serves", reason=str(error))
+        return ""
 
 
 class Successor:
@@ -113,11 +134,11 @@ def _library_at_hand(config: EngineSettings, cache: Path) -> Library | None:
         return None
 
 
-def _wants_native(config: EngineSettings, architecture: ModelArchitecture, pool: KVPool) -> bool:
+def _wants_native(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: str) -> bool:
     """Raises ConfigError if native kernels are demanded where there are none."""
     if config.kernels in ("torch", "triton"):
         return False
-    obstacle = _obstacle(config, architecture, pool)
+    obstacle = _obstacle(config, architecture, device, dtype)
     if obstacle is not None and config.kernels == "native":
         raise ConfigError(f"no native kernels {obstacle}", param="engine.kernels")
     if obstacle is not None:
@@ -125,15 +146,15 @@ def _wants_native(config: EngineSettings, architecture: ModelArchitecture, pool:
     return obstacle is None
 
 
-def _obstacle(config: EngineSettings, architecture: ModelArchitecture, pool: KVPool) -> str | None:
-    if pool.device.type != "cpu":
-        return f"on {pool.device.type}"
+def _obstacle(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: str) -> str | None:
+    if device != "cpu":
+        return f"on {device}"
     if config.exact:
         return "in exact mode"
     if config.weights not in ("model", "int8"):
         return f"for weights in {config.weights}"
-    if pool.layout.dtype not in ("bfloat16", "float32"):
-        return f"for {pool.layout.dtype}"
+    if dtype not in ("bfloat16", "float32"):
+        return f"for {dtype}"
     if architecture.family != "llama":
         return f"for the family {architecture.family}"
     if architecture.head_dim > MAX_HEAD_DIM:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from common.errors import EngineFailure
 
-_INTERFACE = 2
+_INTERFACE = 3
 _OUT_OF_MEMORY = 1
+ATTENTION, FEED_FORWARD = 1, 2
+"""Halves of a layer."""
 
 
 class LayerWeights(ctypes.Structure):
@@ -42,6 +44,9 @@ class Description(ctypes.Structure):
         ("block_tokens", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
+        ("pool_layers", ctypes.c_int64),
+        ("pool_kv_heads", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
         ("norm_epsilon", ctypes.c_double),
         ("embedding", ctypes.c_void_p),
         ("layers", ctypes.POINTER(LayerWeights)),
@@ -65,6 +70,9 @@ class Step(ctypes.Structure):
         ("hidden", ctypes.c_void_p),
         ("first_layer", ctypes.c_int64),
         ("end_layer", ctypes.c_int64),
+        ("embeds", ctypes.c_int64),
+        ("halves", ctypes.c_int64),
+        ("partial", ctypes.c_void_p),
     )
 
 

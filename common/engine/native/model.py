@@ -4,6 +4,9 @@ Hidden rows are fp32 and padded to whole panels; only `logits` of the same model
 bits whatever the other rows of the step, chunk borders and the number of threads are: its sums run in one order. That holds among
 steps of this model, not between it and torch's, and not between machines with different instructions.
 
+A model may be a part of one (`NativeStage`): then a step begins with rows instead of tokens where it is not the first stage, and
+is computed by half layers where the sum of a half layer is to be taken over several processes.
+
 The C side holds plain addresses, so this object keeps weights, tables and pool alive and frees the C side when it goes. It is
 used by one thread.
 """
@@ -11,6 +14,8 @@ used by one thread.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,13 +25,21 @@ from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import RotaryEmbedding
 from common.engine.loader import ModelArchitecture
 from common.engine.models import LayerDone
-from common.engine.native.library import Description, LayerWeights, Library, Step
+from common.engine.native.library import ATTENTION, FEED_FORWARD, Description, LayerWeights, Library, Step
 from common.engine.native.panels import PANEL, LayerPanels, ModelPanels
 from common.engine.quantisation import WeightFormat
 from common.engine.step_input import StepInput
 from common.errors import EngineFailure
 
 MAX_HEAD_DIM = 512
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStage:
+    """What is to be known of a part of a model, beyond its own sizes."""
+
+    head_size: int  # outputs of its head
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None  # the sum over all parts of fp32 rows; None: this is all of the layer
 
 
 class NativeModel:
@@ -38,10 +51,12 @@ class NativeModel:
         pool: KVPool,
         max_model_tokens: int,
         threads: int,
+        stage: NativeStage | None = None,
     ) -> None:
         self._library = library
+        self._head_size = architecture.vocab_size if stage is None else stage.head_size
+        self._add_up = None if stage is None else stage.add_up
         self._num_layers = architecture.num_layers
-        self._vocab_size = architecture.vocab_size
         self._hidden_width = -(-architecture.hidden_size // PANEL) * PANEL
         self._pool = pool
         rotary = RotaryEmbedding(
@@ -50,7 +65,7 @@ class NativeModel:
         layers = (LayerWeights * architecture.num_layers)(*(_addresses(layer) for layer in panels.layers))
         self._alive = (panels, rotary, layers)
         description = Description(
-            bytes_per_value=panels.embedding.element_size(),
+            bytes_per_value=pool.tensor.element_size(),
             weight_bits=8 if panels.format is WeightFormat.INT8 else 0,
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
@@ -63,11 +78,14 @@ class NativeModel:
             block_tokens=pool.layout.block_tokens,
             num_blocks=pool.num_blocks,
             num_threads=threads,
+            pool_layers=pool.whole_layout.num_layers,
+            pool_kv_heads=pool.whole_layout.num_kv_heads,
+            head_size=self._head_size,
             norm_epsilon=architecture.rms_norm_eps,
-            embedding=panels.embedding.data_ptr(),
+            embedding=_address(panels.embedding),
             layers=layers,
-            final_norm=panels.final_norm.data_ptr(),
-            head=panels.head.data_ptr(),
+            final_norm=_address(panels.final_norm),
+            head=_address(panels.head),
             cosines=rotary.cosines.data_ptr(),
             sines=rotary.sines.data_ptr(),
             pool=pool.tensor.data_ptr(),
@@ -77,12 +95,17 @@ class NativeModel:
         weakref.finalize(self, library.destroy, self._handle).atexit = False
 
     def forward(
-        self, step: StepInput, pool: KVPool, attention: AttentionBackend, layer_done: LayerDone | None = None
+        self,
+        step: StepInput,
+        pool: KVPool,
+        attention: AttentionBackend,
+        layer_done: LayerDone | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Model.forward`. Attention is part of the step: the backend is not asked."""
         if pool is not self._pool:
             raise EngineFailure("a native model computes over the pool that it was made for")
-        hidden = torch.empty(len(step.token_ids), self._hidden_width)
+        hidden = torch.empty(len(step.token_ids), self._hidden_width) if rows is None else rows
         first_rows = np.array([*(span.first_row for span in step.spans), len(step.token_ids)], dtype=np.int64)
         task = Step(
             num_rows=len(step.token_ids),
@@ -95,35 +118,52 @@ class NativeModel:
             hidden=hidden.data_ptr(),
             first_layer=0,
             end_layer=self._num_layers,
+            embeds=rows is None,
+            halves=ATTENTION | FEED_FORWARD,
+            partial=None,
         )
-        if layer_done is None:
+        if layer_done is None and self._add_up is None:
             self._library.forward(self._handle, task)
             return hidden
         for number in range(1, self._num_layers + 1):
             task.first_layer, task.end_layer = number - 1, number
-            self._library.forward(self._handle, task)
-            layer_done(number)
+            if self._add_up is None:
+                self._library.forward(self._handle, task)
+            else:
+                self._by_halves(task, hidden, self._add_up)
+            task.embeds = False
+            if layer_done is not None:
+                layer_done(number)
         return hidden
+
+    def _by_halves(self, task: Step, hidden: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for half in (ATTENTION, FEED_FORWARD):
+            partial = torch.empty_like(hidden)
+            task.halves, task.partial = half, partial.data_ptr()
+            self._library.forward(self._handle, task)
+            task.embeds = False
+            hidden.add_(add_up(partial))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), self._vocab_size)
+        logits = torch.empty(len(hidden), self._head_size)
         if len(hidden):
             self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
 
 
-def _addresses(layer: LayerPanels) -> LayerWeights:
-    def address(tensor: torch.Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
+
+def _addresses(layer: LayerPanels) -> LayerWeights:
     return LayerWeights(
-        attention_norm=address(layer.attention_norm),
-        qkv=address(layer.qkv),
-        qkv_bias=address(layer.qkv_bias),
-        output=address(layer.output),
-        output_bias=address(layer.output_bias),
-        mlp_norm=address(layer.mlp_norm),
-        gate_up=address(layer.gate_up),
-        down=address(layer.down),
+        attention_norm=_address(layer.attention_norm),
+        qkv=_address(layer.qkv),
+        qkv_bias=_address(layer.qkv_bias),
+        output=_address(layer.output),
+        output_bias=_address(layer.output_bias),
+        mlp_norm=_address(layer.mlp_norm),
+        gate_up=_address(layer.gate_up),
+        down=_address(layer.down),
     )

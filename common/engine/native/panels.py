@@ -40,10 +40,10 @@ class LayerPanels:
 
 @dataclass(frozen=True, slots=True)
 class ModelPanels:
-    embedding: torch.Tensor  # [vocab, hidden], as it came
+    embedding: torch.Tensor | None  # [vocab, hidden], as it came; a stage of a pipeline may lack it, or norm and head
     layers: tuple[LayerPanels, ...]
-    final_norm: torch.Tensor
-    head: torch.Tensor
+    final_norm: torch.Tensor | None
+    head: torch.Tensor | None
     format: WeightFormat = WeightFormat.MODEL
 
     @classmethod
@@ -52,13 +52,15 @@ class ModelPanels:
     ) -> ModelPanels:
         """Copies; the weights may go afterwards, but for the embedding."""
         pack = quantised_panels if format is WeightFormat.INT8 else to_panels
-        memory = _Memory(sum(_packed_bytes(weight) for weight in weights.values()) + _packed_bytes(_head(weights)))
+        norm, head = weights.get("model.norm.weight"), _head(architecture, weights)
+        sizes = [_packed_bytes(weight) for weight in (*weights.values(), *(() if head is None else (head,)))]
+        memory = _Memory(sum(sizes))
         layers = tuple(_layer(memory, weights, f"model.layers.{index}.", pack) for index in range(architecture.num_layers))
         return cls(
-            embedding=weights["model.embed_tokens.weight"],
+            embedding=weights.get("model.embed_tokens.weight"),
             layers=layers,
-            final_norm=padded_vector(weights["model.norm.weight"]),
-            head=memory.keep(pack(_head(weights))),
+            final_norm=None if norm is None else padded_vector(norm),
+            head=None if head is None else memory.keep(pack(head)),
             format=format,
         )
 
@@ -109,8 +111,8 @@ def _layer(memory: _Memory, weights: dict[str, torch.Tensor], prefix: str, pack:
     )
 
 
-def _head(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+def _head(architecture: ModelArchitecture, weights: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    return weights.get("model.embed_tokens.weight" if architecture.tie_embeddings else "lm_head.weight")
 
 
 def _packed_bytes(weight: torch.Tensor) -> int:

@@ -199,12 +199,15 @@ def test_the_last_position_that_is_allowed_can_be_computed(tiny: Path) -> None:
 def test_the_pool_lies_in_given_memory(tiny: Path) -> None:
     given: list[bytearray] = []
 
-    def provide(block_bytes: int, num_blocks: int) -> memoryview:
-        given.append(bytearray(block_bytes * num_blocks))
-        return memoryview(given[0])
+    class Memory:
+        descriptor = None
+
+        def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
+            given.append(bytearray(block_bytes * num_blocks))
+            return memoryview(given[0])
 
     config = EngineConfig(device="cpu", dtype="float32", kv_pool_tokens=256)
-    engine = build_engine(tiny, config, threads=1, model_digest="m", tokenizer_digest="t", memory=provide)
+    engine = build_engine(tiny, config, threads=1, model_digest="m", tokenizer_digest="t", memory=Memory())
     blocks = engine.blocks.allocate(1)
     engine.runner.compute_logits(ScheduledBatch((SequenceSlice(TOKENS[:16], 0, blocks),)))
     size = engine.layout.block_bytes

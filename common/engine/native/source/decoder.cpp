@@ -4,6 +4,9 @@
 //
 //     per layer   norm | qkv | turn, write KV | attend | output, + residual | norm | gate, up, silu | down, + residual
 //
+// A process may have a part of the model: some layers, some heads of each, some columns of the feed-forward part. Then the two sums
+// of a layer are not added to the rows but handed out, for the caller to add up what all parts have; he asks for half layers.
+//
 // Each `|` is a barrier of the team. Matrix products are shared out by output panels, everything else by rows; who computes what
 // changes no bit. Residuals are fp32; what enters a product is rounded to the model's type, as are keys and values.
 #include <new>
@@ -32,6 +35,8 @@ struct Description {
     int64_t weight_bits;      // 8: matrices in 8 bits; 0: in the model's type
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size;
     int64_t num_positions, block_tokens, num_blocks, num_threads;
+    int64_t pool_layers, pool_kv_heads;  // of a block of the pool; `pool` points to the first layer and head that are ours
+    int64_t head_size;                   // outputs of the head
     double norm_epsilon;
     const void* embedding;  // [vocab][hidden], in the model's type
     const LayerWeights* layers;
@@ -50,7 +55,12 @@ struct Step {
     const int64_t* tables;      // [sequence][table_width]
     float* hidden;              // [row][hidden size, rounded up to 32]; in and out
     int64_t first_layer, end_layer;
+    int64_t embeds;  // hidden is made from the tokens first
+    int64_t halves;  // of each layer: ATTENTION, FEED_FORWARD or both
+    float* partial;  // as hidden: takes the sum of the half layer, and hidden stays as it is. Null: hidden takes it
 };
+
+enum Half : int64_t { ATTENTION = 1, FEED_FORWARD = 2 };
 
 enum Outcome : int { DONE = 0, OUT_OF_MEMORY = 1, BAD_INPUT = 2 };
 
@@ -79,7 +89,7 @@ public:
           normed_stride_(spaced(model.hidden_size)),
           attended_stride_(spaced(attended_size_)),
           inner_stride_(spaced(inner_size_)),
-          pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim, model.num_kv_heads, model.num_layers},
+          pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim, model.pool_kv_heads, model.pool_layers},
           team_(int(model.num_threads)),
           scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)) {}
 
@@ -93,7 +103,7 @@ public:
         reserve(step.num_rows);
         plan_attention(step);
         team_.run([&](int member) {
-            if (step.first_layer == 0) {
+            if (step.embeds) {
                 embed(step, member);
                 team_.barrier();
             }
@@ -107,10 +117,10 @@ public:
         team_.run([&](int member) {
             norm(hidden, num_rows, model_.final_norm, member);
             team_.barrier();
-            product(member, num_rows, normed_, normed_stride_, model_.head, model_.hidden_size, model_.vocab_size,
+            product(member, num_rows, normed_, normed_stride_, model_.head, model_.hidden_size, model_.head_size,
                     [&](int64_t row, int64_t first, const float* sums) {
-                        const int64_t rest = model_.vocab_size - first, count = rest < PANEL ? rest : PANEL;
-                        memcpy(to + row * model_.vocab_size + first, sums, size_t(count) * sizeof(float));
+                        const int64_t rest = model_.head_size - first, count = rest < PANEL ? rest : PANEL;
+                        memcpy(to + row * model_.head_size + first, sums, size_t(count) * sizeof(float));
                     });
         });
         return DONE;
@@ -207,7 +217,26 @@ private:
         });
     }
 
+    // What becomes of a product that ends a half layer.
+    auto add_up(const Step& step, const float* bias) const {
+        return [&step, this, bias](int64_t row, int64_t first, const float* sums) {
+            const int64_t offset = row * hidden_stride_ + first;
+            for (int i = 0; i < PANEL; i += LANES) {
+                const Floats sum = bias ? load(sums + i) + load(bias + first + i) : load(sums + i);
+                if (step.partial)
+                    store(step.partial + offset + i, sum);
+                else
+                    store(step.hidden + offset + i, load(step.hidden + offset + i) + sum);
+            }
+        };
+    }
+
     void compute(const Step& step, int64_t layer, int member) {
+        if (step.halves & ATTENTION) attention_half(step, layer, member);
+        if (step.halves & FEED_FORWARD) feed_forward_half(step, layer, member);
+    }
+
+    void attention_half(const Step& step, int64_t layer, int member) {
         const LayerWeights& weights = layers_[size_t(layer)];
         const int64_t rows = step.num_rows;
         norm(step.hidden, rows, weights.attention_norm, member);
@@ -236,16 +265,14 @@ private:
                             attended_stride_);
         }
         team_.barrier();
-        const auto add_to_residual = [&](const float* bias) {
-            return [&step, this, bias](int64_t row, int64_t first, const float* sums) {
-                float* to = step.hidden + row * hidden_stride_ + first;
-                for (int i = 0; i < PANEL; i += LANES)
-                    store(to + i, load(to + i) + (bias ? load(sums + i) + load(bias + first + i) : load(sums + i)));
-            };
-        };
         product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
-                add_to_residual(weights.output_bias));
+                add_up(step, weights.output_bias));
         team_.barrier();
+    }
+
+    void feed_forward_half(const Step& step, int64_t layer, int member) {
+        const LayerWeights& weights = layers_[size_t(layer)];
+        const int64_t rows = step.num_rows;
         norm(step.hidden, rows, weights.mlp_norm, member);
         team_.barrier();
         product(member, rows, normed_, normed_stride_, weights.gate_up, model_.hidden_size, 2 * inner_size_,
@@ -258,7 +285,7 @@ private:
                     Element::narrow(gated, reinterpret_cast<Stored*>(inner_.data()) + row * inner_stride_ + first / 2, PANEL / 2);
                 });
         team_.barrier();
-        product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_to_residual(nullptr));
+        product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_up(step, nullptr));
         team_.barrier();
     }
 
@@ -307,7 +334,7 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 2; }
+extern "C" int64_t pdserve_interface() { return 3; }
 
 // Null if there is no memory for it. Weights, tables and pool stay the caller's and must outlive the decoder.
 extern "C" void* pdserve_decoder_create(const Description* model) {

@@ -68,7 +68,7 @@ MIXED = [(37, 20), (5, 1), (63, 1), (64, 2)]
 
 
 @pytest.mark.parametrize(
-    ("backend", "shape", "window"), [("paged", (4, 2, 16), 0), ("paged_exact", (4, 4, 10), 24), ("paged", (20, 1, 8), 1)]
+    ("backend", "shape", "window"), [("paged", (4, 2, 16), 0), ("paged_exact", (2, 2, 10), 24), ("paged", (20, 1, 8), 1)]
 )
 def test_a_mixed_step_agrees_with_the_reference(
     device: torch.device, backend: str, shape: tuple[int, int, int], window: int
@@ -97,11 +97,11 @@ def test_any_step_agrees_with_the_reference(
 
 
 def test_every_number_of_splits_gives_the_same(device: torch.device) -> None:
-    memory = Memory(device, (4, 2, 16), [(299, 1), (3, 1), (0, 1)])
+    memory = Memory(device, (4, 2, 16), [(199, 1), (0, 1)])
     expected = memory.attend("reference")
     tiling = configurations.tiling("split", torch.float32, 16, 2)
     tiles = torch.tensor([[row, 1, span.start, row] for row, span in enumerate(memory.spans)], dtype=torch.int32, device=device)
-    for splits in (1, 3, 20):  # more than are merged at once, and more than there are tiles of KV
+    for splits in (1, 20):  # more than are merged at once, and more than there are tiles of KV
         output = torch.full_like(memory.queries, torch.nan)
         attend_split(
             memory.queries,
@@ -165,7 +165,7 @@ def test_an_exact_row_depends_on_nothing_but_itself(
         for start in starts:
             rows = slice(start, min(start + chunk, length))
             assert torch.equal(memory.some("paged_exact", rows, start, window), whole[rows]), (chunk, start)
-    monkeypatch.setattr("common.engine.attention.paged._SCRATCH_BYTES", 10_000)
+    monkeypatch.setattr("common.engine.attention.paged._SCRATCH_BYTES", 5_000)
     plan = PagedAttention.exact(memory.pool, memory.heads).plan(memory.tables, memory.spans)
     assert len(plan._short) > 2
     assert torch.equal(plan.attend(1, memory.queries, window), whole)

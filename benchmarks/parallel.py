@@ -1,0 +1,151 @@
+"""What ranks gain and cost on this machine: steps of groups against steps of one process, in turns.
+
+    python -m benchmarks.parallel [--model smollm2-135m] [--degrees 1x1,2x1,1x2] [--dtype bfloat16] [--kernels auto] [--threads 1]
+        [--batches 1,8,32] [--prompts 128,512] [--context 200] [--micro-batches 0,64] [--blocks 5] [--json out.json]
+
+A degree is TENSORxPIPELINE. Each runs as it does in a worker: rank 0 here, the others as processes, `--threads` each. A decode
+step computes one token of each sequence up to the logits; a prompt step so many tokens of one sequence. Per cell all engines take
+turns, in an order that turns round with every block; the table has the median of each, and the median over blocks of the first
+engine's time over its own (`gain`: 2 would be perfect for two ranks). A degree with stages runs once per value of
+`--micro-batches`, the least tokens of a part of a step; 0 = steps are never cut, so that only one stage works at a time: the
+difference between the two is the bubble that the parts fill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.blocks import num_blocks
+from common.config import EngineConfig, ParallelConfig
+from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.engine import Engine, build_engine
+from common.model_store import pull
+from kvtransfer.region import PoolMemory
+
+_UNCUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    what: str
+    rows: int
+    degree: str
+    step_ms: float
+    gain: float  # of the first degree's time over this one's, median over blocks
+
+
+def main() -> None:
+    options = parser().parse_args()
+    path = Path(options.model) if Path(options.model).exists() else pull(options.model).path
+    longest = max([options.context + 1, *options.prompts])
+    config = EngineConfig(
+        device="cpu",
+        dtype=options.dtype,
+        kernels=options.kernels,
+        kv_pool_tokens=max(options.batches) * (longest + 16),
+        rank_timeout_s=60.0,
+    )
+    engines = {name: build(path, config, parallel, options.threads) for name, parallel in degrees(options).items()}
+    try:
+        load_before = os.getloadavg()[0]
+        cells: list[Cell] = []
+        for batch in options.batches:
+            cells += measure(
+                "decode", batch, {name: decode(engine, batch, options.context) for name, engine in engines.items()}, options
+            )
+        for tokens in options.prompts:
+            cells += measure("prompt", tokens, {name: prompt(engine, tokens) for name, engine in engines.items()}, options)
+        load = [load_before, os.getloadavg()[0]]
+        print(f"threads {options.threads} a rank, {config.dtype}, kernels {config.kernels}; load {load[0]:.2f}, {load[1]:.2f}")
+        if options.json:
+            options.json.write_text(
+                json.dumps({"load_average": load, "cells": [asdict(cell) for cell in cells]}, indent=2) + "\n"
+            )
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--model", default="smollm2-135m")
+    result.add_argument("--degrees", default="1x1,2x1,1x2")
+    result.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    result.add_argument("--kernels", default="auto", choices=["auto", "torch", "native"])
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--batches", type=numbers, default=[1, 8, 32])
+    result.add_argument("--prompts", type=numbers, default=[128, 512])
+    result.add_argument("--context", type=int, default=200)
+    result.add_argument("--micro-batches", type=numbers, default=[0, 64])
+    result.add_argument("--blocks", type=int, default=5)
+    result.add_argument("--json", type=Path)
+    return result
+
+
+def degrees(options: argparse.Namespace) -> dict[str, ParallelConfig]:
+    found: dict[str, ParallelConfig] = {}
+    for text in options.degrees.split(","):
+        tensor, pipeline = (int(part) for part in text.split("x"))
+        for least in options.micro_batches if pipeline > 1 else [0]:
+            name = f"{text}, parts of {least}" if pipeline > 1 and least else text
+            found[name] = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=least or _UNCUT)
+    return found
+
+
+def build(path: Path, config: EngineConfig, parallel: ParallelConfig, threads: int) -> Engine:
+    memory = PoolMemory(touch=True) if parallel.num_ranks > 1 else None
+    engine = build_engine(
+        path, config, threads=threads, model_digest="m", tokenizer_digest="t", memory=memory, parallel=parallel, name="benchmark"
+    )
+    engine.pool.tensor[1:].normal_()
+    return engine
+
+
+def decode(engine: Engine, batch: int, context: int) -> Callable[[], object]:
+    blocks = num_blocks(context + 1, engine.layout.block_tokens)
+    tables = [range(1 + i * blocks, 1 + (i + 1) * blocks) for i in range(batch)]
+    step = ScheduledBatch(tuple(SequenceSlice([17 + i], context, table) for i, table in enumerate(tables)))
+    return lambda: engine.runner.compute_logits(step)
+
+
+def prompt(engine: Engine, tokens: int) -> Callable[[], object]:
+    table = range(1, 1 + num_blocks(tokens, engine.layout.block_tokens))
+    step = ScheduledBatch((SequenceSlice([token % 1000 for token in range(tokens)], 0, table),))
+    return lambda: engine.runner.compute_logits(step)
+
+
+def measure(what: str, rows: int, steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> list[Cell]:
+    repeats = 10 if what == "decode" else 2
+    for step in steps.values():
+        step()
+    blocks: dict[str, list[float]] = {name: [] for name in steps}
+    for block in range(options.blocks):
+        names = list(steps) if block % 2 == 0 else list(reversed(steps))
+        for name in names:
+            times = []
+            for _ in range(repeats):
+                started_s = time.perf_counter()
+                steps[name]()
+                times.append(time.perf_counter() - started_s)
+            blocks[name].append(statistics.median(times))
+    first = next(iter(blocks.values()))
+    cells = []
+    for name, found in blocks.items():
+        gain = statistics.median(alone / mine for alone, mine in zip(first, found, strict=True))
+        cells.append(Cell(what, rows, name, statistics.median(found) * 1000, gain))
+        print(f"{what:7} {rows:5}  {name:22} {cells[-1].step_ms:9.2f} ms   gain {gain:5.2f}", flush=True)
+    return cells
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""A worker of several processes: ranks that divide a model's layers (pipeline) and the heads of each layer (tensor).
+
+    rank = stage * tensor_parallel + shard               TP 2, PP 2:   rank 0, rank 1 -> rank 2, rank 3
+                                                                        layers 0..14     layers 15..29
+
+    rank 0   the worker: scheduler, blocks, RPC, tickets, sampling; and the first share of the model
+    others   children of it (`rank_process`): their share, the blocks that they are told
+
+Each step is described once, by rank 0, to all (`messages`); between ranks go partial sums within a stage (`sums`), hidden rows
+from stage to stage, and logits to rank 0. All of that travels over sockets that the ranks were born with (`links`): they have no
+address, nobody else can connect, and the end of a process is seen at once. `group` starts the ranks and watches over them.
+
+    share      who has what of a model
+    model      the model of one share, by torch or by the native kernels
+    stage      a share computes its part of a step
+    group      rank 0's view: one `compute` for all
+
+KV. The pool of a group is one piece of shared memory, laid out as that of a worker without ranks; each rank maps it and works in
+its window (its layers, its heads). So blocks, tickets, digests and quarantine are the same whatever the degrees of both sides
+are: what one rank of a prefill worker has written is sent from where it lies to where a rank of the decode worker reads it,
+and nothing is gathered or reordered on the way.
+
+Exactness. Partial sums are added in the order of the ranks, in fp32: a result depends on the degree, and on nothing else that the
+result of one process would not depend on. Stages change no bit.
+
+What it does not do: ranks on several hosts or on GPUs, and more shards than KV heads.
+"""

@@ -1,0 +1,333 @@
+"""Rank 0's view of its group: starts the other ranks, has them compute, and ends them all when one is lost.
+
+    start -> ranks build their shares -> ready -> compute, copy_block ... -> close
+                 \\__________________________________\\____________________-> lost: all are killed, RankLost, once
+
+A thread of its own (the keeper) starts the processes, for the kernel ties their lives to the thread that did; it sees a process
+that ends and counts the seconds since each rank's last sign of life. Whoever waits for a rank meanwhile is woken by the end
+of its sockets. There is no going on with fewer ranks, and none is replaced: the worker ends, and its next incarnation has others.
+
+`compute` and `copy_block` belong to the engine's thread. Does not know what a step is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+import common
+from common.config import ParallelConfig
+from common.engine.batch import ScheduledBatch
+from common.engine.parallel.links import Link, socket_pair
+from common.engine.parallel.messages import encode_copy, encode_step, encode_stop
+from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
+from common.engine.parallel.share import Share
+from common.engine.parallel.stage import StageShare
+from common.engine.parallel.sums import as_bytes
+from common.errors import PdserveError, RankLost, StartupError, error_from_code
+from common.logs import get_logger
+
+PULSE_S = 0.5
+LINK_TIMEOUT_S = 120.0  # for one message of a rank that gives signs of life: beyond it the ranks wait for each other in a circle
+_START_TIMEOUT_S = 900.0
+_FIRST_SIGN_S = 60.0  # a process that starts says nothing while it loads its libraries
+_STOP_PATIENCE_S = 5.0
+_log = get_logger(__name__)
+
+
+class RankGroup:
+    """Made by `start`; ended by `close`, or by itself."""
+
+    def __init__(self, parallel: ParallelConfig, timeout_s: float) -> None:
+        self._parallel = parallel
+        self._timeout_s = timeout_s
+        self._wiring = _Wiring(parallel)
+        self._controls = {rank: Link(end, f"rank {rank}", LINK_TIMEOUT_S) for rank, end in self._wiring.controls.items()}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._error: PdserveError | None = None
+        self._on_lost: Callable[[PdserveError], None] | None = None
+        self._spawned = threading.Event()
+        self._closing = threading.Event()
+        self._news, self._wake = socket.socketpair()
+        self._keeper: threading.Thread | None = None
+        self._mine: StageShare | None = None
+        self._results: tuple[tuple[Share, Link], ...] = ()
+        self._vocab_size = 0
+
+    @classmethod
+    def start(cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str) -> RankGroup:
+        """Returns when every rank has built its share. Blocking; raises the StartupError of whichever rank, or RankLost."""
+        group = cls(order.parallel, order.engine.rank_timeout_s)
+        group._keeper = threading.Thread(target=group._keep, args=(memory_fd,), name="ranks", daemon=True)
+        group._keeper.start()
+        try:
+            if not group._spawned.wait(_STOP_PATIENCE_S * 4):
+                raise RankLost("the processes of the other ranks did not start")
+            group._raise_if_lost()
+            for rank, control in group._controls.items():
+                control.send(json.dumps(group._wiring.setup(order.for_rank(rank), name, memory_fd)).encode())
+            group._mine = build_share(order.for_rank(0), memory, group._wiring.links_of_rank_0())
+            deadline_s = monotonic() + _START_TIMEOUT_S
+            for control in group._controls.values():
+                control.timeout_s = max(1.0, deadline_s - monotonic())
+                reply = json.loads(control.receive())
+                control.timeout_s = LINK_TIMEOUT_S
+                if reply:
+                    raise error_from_code(reply["error"], reply["message"], param=reply["param"])
+        except PdserveError as error:
+            lost = group._error
+            group.close()
+            if isinstance(error, RankLost):
+                raise StartupError(f"a rank did not start: {(lost or error).message}") from error
+            raise
+        except BaseException:
+            group.close()
+            raise
+        group._results = tuple((share, group._controls[share.rank]) for share in shares if share.is_last and share.rank)
+        group._vocab_size = max(share.vocab.stop for share in shares)
+        _log.info("all ranks are ready", ranks=len(shares), pids=group.pids)
+        return group
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the other ranks, in order."""
+        return [self._processes[rank].pid for rank in sorted(self._processes)]
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self._parallel
+
+    @property
+    def mine(self) -> StageShare:
+        if self._mine is None:
+            raise RankLost("the group has not started")
+        return self._mine
+
+    def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
+        """Has it called once, from another thread, when the group is lost; at once if it is."""
+        with self._lock:
+            error = self._error
+            if error is None:
+                self._on_lost = on_lost
+        if error is not None:
+            on_lost(error)
+
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """Computes a step on all ranks; when it returns all keys and values are in the pool. The logits of each group of rows in
+        `wanted`, fp32 [rows, vocab], are to be taken one after the other, all of them, before the next step."""
+        try:
+            message = encode_step(batch, wanted)
+            for control in self._controls.values():
+                control.send(message)
+            hidden = self.mine.compute(batch)
+            if wanted:
+                return chain((self._logits(hidden, wanted[0]),), (self._logits(hidden, rows) for rows in wanted[1:]))
+            for _, control in self._results:
+                control.receive_into(memoryview(bytearray()))
+            return iter(())
+        except PdserveError as error:
+            self._lose(error)
+            raise
+
+    def copy_block(self, source: int, destination: int) -> None:
+        try:
+            message = encode_copy(source, destination)
+            for control in self._controls.values():
+                control.send(message)
+        except PdserveError as error:
+            self._lose(error)
+            raise
+        self.mine.copy_block(source, destination)
+
+    def close(self) -> None:
+        """Ends all ranks; returns when their processes are gone. Idempotent. Blocking."""
+        if self._error is None and self._mine is not None and not self._closing.is_set():
+            try:
+                for control in self._controls.values():
+                    control.send(encode_stop())
+            except PdserveError as error:
+                _log.warning("a rank could not be told to stop", reason=error.message)
+        self._closing.set()
+        self._wake_keeper()
+        if self._keeper is not None:
+            self._keeper.join(4 * _STOP_PATIENCE_S)
+        for control in self._controls.values():
+            control.close()
+        self._wiring.close()
+        self._news.close()
+        self._wake.close()
+
+    def _logits(self, hidden: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor:
+        logits = torch.empty(len(rows), self._vocab_size)
+        if hidden is not None:
+            mine = self.mine
+            logits[:, mine.share.vocab.start : mine.share.vocab.stop] = mine.logits(hidden, rows)
+        for share, control in self._results:
+            part = torch.empty(len(rows), len(share.vocab))
+            control.receive_into(as_bytes(part))
+            logits[:, share.vocab.start : share.vocab.stop] = part
+        return logits
+
+    def _raise_if_lost(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # -- the keeper ----------------------------------------------------------------------------------------------------
+
+    def _keep(self, memory_fd: int) -> None:
+        try:
+            for rank in self._controls:
+                self._processes[rank] = self._wiring.spawn(rank, memory_fd)
+            self._wiring.close_theirs()
+        except OSError as error:
+            self._lose(RankLost(f"a rank cannot be started: {error.strerror}"))
+        self._spawned.set()
+        pidfds = {os.pidfd_open(process.pid): rank for rank, process in self._processes.items()}
+        try:
+            if self._error is None:
+                self._watch_over(pidfds)
+            self._end_processes()
+        finally:
+            for pidfd in pidfds:
+                os.close(pidfd)
+
+    def _watch_over(self, pidfds: dict[int, int]) -> None:
+        """Until the group is closed or lost."""
+        lives = {end.fileno(): rank for rank, end in self._wiring.lives.items()}
+        poller = select.poll()
+        for descriptor in (self._news.fileno(), *pidfds, *lives):
+            poller.register(descriptor, select.POLLIN)
+        silent_s = dict.fromkeys(self._processes, -_FIRST_SIGN_S)
+        looked_s = monotonic()
+        while not self._closing.is_set() and self._error is None:
+            events = poller.poll(PULSE_S * 1000.0)
+            # Where this process itself was kept from looking, nobody's silence is held against him.
+            waited_s = min(monotonic() - looked_s, 2 * PULSE_S)
+            looked_s = monotonic()
+            for rank in silent_s:
+                silent_s[rank] += waited_s
+            for descriptor, _ in events:
+                if descriptor in pidfds and not self._closing.is_set():
+                    self._lose(RankLost(f"{self._name(pidfds[descriptor])} ended"))
+                elif descriptor in lives:
+                    silent_s[lives[descriptor]] = 0.0
+                    if not self._wiring.lives[lives[descriptor]].recv(4096):
+                        poller.unregister(descriptor)  # its process is at its end, which is seen by itself
+            silent = [rank for rank, time_s in silent_s.items() if time_s > self._timeout_s]
+            if silent:
+                self._lose(RankLost(f"{self._name(silent[0])} gave no sign of life for {self._timeout_s:g} s"))
+
+    def _end_processes(self) -> None:
+        deadline_s = monotonic() + (_STOP_PATIENCE_S if self._error is None and self._mine is not None else 0.0)
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline_s - monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)  # also of a stopped one
+                process.wait()
+
+    def _lose(self, error: PdserveError) -> None:
+        with self._lock:
+            if self._error is not None or self._closing.is_set():
+                return
+            self._error = error
+            on_lost, self._on_lost = self._on_lost, None
+        _log.error("a group of ranks ends", reason=error.message)
+        for process in self._processes.values():
+            process.send_signal(signal.SIGKILL)
+        for link in (*self._controls.values(), *self._wiring.own_links):
+            link.shut_down()
+        self._wake_keeper()
+        if on_lost is not None:
+            on_lost(error)
+
+    def _wake_keeper(self) -> None:
+        try:
+            self._wake.send(b".")
+        except OSError:
+            return  # closed: the keeper is gone
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} of {self._parallel.num_ranks}"
+
+
+class _Wiring:
+    """All sockets of a group, made before any process is; each end goes to one rank, and rank 0 closes those of the others."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        shards, stages = parallel.tensor_parallel, parallel.pipeline_parallel
+        ranks = range(shards * stages)
+        self.controls: dict[int, socket.socket] = {}
+        self.lives: dict[int, socket.socket] = {}
+        self._ends: dict[int, dict[str, socket.socket]] = {rank: {} for rank in ranks}
+        self._numbers: dict[int, dict[str, int]] = {}
+        for rank in ranks[1:]:
+            self.controls[rank], self._ends[rank]["control"] = socket_pair()
+            self.lives[rank], self._ends[rank]["life"] = socket.socketpair()
+            self.lives[rank].setblocking(False)
+        for rank in ranks:
+            for other in range(rank + 1, rank - rank % shards + shards):
+                self._ends[rank][f"shard {other % shards}"], self._ends[other][f"shard {rank % shards}"] = socket_pair()
+            if rank + shards in ranks:
+                self._ends[rank]["following"], self._ends[rank + shards]["previous"] = socket_pair()
+        self.own_links: list[Link] = []
+
+    def links_of_rank_0(self) -> ShareLinks:
+        mine = {name: Link(end, name, LINK_TIMEOUT_S) for name, end in self._ends[0].items()}
+        self.own_links = list(mine.values())
+        return ShareLinks(
+            shards={int(name.split()[1]): link for name, link in mine.items() if name.startswith("shard ")},
+            previous=mine.get("previous"),
+            following=mine.get("following"),
+        )
+
+    def spawn(self, rank: int, memory_fd: int) -> subprocess.Popen[bytes]:
+        ends = self._ends[rank]
+        command = [sys.executable, "-m", "common.engine.parallel.rank_process"]
+        command += ["--control", str(ends["control"].fileno()), "--parent", str(os.getpid())]
+        ours = str(Path(common.__file__ or "").parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        descriptors = [memory_fd, *(end.fileno() for end in ends.values())]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment)
+
+    def setup(self, order: ShareOrder, name: str, memory_fd: int) -> dict[str, object]:
+        """What a rank is told first. Descriptors have the same numbers there as here."""
+        ends = self._numbers[order.rank]
+        return {
+            "name": name,
+            "order": order.encode(),
+            "memory": memory_fd,
+            "life": ends["life"],
+            "shards": {key.split()[1]: number for key, number in ends.items() if key.startswith("shard ")},
+            "previous": ends.get("previous"),
+            "following": ends.get("following"),
+        }
+
+    def close_theirs(self) -> None:
+        """Once the others have them: an end that nobody holds any more is how the other one learns of an end."""
+        self._numbers = {rank: {name: end.fileno() for name, end in ends.items()} for rank, ends in self._ends.items()}
+        for rank, ends in self._ends.items():
+            if rank:
+                for end in ends.values():
+                    end.close()
+
+    def close(self) -> None:
+        for end in (
+            *self.controls.values(),
+            *self.lives.values(),
+            *(end for ends in self._ends.values() for end in ends.values()),
+        ):
+            end.close()

@@ -1,0 +1,116 @@
+"""What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, the end.
+
+    STEP   kind | slices | groups of rows | per slice: tokens, start, blocks | per group: rows | tokens | block tables | rows
+    COPY   kind | source | destination
+    STOP   kind
+
+int32, in the byte order of the machine: the ranks of a group share one. What is drawn from the logits is no concern of the other
+ranks; they are told of which rows logits are wanted, in groups that are computed one after the other.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.errors import EngineFailure
+
+Ints = npt.NDArray[np.int32]
+
+
+class Kind(enum.IntEnum):
+    STEP = 1
+    COPY = 2
+    STOP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    batch: ScheduledBatch  # without samples
+    wanted: tuple[tuple[int, ...], ...]  # rows, in groups
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOrder:
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopOrder:
+    pass
+
+
+Order = StepOrder | CopyOrder | StopOrder
+
+
+def encode_step(batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> bytes:
+    slices = [(len(item.token_ids), item.start, len(item.block_table)) for item in batch.slices]
+    parts: list[Sequence[int]] = [(Kind.STEP, len(slices), len(wanted)), *slices, [len(rows) for rows in wanted]]
+    parts += [item.token_ids for item in batch.slices]
+    parts += [item.block_table for item in batch.slices]
+    parts += list(wanted)
+    return _encode(parts)
+
+
+def encode_copy(source: int, destination: int) -> bytes:
+    return _encode([(Kind.COPY, source, destination)])
+
+
+def encode_stop() -> bytes:
+    return _encode([(Kind.STOP,)])
+
+
+def decode(message: bytes | bytearray) -> Order:
+    """Raises EngineFailure for what is none of these."""
+    if not message or len(message) % 4:
+        raise EngineFailure("a message between ranks is cut off")
+    reader = _Reader(np.frombuffer(message, dtype=np.int32))
+    kind, *_ = reader.take(1)
+    order: Order
+    match kind:
+        case Kind.STEP:
+            num_slices, num_groups = reader.take(2)
+            slices = [reader.take(3) for _ in range(num_slices)]
+            sizes = reader.take(num_groups)
+            tokens = [reader.take(count) for count, _, _ in slices]
+            tables = [reader.take(count) for _, _, count in slices]
+            batch = ScheduledBatch(
+                tuple(SequenceSlice(ids, start, table) for (_, start, _), ids, table in zip(slices, tokens, tables, strict=True))
+            )
+            order = StepOrder(batch, tuple(tuple(reader.take(size)) for size in sizes))
+        case Kind.COPY:
+            order = CopyOrder(*reader.take(2))
+        case Kind.STOP:
+            order = StopOrder()
+        case _:
+            raise EngineFailure(f"a message of the unknown kind {kind} between ranks")
+    reader.expect_end()
+    return order
+
+
+class _Reader:
+    def __init__(self, values: Ints) -> None:
+        self._values = values
+        self._next = 0
+
+    def take(self, count: int) -> list[int]:
+        end = self._next + count
+        if not 0 <= self._next <= end <= len(self._values):
+            raise EngineFailure("a message between ranks is cut off")
+        taken: list[int] = self._values[self._next : end].tolist()
+        self._next = end
+        return taken
+
+    def expect_end(self) -> None:
+        if self._next != len(self._values):
+            raise EngineFailure("a message between ranks is too long")
+
+
+def _encode(parts: Sequence[Sequence[int]]) -> bytes:
+    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]).tobytes()

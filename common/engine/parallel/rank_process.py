@@ -1,0 +1,115 @@
+"""A rank other than 0: a process without ports, files or a will of its own.
+
+    inherited sockets -> order from rank 0 -> share built -> "ready" -> steps, until STOP or until rank 0 is gone
+
+It ends with rank 0, however that ends: the kernel kills it when its parent dies, and a thread watches a socket whose other end
+only rank 0 has. On that socket it gives a sign of life, also while it loads and computes; rank 0 kills a rank that does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+from common.config import LoggingConfig
+from common.engine.parallel.group import LINK_TIMEOUT_S, PULSE_S
+from common.engine.parallel.links import Link
+from common.engine.parallel.messages import CopyOrder, StepOrder, StopOrder, decode
+from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
+from common.engine.parallel.stage import StageShare
+from common.engine.parallel.sums import as_bytes
+from common.errors import PdserveError, RankLost
+from common.logs import configure_logging, get_logger
+
+_PR_SET_PDEATHSIG = 1
+_log = get_logger(__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for rank 0
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != arguments.parent:
+        return 1  # it died before we could ask
+    control = _link(arguments.control, "rank 0")
+    try:
+        setup = json.loads(control.receive())
+        configure_logging(LoggingConfig(), process=f"{setup['name']} rank {setup['order']['rank']}")
+        threading.Thread(target=_live, args=(socket.socket(fileno=setup["life"]),), name="life", daemon=True).start()
+        share = _build(setup)
+    except PdserveError as error:
+        control.send(json.dumps({"error": error.code, "message": error.message, "param": error.param}).encode())
+        return 1
+    control.send(json.dumps({}).encode())
+    try:
+        _serve(control, share)
+    except RankLost as error:
+        _log.error("the group of this rank is gone", reason=error.message)
+        return 1
+    return 0
+
+
+def _build(setup: dict[str, Any]) -> StageShare:
+    order = ShareOrder.decode(setup["order"])
+    memory = mmap.mmap(setup["memory"], order.num_blocks * order.layout.block_bytes)
+    os.close(setup["memory"])
+    links = ShareLinks(
+        shards={int(shard): _link(fd, f"shard {shard}") for shard, fd in setup["shards"].items()},
+        previous=None if setup["previous"] is None else _link(setup["previous"], "the stage before"),
+        following=None if setup["following"] is None else _link(setup["following"], "the next stage"),
+    )
+    return build_share(order, memoryview(memory), links)
+
+
+def _serve(control: Link, share: StageShare) -> None:
+    while True:
+        control.wait()
+        match decode(control.receive()):
+            case StepOrder(batch, wanted):
+                hidden = share.compute(batch)
+                if hidden is None:
+                    continue
+                for rows in wanted:
+                    control.send(as_bytes(share.logits(hidden, rows)))
+                if not wanted:
+                    control.send(b"")  # that all is computed
+            case CopyOrder(source, destination):
+                share.copy_block(source, destination)
+            case StopOrder():
+                return
+
+
+def _live(life: socket.socket) -> None:
+    """Rank 0 never writes here: what can be read is the end."""
+    poller = select.poll()
+    poller.register(life, select.POLLIN)
+    while True:
+        try:
+            with suppress(BlockingIOError):  # rank 0 has not looked for a while: what is there will do
+                life.send(b".", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            break
+        if poller.poll(PULSE_S * 1000.0):
+            break
+    os._exit(1)  # the main thread may be anywhere
+
+
+def _link(descriptor: int, peer: str) -> Link:
+    return Link(socket.socket(fileno=descriptor), peer, LINK_TIMEOUT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""One share of a model at work: its part of a step, between what comes from the stage before and what goes to the next.
+
+    previous stage, same shard  -- hidden rows -->  layers of this share  -- hidden rows -->  next stage, same shard
+                                                    sums within the stage                     or, at the end, logits
+
+Used by rank 0 and by the others alike. It knows neither processes nor who is asked for what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.engine.attention import AttentionBackend
+from common.engine.batch import ScheduledBatch
+from common.engine.kv_pool import KVPool
+from common.engine.models import Model
+from common.engine.parallel.links import Link
+from common.engine.parallel.micro_batches import cut, num_micro_batches
+from common.engine.parallel.share import Share
+from common.engine.parallel.sums import as_bytes
+from common.engine.step_input import StepBuffers
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How a share is connected to the stages beside its own."""
+
+    num_stages: int
+    least_tokens: int  # of a micro-batch
+    previous: Link | None
+    following: Link | None
+    row_width: int  # of hidden rows on their way
+    row_dtype: torch.dtype
+
+
+class StageShare:
+    def __init__(self, share: Share, model: Model, pool: KVPool, attention: AttentionBackend, pipeline: Pipeline) -> None:
+        self.share = share
+        self.pool = pool
+        self.model = model
+        self._attention = attention
+        self._pipeline = pipeline
+        self._buffers = StepBuffers(pool)
+
+    @torch.inference_mode()
+    def compute(self, batch: ScheduledBatch) -> torch.Tensor | None:
+        """Computes this share's layers for all rows of a step; the hidden rows if it is of the last stage."""
+        pipeline = self._pipeline
+        count = num_micro_batches(batch.num_tokens, pipeline.num_stages, pipeline.least_tokens)
+        hidden = [self._compute(part) for part in (cut(batch, count) if count > 1 else [batch])]
+        return torch.cat([rows for rows in hidden if rows is not None]) if self.share.is_last else None
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Of this share's part of the vocabulary: fp32 [rows, part]."""
+        return self.model.logits(hidden[torch.tensor(rows)]).contiguous()
+
+    @torch.inference_mode()
+    def copy_block(self, source: int, destination: int) -> None:
+        self.pool.copy_block(source, destination)
+
+    def _compute(self, part: ScheduledBatch) -> torch.Tensor | None:
+        pipeline = self._pipeline
+        rows = None
+        if pipeline.previous is not None:
+            rows = torch.empty(part.num_tokens, pipeline.row_width, dtype=pipeline.row_dtype)
+            pipeline.previous.receive_into(as_bytes(rows))
+        step = self._buffers.fill(part)
+        for block, filled in step.entered:
+            self.pool.clear_tail(block, filled)
+        hidden = self.model.forward(step, self.pool, self._attention, None, rows)
+        if pipeline.following is None:
+            return hidden
+        pipeline.following.send(as_bytes(hidden.contiguous()))
+        return None

@@ -1,0 +1,239 @@
+"""Workers of several processes: the same tokens at every degree of either side, and one end for all of a group.
+
+Real rank processes, gRPC and KV links. The reference is a run alone in one process, prefilled locally.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import DecodeConfig, EngineConfig, PrefillConfig
+from common.errors import ConfigError, PdserveError, RankLost
+from common.types import Request
+from support.tiny_models import make_tiny_model
+from support.workers import Answer, Workers, request, running_workers
+
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three KV heads: two shards have two and one of them."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), seed=3, layers=3, heads=6, kv_heads=3)
+
+
+def engine(exact: bool, **changes: object) -> EngineConfig:
+    return EngineConfig(**{"dtype": "float32", "exact": exact, "kv_pool_tokens": 2048, "prefix_cache": False, **changes})
+
+
+def work() -> list[Request]:
+    def prompt(length: int) -> list[int]:
+        return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+    return [
+        request(
+            prompt(length),
+            request_id=f"{length}",
+            max_tokens=NEW_TOKENS,
+            temperature=temperature,
+            seed=length,
+            num_choices=3 if temperature else 1,
+            logprobs=20,
+            prompt_logprobs=1 if length == 90 else None,
+        )
+        for length, temperature in ((1, 0.0), (16, 0.9), (33, 0.0), (90, 0.0), (150, 0.9))
+    ]
+
+
+@asynccontextmanager
+async def groups(
+    model_path: Path,
+    decode: tuple[int, int],
+    prefill: tuple[int, int] | None = None,
+    *,
+    exact: bool = False,
+    local: bool = False,
+    chunk_tokens: int = 512,
+    watermark_blocks: int = 2,
+    **changes: object,
+) -> AsyncIterator[Workers]:
+    """Degrees are (tensor, pipeline)."""
+    async with running_workers(
+        model_path,
+        engine=engine(exact, **changes),
+        decode=DecodeConfig(
+            tensor_parallel=decode[0],
+            pipeline_parallel=decode[1],
+            micro_batch_tokens=4,
+            local_prefill="always" if local else "never",
+            step_tokens=chunk_tokens,
+            watermark_blocks=watermark_blocks,
+        ),
+        prefill=PrefillConfig(
+            tensor_parallel=(prefill or decode)[0],
+            pipeline_parallel=(prefill or decode)[1],
+            micro_batch_tokens=4,
+            chunk_tokens=chunk_tokens,
+        ),
+        num_prefill=0 if prefill is None else 1,
+    ) as workers:
+        refs = (workers.decode_ref, *workers.prefill_refs)
+        pids = [pid for ref in refs for pid in (await workers.info(ref.address)).rank_pids]
+        yield workers
+    await until_gone(pids)
+
+
+async def answers(workers: Workers, *, together: bool) -> list[Answer]:
+    if together:
+        return await workers.generate_together(work())
+    return [await workers.generate(item) for item in work()]
+
+
+def assert_same(found: list[Answer], expected: list[Answer], *, bitwise: bool) -> None:
+    for ours, theirs, item in zip(found, expected, work(), strict=True):
+        assert ours.token_ids == theirs.token_ids, item.request_id
+        if bitwise:
+            assert ours.logprobs == theirs.logprobs, item.request_id
+            assert ours.started is not None
+            assert theirs.started is not None
+            assert ours.started.prompt_logprobs == theirs.started.prompt_logprobs
+
+
+_references: dict[tuple[bool, int], list[Answer]] = {}
+
+
+async def reference(model_path: Path, *, exact: bool, tensor: int = 1) -> list[Answer]:
+    """Alone, locally, whole prompts. In exact mode the bits belong to the number of shards."""
+    if (exact, tensor) not in _references:
+        async with groups(model_path, (tensor, 1), exact=exact, local=True) as workers:
+            _references[exact, tensor] = await answers(workers, together=False)
+    return _references[exact, tensor]
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill"),
+    [((2, 1), (1, 2)), ((1, 1), (3, 1)), ((2, 2), (1, 1))],
+    ids=str,
+)
+async def test_tokens_are_those_of_one_process(model_path: Path, decode: tuple[int, int], prefill: tuple[int, int]) -> None:
+    """Remote prefill between groups of all kinds: whatever a rank has computed is what another degree's ranks go on with."""
+    expected = await reference(model_path, exact=False)
+    async with groups(model_path, decode, prefill) as workers:
+        found = await answers(workers, together=False)
+        assert_same(found, expected, bitwise=False)
+        assert all(answer.started and answer.started.timings.transport for answer in found)
+        info = await workers.info(workers.decode_ref.address)
+        assert (info.tensor_parallel, info.pipeline_parallel, len(info.rank_pids)) == (*decode, decode[0] * decode[1] - 1)
+        await workers.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "chunk_tokens"),
+    [((2, 1), (2, 1), 16), ((1, 1), (1, 2), 64)],
+    ids=str,
+)
+async def test_exact_mode_holds_at_every_degree(
+    model_path: Path, decode: tuple[int, int], prefill: tuple[int, int] | None, chunk_tokens: int
+) -> None:
+    """Bitwise: in a batch, in chunks, over a hand-off, at any number of stages."""
+    expected = await reference(model_path, exact=True, tensor=decode[0])
+    assert_same(expected, await reference(model_path, exact=True), bitwise=False)
+    local = prefill is None
+    async with groups(model_path, decode, prefill, exact=True, local=local, chunk_tokens=chunk_tokens) as workers:
+        assert_same(await answers(workers, together=True), expected, bitwise=True)
+        await workers.assert_nothing_leaks()
+
+
+async def test_prefix_hits_and_preemption_keep_the_bits(model_path: Path) -> None:
+    expected = await reference(model_path, exact=True, tensor=2)
+    async with groups(model_path, (2, 1), (2, 1), exact=True, prefix_cache=True) as workers:
+        for _ in range(2):
+            assert_same(await answers(workers, together=False), expected, bitwise=True)
+        assert workers.decode._scheduler.totals.prefix_hits > 0
+    async with groups(model_path, (2, 1), exact=True, local=True, watermark_blocks=0, kv_pool_tokens=224) as workers:
+        assert_same(await answers(workers, together=True), expected, bitwise=True)
+        assert workers.decode._scheduler.totals.preemptions > 0, "the pool was large enough: nothing was tested"
+        await workers.assert_nothing_leaks()
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+async def until_gone(pids: list[int]) -> None:
+    async with asyncio.timeout(10):
+        while any(alive(pid) for pid in pids):
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_a_lost_rank_ends_its_group(
+    model_path: Path, number: signal.Signals, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker says that it failed, its requests end in RankLost, and no process is left, not even a stopped one."""
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    degree = (2, 2) if busy and number is signal.SIGSTOP else (2, 1)
+    async with groups(model_path, degree, local=True, rank_timeout_s=1.5) as workers:
+        pids = list((await workers.info(workers.decode_ref.address)).rank_pids)
+        assert len(pids) == degree[0] * degree[1] - 1
+        call = None
+        if busy:
+            call = asyncio.ensure_future(workers.generate(request([5, 6, 7], max_tokens=1800)))
+            while workers.decode._scheduler.totals.generated_tokens < 5:
+                await asyncio.sleep(0.002)
+        os.kill(pids[-1], number)
+        if call is not None:
+            with pytest.raises(RankLost):
+                await call
+        async with asyncio.timeout(10):
+            await workers.decode.wait_failed()
+        await until_gone(pids)
+        with pytest.raises(PdserveError) as caught:
+            await workers.generate(request([5, 6, 7]))
+        assert caught.value.http_status == 503
+
+
+async def test_what_cannot_be_divided_is_refused_by_name(model_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        async with groups(model_path, (4, 1), local=True):
+            pass
+    assert caught.value.param == "tensor_parallel"
+
+
+async def test_a_killed_worker_leaves_no_ranks(model_path: Path) -> None:
+    """Not even one that is stopped and cannot see that a socket was closed."""
+    root = Path(__file__).parents[2]
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "support.lone_worker",
+        str(model_path),
+        "3",
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+    )
+    try:
+        assert worker.stdout is not None
+        async with asyncio.timeout(60):
+            line = await worker.stdout.readline()
+        pids = [int(pid) for pid in line.split()]
+        assert [alive(pid) for pid in pids] == [True, True]
+        os.kill(pids[0], signal.SIGSTOP)
+    finally:
+        worker.kill()
+        await worker.communicate()
+    await until_gone(pids)
