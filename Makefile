@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # torch is named beside what depends on it, so that one resolution sees both.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-# Side by side: they share nothing. What starts workers or is sensitive to load runs alone.
+# Side by side: they share nothing. What starts workers runs two files at a time, clusters alone.
 QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients and not hosts"
 # command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
 TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromium:chromium
@@ -40,7 +40,7 @@ tools: # What tests need beside Python, where it can be installed; tests whose t
 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
 	$(QUICK_TESTS)
-	$(BIN)/pytest -m "long and not model and not cluster"
+	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "long and not model and not cluster"
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
 	$(BIN)/pytest -m "cluster and not clients"
 

@@ -62,7 +62,7 @@ class Workload:
 def microseconds(call: Callable[[], torch.Tensor]) -> float:
     for _ in range(WARM_UP):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(RUNS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

@@ -45,7 +45,7 @@ from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
-from kvtransfer.transports import TRANSPORTS
+from kvtransfer.transports import TRANSPORTS, create_transport
 from kvtransfer.transports.base import TransportOffer
 
 __all__ = ["DecodeHandoff", "MakeReceiver", "PoolMemory", "region_of_pool"]
@@ -215,7 +215,9 @@ class DecodeHandoff:
             return [PushReport(_seal(account), account.transfer_s) for account in reply.accounts]
 
         configured = self._config.transports
-        kinds = (*configured, *(kind for kind in TRANSPORTS if kind not in configured and kind != "inproc"))
+        others = (kind for kind in TRANSPORTS if kind not in configured and kind != "inproc")
+        # What this pool's memory rules out is never offered, so there is nothing to try.
+        kinds = [kind for kind in (*configured, *others) if create_transport(kind).can_serve(self._region)]
         for link in await self._probes.measure(ref, kinds, self._spec.host, ask):
             report.links.add(
                 kind=link.kind,

@@ -39,6 +39,8 @@ def compile_grammar(vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 def source_of(grammar: Grammar) -> str:
     """The grammar in llguidance's own notation. Raises InvalidRequest for what is not even well-formed."""
+    from llguidance import LLMatcher
+
     try:
         match grammar.kind:
             case GrammarKind.JSON_SCHEMA:

@@ -87,6 +87,7 @@ async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> No
         lease_s=0.05 if end == "lease" else PATIENCE_S,
         forget=forgotten.append,
         silent=lambda _: None,
+        expired=lambda: None,
     )
 
     async def enter(outgoing: Outgoing) -> SlowLink:

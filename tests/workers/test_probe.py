@@ -38,6 +38,7 @@ async def test_each_kind_is_measured_and_the_one_in_use_is_named(model_path: Pat
         for report in reports:
             assert report.transport == "tcp"
             links = {link.kind: link for link in report.links}
+            assert "cuda_ipc" not in links, "a pool in host memory does not offer it"
             assert links["tcp"].configured
             assert not links["shm"].configured  # and yet it works: the operator may want to know
             for kind in ("tcp", "shm"):

@@ -1,9 +1,7 @@
-"""Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere. Which is decided before Triton is
-imported."""
+"""Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere (`tests/conftest.py` decides)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ import pytest
 import torch
 
 ON_GPU = Path("/dev/nvidiactl").exists()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 
