@@ -9,6 +9,7 @@ hidden = norm(rows)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,17 @@ class LlamaLayer:
         return self._output(attended.reshape(len(rows), -1))
 
 
+class DecoderLayer(Protocol):
+    def __call__(
+        self, rows: torch.Tensor, angles: Angles, write_index: torch.Tensor, pool: KVPool, attention: AttentionPlan
+    ) -> torch.Tensor:
+        """Changes `rows`."""
+        ...
+
+
+MakeLayer = Callable[[int, ModelArchitecture, dict[str, torch.Tensor], Numerics], DecoderLayer]
+
+
 class LlamaModel:
     def __init__(
         self,
@@ -71,7 +83,10 @@ class LlamaModel:
         weights: dict[str, torch.Tensor],
         numerics: Numerics,
         max_model_tokens: int,
+        layer: MakeLayer | None = None,
     ) -> None:
+        """`layer` makes the layers of a family that differs in nothing else."""
+        make_layer = layer or LlamaLayer
         ends = ModelEnds.take(architecture, weights)
         self._embedding = ends.embedding
         self._rotary = RotaryEmbedding(
@@ -81,7 +96,7 @@ class LlamaModel:
             max_model_tokens,
             ends.device,
         )
-        self._layers = [LlamaLayer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
+        self._layers = [make_layer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
         self._norm = None if ends.norm is None else numerics.operations.rms_norm(ends.norm, architecture.rms_norm_eps)
         self._head = None if ends.head is None else PlainLinear(numerics, ends.head)
 

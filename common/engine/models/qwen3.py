@@ -12,19 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from common.engine.attention import AttentionBackend, AttentionPlan
+from common.engine.attention import AttentionPlan
 from common.engine.kv_pool import KVPool
 from common.engine.layers.gated_mlp import GatedMLP
-from common.engine.layers.linear import Linear, PlainLinear, SummedLinear
+from common.engine.layers.linear import Linear, SummedLinear
 from common.engine.layers.mixture import Mixture
-from common.engine.layers.rotary import Angles, RotaryEmbedding
+from common.engine.layers.rotary import Angles
 from common.engine.loader import ModelArchitecture
-from common.engine.models.ends import ModelEnds, present
+from common.engine.models.llama import LlamaModel
 from common.engine.numerics import Numerics
 from common.engine.operations import Norm
-from common.engine.step_input import StepInput
 
 
 class Qwen3Layer:
@@ -84,7 +82,7 @@ class Qwen3Layer:
         return self._output(attended.reshape(len(rows), -1))
 
 
-class Qwen3Model:
+class Qwen3Model(LlamaModel):
     def __init__(
         self,
         architecture: ModelArchitecture,
@@ -92,37 +90,4 @@ class Qwen3Model:
         numerics: Numerics,
         max_model_tokens: int,
     ) -> None:
-        ends = ModelEnds.take(architecture, weights)
-        self._embedding = ends.embedding
-        self._rotary = RotaryEmbedding(
-            architecture.head_dim,
-            architecture.rope_theta,
-            architecture.rope_scaling,
-            max_model_tokens,
-            ends.device,
-        )
-        self._layers = [Qwen3Layer(index, architecture, weights, numerics) for index in range(architecture.num_layers)]
-        self._norm = None if ends.norm is None else numerics.operations.rms_norm(ends.norm, architecture.rms_norm_eps)
-        self._head = None if ends.head is None else PlainLinear(numerics, ends.head)
-
-    def forward(
-        self,
-        step: StepInput,
-        pool: KVPool,
-        attention: AttentionBackend,
-        layer_done: Callable[[int], None] | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if rows is None:
-            rows = F.embedding(step.token_ids, present(self._embedding))
-        angles = self._rotary.angles(step.positions)
-        write_index = pool.write_index(step.slots)
-        plan = attention.plan(step.block_tables, step.spans)
-        for number, layer in enumerate(self._layers, start=1):
-            rows = layer(rows, angles, write_index, pool, plan)
-            if layer_done is not None:
-                layer_done(number)
-        return rows
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return present(self._head)(present(self._norm)(hidden)).float()
+        super().__init__(architecture, weights, numerics, max_model_tokens, Qwen3Layer)
