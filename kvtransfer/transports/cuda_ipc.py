@@ -35,9 +35,9 @@ from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolS
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
 from kvtransfer.transports.sending import Send, StreamSenderLink
+from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "cuda_ipc"
-BACKLOG = 64
 MAX_HANDLE_BYTES = 256
 _OFFER = struct.Struct("<4sHQ")  # magic, size of the handle, size of the pool; the handle follows
 _OFFER_MAGIC = b"PDCI"
@@ -62,14 +62,7 @@ class CudaIpcTransport:
                 raise TransferBroken("the peer did not take the handle of the pool") from error
 
         name = f"pdserve-kv-{secrets.token_hex(16)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.bind("\0" + name)
-            sock.listen(BACKLOG)
-        except OSError as error:
-            sock.close()
-            raise StartupError(f"no Unix socket for KV transfer: {error.strerror}", param="transports") from error
+        sock = listen_at(name)
         return StreamListener(
             sock, name, landing, credentials, region, layout, kind=KIND, data_kind=FrameKind.WRITTEN, introduce=give_handle
         )
@@ -88,12 +81,7 @@ class CudaIpcTransport:
             raise HandshakeRefused("the KV pool here is not on a device", param="transports")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.setblocking(False)
-            try:
-                async with asyncio.timeout(AUTHENTICATION_TIMEOUT_S):
-                    await asyncio.get_running_loop().sock_connect(sock, "\0" + address)
-            except (OSError, ValueError) as error:
-                raise TransferBroken("no decode worker on this host listens at the offered address") from error
+            await connect_to(sock, address)
             await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, layout.block_bytes))
             handle, pool_bytes = await _receive_offer(sock)
             if pool_bytes != pool_blocks * layout.block_bytes:

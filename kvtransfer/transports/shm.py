@@ -35,9 +35,9 @@ from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolS
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
 from kvtransfer.transports.sending import Send, StreamSenderLink
+from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "shm"
-BACKLOG = 64
 PART_BYTES = 256 * 1024  # copied and then digested while in a core's cache; a larger piece by itself
 FRAMES_A_BATCH = 4  # of two threads each announces twice: what is announced is checked while the rest is copied
 WORTH_HELPING_BYTES = 1024 * 1024  # below it one thread is done before another one is awake
@@ -63,14 +63,7 @@ class ShmTransport:
                 raise TransferBroken("the peer did not take the pool's descriptor") from error
 
         name = f"{this_host()}/pdserve-kv-{secrets.token_hex(16)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.bind("\0" + name)
-            sock.listen(BACKLOG)
-        except OSError as error:
-            sock.close()
-            raise StartupError(f"no Unix socket for KV transfer: {error.strerror}", param="transports") from error
+        sock = listen_at(name)
         return StreamListener(
             sock, name, landing, credentials, region, layout, kind=KIND, data_kind=FrameKind.WRITTEN, introduce=give_descriptor
         )
@@ -92,12 +85,7 @@ class ShmTransport:
             raise TransferBroken("the decode worker is on another host")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.setblocking(False)
-            try:
-                async with asyncio.timeout(AUTHENTICATION_TIMEOUT_S):
-                    await asyncio.get_running_loop().sock_connect(sock, "\0" + address)
-            except (OSError, ValueError) as error:
-                raise TransferBroken("no decode worker on this host listens at the offered address") from error
+            await connect_to(sock, address)
             await authenticate_as_prefill(sock, credentials, peer, PoolShape(pool_blocks, layout.block_bytes))
             fd = await _receive_descriptor(sock)
             try:
