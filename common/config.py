@@ -383,7 +383,11 @@ class RouterConfig(_Part):
         description="Accepted bearer tokens, or their entries (`pdserve keys hash`); each is a tenant of its own."
         " No key here, in keys_file or in tenants means no authentication (loopback only).",
     )
-    keys_file: str = Field("", description="More keys: lines of a tenant and an entry, as `pdserve keys new` prints them.")
+    keys_file: str = Field(
+        "",
+        description="More keys: lines of a tenant and an entry, as `pdserve keys new` prints them. When it"
+        " changes, it is read again by the next request.",
+    )
     tenants: dict[str, TenantConfig] = Field({}, description="By name; `default` is for keys without a tenant.")
     admission: AdmissionConfig = AdmissionConfig()
     request_timeout_s: float = Field(600.0, gt=0, description="Budget of one request.")
@@ -590,6 +594,11 @@ class SemanticCacheConfig(_Part):
         0.02, ge=0, le=1, description="Share of hits that are computed all the same, to find out whether they were right."
     )
     max_entries: int = Field(50_000, ge=1, description="Questions that a router remembers; the oldest make room.")
+    shared_index: bool = Field(
+        True,
+        description="Questions that a router does not remember, or not yet, are looked for in Redis, if it has vector sets (8 and"
+        " later).",
+    )
 
 
 class CacheConfig(_Part):

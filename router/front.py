@@ -58,7 +58,7 @@ class Front:
         self.registry = registry
         self.metrics = metrics
         self.clock = clock
-        self.keys = KeyRing(config.router)
+        self.keys = KeyRing(config.router, clock)
         self.examination = Examination(config.router.grammar_timeout_s)
         self.validator = Validator(config.router, registry, self.examination)
         self.models = ModelRouter(config.routing, is_ready=registry.serves)

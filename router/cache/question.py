@@ -35,6 +35,7 @@ def question_of(call: ValidCall, key: bytes, names: Sequence[str]) -> Question |
         return None
     return Question(
         key=key,
+        names=tuple(names),
         scope=scope_digest(call, body, names, frame),
         text=" ".join(unicodedata.normalize("NFC", text).split()),
         tenant=request.cache_salt,

@@ -29,6 +29,7 @@ class Question:
     """A request, cut in two: the last user text, and a digest of everything else that an answer depends on."""
 
     key: bytes  # names the request exactly, but for its limit of tokens
+    names: tuple[str, ...]  # of the epochs that its answer depends on; equal for all questions of a scope
     scope: bytes  # equal for requests that differ in `text` alone, or in their limit; holds tenant, model revision and tags
     text: str  # the last user text: NFC, runs of white space as one space
     tenant: str  # "" without API keys

@@ -19,6 +19,7 @@ class Library:
         self._scopes: dict[bytes, Scope] = {}
         self._names: dict[bytes, frozenset[str]] = {}  # of the epochs that a scope depends on
         self._order: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # answer key: scope, when it expires; oldest first
+        self.let_go = False  # some question, for want of room
 
     def __len__(self) -> int:
         return len(self._order)
@@ -33,6 +34,7 @@ class Library:
         self.remove(known.key)
         while len(self._order) >= self._max_entries:
             self.remove(next(iter(self._order)))
+            self.let_go = True
         place = self._scopes.get(scope)
         if place is None:
             place = self._scopes[scope] = Scope(self._dimensions)
@@ -68,3 +70,4 @@ class Library:
         self._scopes.clear()
         self._names.clear()
         self._order.clear()
+        self.let_go = False

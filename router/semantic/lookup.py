@@ -9,7 +9,8 @@ background), clients, and clients who ask again right after a hit. A pair of que
 never served again; an answer that was served and found wrong for two questions is removed.
 
 Known questions live in this process and are told to the store as records, from which other routers, and this one after a restart,
-fill theirs. What is replayed lies in the store alone; here is an answer's text, up to a limit, to hold others against.
+fill theirs. What is replayed lies in the store alone; here is an answer's text, up to a limit, to hold others against. While a
+router does not know all of them, it asks the index that routers share (`wider_index`) for what it does not find.
 
 Life: `run` is a task of the router; `close` after it. One loop; refits run on a thread, on a copy.
 """
@@ -41,8 +42,9 @@ from router.semantic.embedder import Embedder, Vector
 from router.semantic.embedding import Embedding, finished, until_done
 from router.semantic.judge import Judge
 from router.semantic.library import Library
-from router.semantic.matching import Known, Match, Matcher
+from router.semantic.matching import Known, Match, Matcher, Matches
 from router.semantic.reading import Reading, read
+from router.semantic.wider_index import WiderIndex
 from router.store.base import Change, Deleted, Inserted, Invalidated, Reset, Store
 
 log = get_logger(__name__)
@@ -57,6 +59,7 @@ _MAX_REFUSED = 256  # per answer
 _MAX_RECORDS = 10_000  # that wait to be read
 _REPEAT_S = 60.0
 _RECORD_S = 5.0  # for embedding a record
+_FETCHED = 4  # records of the shared index that one question may have read
 _ANSWER_CHARS = 4_000
 _FEW_WRONG = 2  # served to so many questions that it was wrong for, an answer goes
 
@@ -115,6 +118,7 @@ class SemanticCache:
         matcher: Matcher,
         decider: Decider,
         judge: Judge,
+        wider: WiderIndex,
         clock: Clock,
         metrics: SemanticMetrics,
     ) -> None:
@@ -123,6 +127,7 @@ class SemanticCache:
         self._matcher = matcher
         self._decider = decider
         self._judge = judge
+        self._wider = wider
         self._clock = clock
         self._metrics = metrics
         self._revision = embedder.revision.encode()
@@ -131,6 +136,7 @@ class SemanticCache:
         self._open: OrderedDict[bytes, _Open] = OrderedDict()  # by the question's key
         self._issued: OrderedDict[str, _Issued] = OrderedDict()
         self._records: asyncio.Queue[tuple[bytes, tuple[str, ...]]] = asyncio.Queue(_MAX_RECORDS)
+        self._records_lost = False
         self._refits: set[asyncio.Task[None]] = set()
         store.subscribe(self._changed)
         metrics.read_from(lambda: (decider.view(), len(self._library)), promised_ratio=config.max_wrong_hits)
@@ -149,8 +155,9 @@ class SemanticCache:
         if vector is None:
             self._metrics.ineligible.labels("budget").inc()
             return None
-        scope = self._library.scope(question.scope)
-        matches = None if scope is None else self._matcher.match(scope, asked.digest, asked.reading, vector)
+        matches = self._match(question, asked, vector)
+        if (matches is None or matches.best is None) and self._is_partial and await self._fetch(question, vector):
+            matches = self._match(question, asked, vector)
         for reason in () if matches is None else matches.vetoed:
             self._metrics.vetoes.labels(str(reason)).inc()
         best = None if matches is None else matches.best
@@ -200,6 +207,7 @@ class SemanticCache:
             expires_s=self._clock.wall_s() + ttl_s,
         )
         self._store.put(self._record_key(answer.key), orjson.dumps(record.model_dump()), ttl_s=ttl_s, epochs=answer.epochs)
+        self._wider.add(question.scope, answer.key, vector, ttl_s=ttl_s)
 
     async def feedback(self, hit_id: str, *, ok: bool, tenant: str) -> bool:
         """What a client says of a hit of its own; whether that removed the answer. Raises InvalidRequest, StoreUnavailable."""
@@ -210,6 +218,7 @@ class SemanticCache:
         key = issued.open.match.known.key if issued.open.match else b""
         removed = self._label(issued.open, LabelSource.FEEDBACK, ok)
         if removed:
+            self._wider.remove(issued.open.scope, [key])
             await self._store.delete([key, self._record_key(key)])
         return removed
 
@@ -225,6 +234,7 @@ class SemanticCache:
 
     async def close(self) -> None:
         await asyncio.gather(*self._refits)
+        await self._wider.close()
         await asyncio.to_thread(self._embedding.close)
 
     def _changed(self, change: Change) -> None:
@@ -233,6 +243,7 @@ class SemanticCache:
                 if key.startswith(_RECORD + self._revision) and key[len(_RECORD + self._revision) :] not in self._library:
                     if self._records.full():
                         self._records.get_nowait()
+                        self._records_lost = True
                     self._records.put_nowait((key, names))
             case Deleted(keys):
                 for key in keys:
@@ -241,6 +252,31 @@ class SemanticCache:
                 self._library.invalidate(names)
             case Reset():
                 self._library.clear()
+
+    @property
+    def _is_partial(self) -> bool:
+        """Whether there may be questions that the library does not know."""
+        return self._library.let_go or self._records_lost or not self._records.empty()
+
+    def _match(self, question: Question, asked: _Read, vector: Vector) -> Matches | None:
+        scope = self._library.scope(question.scope)
+        return None if scope is None else self._matcher.match(scope, asked.digest, asked.reading, vector)
+
+    async def _fetch(self, question: Question, vector: Vector) -> bool:
+        """Takes the nearest questions of the shared index into the library; whether any came."""
+        try:
+            async with asyncio.timeout(self._config.budget_s):
+                keys = [key for key in await self._wider.near(question.scope, vector) if key not in self._library][:_FETCHED]
+                readings = await asyncio.gather(*(self._store.get(self._record_key(key), question.names) for key in keys))
+        except TimeoutError:
+            return False
+        gone = [key for key, reading in zip(keys, readings, strict=True) if reading.value is None and reading.epochs is not None]
+        if gone:
+            self._wider.remove(question.scope, gone)
+        for reading in reversed(readings):  # the nearest last: it stays if there is room for few
+            if reading.value is not None:
+                await self._take_record(reading.value, question.names)
+        return any(key in self._library for key in keys)
 
     async def _take_record(self, value: bytes, names: tuple[str, ...]) -> None:
         try:

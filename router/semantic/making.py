@@ -9,10 +9,13 @@ from common.config import CacheConfig, SemanticCacheConfig
 from common.metrics import SemanticMetrics
 from router.cache.semantic_port import NoSemantics, SemanticLookup
 from router.store.base import Store
+from router.store.redis_store import RedisStore
+from router.store.vectors import RedisVectors
 
 if TYPE_CHECKING:
     from router.semantic.embedder import Embedder
     from router.semantic.prior import PriorFile
+    from router.semantic.wider_index import WiderIndex
 
 
 def make_semantics(config: CacheConfig, *, store: Store, clock: Clock, metrics: SemanticMetrics) -> SemanticLookup:
@@ -26,6 +29,7 @@ def make_semantics(config: CacheConfig, *, store: Store, clock: Clock, metrics: 
     from router.semantic.lookup import SemanticCache
     from router.semantic.matching import Matcher
     from router.semantic.prior import Prior, shipped, word_weights
+    from router.semantic.wider_index import NoWiderIndex, SharedIndex
 
     file = shipped()
     embedder = make_embedder(config.semantic, file)
@@ -36,6 +40,11 @@ def make_semantics(config: CacheConfig, *, store: Store, clock: Clock, metrics: 
         shadow_share=config.semantic.shadow,
         dice=random.Random(),
     )
+    shared = RedisVectors(store, namespace=config.redis.namespace) if isinstance(store, RedisStore) else None
+    if shared is None or not config.semantic.shared_index:
+        wider: WiderIndex = NoWiderIndex()
+    else:
+        wider = SharedIndex(shared, revision=embedder.revision.encode(), clock=clock)
     return SemanticCache(
         config.semantic,
         store=store,
@@ -43,6 +52,7 @@ def make_semantics(config: CacheConfig, *, store: Store, clock: Clock, metrics: 
         matcher=Matcher(prior, word_weights(file), decider),
         decider=decider,
         judge=TextJudge(),
+        wider=wider,
         clock=clock,
         metrics=metrics,
     )

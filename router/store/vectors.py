@@ -33,6 +33,10 @@ class Neighbour:
 class NearestNeighbours(Protocol):
     """An index over (partition, key, vector). Vectors need not be of length 1; only their direction counts."""
 
+    async def is_there(self) -> bool:
+        """Whether it can be used at all."""
+        ...
+
     async def add(self, partition: bytes, key: bytes, vector: Sequence[float], *, ttl_s: float) -> bool:
         """Whether it is in the index now."""
         ...

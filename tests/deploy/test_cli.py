@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from common.clock import ManualClock
 from common.config import RouterConfig
 from deploy.commands import keys
 from router.keys import KeyRing
@@ -99,7 +100,7 @@ def test_keys_are_shown_once_and_known_by_their_entries(tmp_path: Path) -> None:
     assert "chosen" not in hashed.output
     file = tmp_path / "keys"
     file.write_text(f"{line}\n{hashed.stdout}")
-    ring = KeyRing(RouterConfig.model_validate({"keys_file": str(file), "tenants": {"acme": {}}}))
+    ring = KeyRing(RouterConfig.model_validate({"keys_file": str(file), "tenants": {"acme": {}}}), ManualClock())
     assert asyncio.run(ring.identify(f"Bearer {key}")).tenant.name == "acme"
     assert asyncio.run(ring.identify("Bearer chosen")).tenant.label == "keys"
     for text in ("", line.split()[1]):

@@ -16,6 +16,8 @@ import pytest
 
 from common.wire import inference_pb2, inference_pb2_grpc
 from support.cluster import RunningCluster
+from support.more_routers import Balanced, another_router
+from support.steady_load import Question, ask
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -247,6 +249,31 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
     await async_client.close()
     assert count > 20
     assert len(await asyncio.to_thread(lambda: cluster.status()["workers"])) == 2
+
+
+def test_routers_are_replaced_one_by_one_and_no_answer_is_lost(cluster: RunningCluster) -> None:
+    """Two of them; each in turn is told to stop while it streams, and a new one comes. All give the same answers."""
+    questions = [Question([index + 3, *PROMPT[:40]], seed=index, temperature=0.8, max_tokens=60) for index in range(5)]
+    first = cluster.base_url
+    with httpx.Client(trust_env=False, timeout=60.0) as client:
+        known = [(question, ask(client, first, "tiny", question).text) for question in questions]
+    with another_router(cluster) as second:
+        load = Balanced(known, [first, second.base_url], "tiny")
+        with load.asking(clients=6):
+            cluster.wait_for("answers of both", lambda: all(load.served.get(url, 0) > 5 for url in load.urls))
+            with another_router(cluster) as third:
+                load.urls = [first, second.base_url, third.base_url]
+                cluster.wait_for("answers of the third", lambda: load.served.get(third.base_url, 0) > 5)
+                assert second.drain() == 0
+                at_its_end = load.served[second.base_url]
+                load.urls = [first, third.base_url]
+                so_far = load.served[third.base_url]
+                cluster.wait_for("answers without the second", lambda: load.served[third.base_url] > so_far + 5)
+                load.urls = [first]
+                assert third.drain() == 0
+    assert load.wrong == []
+    assert load.served[second.base_url] == at_its_end
+    cluster.wait_for("one router and clean pools", lambda: len(cluster.status()["routers"]) == 1 and cluster.nothing_leaks())
 
 
 def test_a_killed_prefill_worker_is_not_noticed(cluster: RunningCluster, client: openai.OpenAI) -> None:

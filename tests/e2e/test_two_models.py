@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,9 @@ def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles, ge
     config: dict[str, Any] = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     for model, files in zip(config["models"], (smollm2, gemma3), strict=True):
         model.update(source=str(files.path), engine={"kv_pool_tokens": 2048, "kernels": "torch", "threads": 1})
-    settings = {"models": config["models"], "routing": config["routing"]}
+    # A worker that dies has to be back within the wait, however busy the machine is.
+    router = {"http_port": 0, "grpc_port": 0, "migration_wait_s": 120.0}
+    settings = {"models": config["models"], "routing": config["routing"], "router": router}
     with launched(tmp_path_factory.mktemp("two"), model_path=smollm2.path, name="two", settings=settings) as cluster:
         cluster.wait_for("both models", lambda: len(cluster.workers("decode")) == 2, timeout_s=90.0)
         yield cluster
@@ -63,6 +68,21 @@ def test_both_models_behind_one_router(two_models: RunningCluster, tmp_path: Pat
     explained = two_models.cli("route", "explain", str(tmp_path / "request.json"), "--cluster", "two")
     assert explained.returncode == 0, explained.stderr
     assert explained.stdout.splitlines()[0] == f"best -> {LARGE}"
+
+    # A worker of one model dies under an answer: that model alone pauses, and the answer is what it would have been.
+    body = {"model": LARGE, "prompt": "The capital of France is", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+    whole = complete(two_models, **body).json()["choices"][0]["text"]
+    victim, heard = next(worker for worker in two_models.workers("decode") if worker["model"] == LARGE), ""
+    url = f"{two_models.base_url}/v1/completions"
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=150, trust_env=False) as stream:
+        for number, line in enumerate(line for line in stream.iter_lines() if line.startswith("data: {")):
+            if number == 2:
+                os.kill(victim["pid"], signal.SIGKILL)
+                assert complete(two_models, SMALL).json()["choices"][0]["text"] == texts[SMALL]
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            heard += "".join(choice["text"] for choice in event["choices"])
+    assert heard == whole
 
     gone = two_models.cli("scale", LARGE, "--decode", "0", "--cluster", "two")
     assert gone.returncode == 0, gone.stderr

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.api_keys import entry_of, slow_entry_of
+from common.clock import Clock, ManualClock
 from common.config import RouterConfig
 from common.errors import AuthenticationFailed, ConfigError, Overloaded, PermissionDenied
 from router import keys
@@ -18,8 +19,8 @@ from router.admission.tenants import standing_of
 from router.keys import KeyRing
 
 
-def ring(**router: Any) -> KeyRing:
-    return KeyRing(RouterConfig.model_validate(router))
+def ring(clock: Clock | None = None, **router: Any) -> KeyRing:
+    return KeyRing(RouterConfig.model_validate(router), clock or ManualClock())
 
 
 async def tenant_of(known: KeyRing, key: str) -> str:
@@ -148,6 +149,69 @@ def test_a_keys_file_that_is_wrong_names_itself(tmp_path: Path, text: str) -> No
 def test_a_keys_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         ring(keys_file=str(tmp_path / "keys"))
+
+
+async def refused(known: KeyRing, key: str) -> bool:
+    try:
+        await known.identify(f"Bearer {key}")
+    except AuthenticationFailed:
+        return True
+    return False
+
+
+async def test_a_key_that_leaves_the_file_is_refused_and_one_that_comes_is_known(tmp_path: Path) -> None:
+    path, clock = tmp_path / "keys", ManualClock()
+    path.write_text(f"acme {entry_of('old')}\nacme {slow_entry_of('chosen')}\n")
+    known = ring(clock, keys_file=str(path), api_keys=["alone"], tenants={"acme": {}})
+    assert await tenant_of(known, "old") == await tenant_of(known, "chosen") == "acme"
+    assert await refused(known, "new")
+
+    replaced = tmp_path / "keys.new"
+    replaced.write_text(f"acme {entry_of('new')}\n")
+    replaced.rename(path)
+    assert await tenant_of(known, "old") == "acme"  # not looked at yet
+    clock.advance(1.0)
+    assert await tenant_of(known, "new") == "acme"
+    assert await refused(known, "old")
+    assert await refused(known, "chosen")
+    assert await tenant_of(known, "alone")
+
+    path.write_text(f"acme {entry_of('old')}\n")  # in place
+    clock.advance(1.0)
+    assert await tenant_of(known, "old") == "acme"
+    assert await refused(known, "new")
+
+
+@pytest.mark.parametrize("text", ["nobody " + entry_of("new"), "acme new", "\udcff", None])
+async def test_a_file_that_is_not_understood_changes_nothing(tmp_path: Path, text: str | None) -> None:
+    path, clock = tmp_path / "keys", ManualClock()
+    path.write_text(f"acme {entry_of('old')}\n")
+    known = ring(clock, keys_file=str(path), tenants={"acme": {}})
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    for _ in range(2):
+        clock.advance(1.0)
+        assert await tenant_of(known, "old") == "acme"
+        assert await refused(known, "new")
+    path.write_text(f"acme {entry_of('new')}\n")
+    clock.advance(1.0)
+    assert await tenant_of(known, "new") == "acme"
+    assert await refused(known, "old")
+
+
+async def test_what_was_found_out_about_a_key_ends_with_the_file_that_it_was_in(tmp_path: Path) -> None:
+    """A key is being compared, slowly, while the file loses it: the answer is not remembered for later callers."""
+    path, clock = tmp_path / "keys", ManualClock()
+    path.write_text(f"acme {slow_entry_of('old')}\n")
+    known = ring(clock, keys_file=str(path), tenants={"acme": {}})
+    asked = asyncio.ensure_future(known.identify("Bearer old"))
+    await asyncio.sleep(0)
+    path.write_text("")
+    clock.advance(1.0)
+    assert await refused(known, "old")
+    assert (await asked).tenant.name == "acme"
+    assert await refused(known, "old")
 
 
 async def test_bands_are_the_tenants() -> None:

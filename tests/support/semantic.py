@@ -16,12 +16,14 @@ from common.types import FinishReason
 from router.cache.semantic_port import FreshAnswer, Question, SemanticHit
 from router.sampling_class import SamplingClass
 from router.semantic.decider import Decider
-from router.semantic.embedder import HashedEmbedder
+from router.semantic.embedder import HashedEmbedder, Vector
 from router.semantic.judge import TextJudge
 from router.semantic.lookup import SemanticCache
 from router.semantic.matching import Matcher
 from router.semantic.prior import Prior, shipped, word_weights
-from router.store.base import Epochs
+from router.semantic.reading import read
+from router.semantic.wider_index import NoWiderIndex, WiderIndex
+from router.store.base import Epochs, Store
 from router.store.embedded import EmbeddedStore
 
 MODEL = "m"
@@ -34,7 +36,7 @@ def digest(text: str) -> bytes:
 
 def question(text: str, *, scope: bytes = b"scope", tenant: str = "t", earlier: int = 0) -> Question:
     key = digest(text + scope.hex())
-    return Question(key, scope, text, tenant, MODEL, SamplingClass.GREEDY, 100, earlier, has_tools=False)
+    return Question(key, NAMES, scope, text, tenant, MODEL, SamplingClass.GREEDY, 100, earlier, has_tools=False)
 
 
 def prove(decider: Decider, kind: str, *, width: int = 28, wrong_share: float = 0.0, count: int = 400) -> None:
@@ -56,7 +58,8 @@ class SemanticBench:
     max_wrong_hits: float = 0.05
     proven: bool = True
     max_entries: int = 1000
-    store: EmbeddedStore | None = None
+    store: Store | None = None
+    wider: WiderIndex = field(default_factory=NoWiderIndex)
     clock: ManualClock = field(default_factory=lambda: ManualClock(1000.0))
 
     def __post_init__(self) -> None:
@@ -71,15 +74,19 @@ class SemanticBench:
         if self.proven:
             prove(self.decider, MODEL)
         self.cache = SemanticCache(
-            SemanticCacheConfig(enabled=True, max_entries=self.max_entries, ttl_s=500.0),
+            SemanticCacheConfig(enabled=True, max_entries=self.max_entries, ttl_s=500.0, budget_s=1.0),
             store=self.store,
             embedder=HashedEmbedder(word_weights(file)),
             matcher=Matcher(prior, word_weights(file), self.decider),
             decider=self.decider,
             judge=TextJudge(),
+            wider=self.wider,
             clock=self.clock,
             metrics=SemanticMetrics(registry),
         )
+
+    def vector(self, text: str) -> Vector:
+        return HashedEmbedder(word_weights(shipped())).embed(text, read(text))
 
     async def epochs(self) -> Epochs:
         assert self.store is not None

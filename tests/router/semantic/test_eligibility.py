@@ -11,7 +11,7 @@ from router.sampling_class import SamplingClass
 from router.semantic.eligibility import Ineligible, ineligible, ineligible_at_once
 from router.semantic.reading import read
 
-ASKED = Question(b"k", b"s", "", "t", "m", SamplingClass.GREEDY, 16, 0, False)
+ASKED = Question(b"k", (), b"s", "", "t", "m", SamplingClass.GREEDY, 16, 0, False)
 
 
 def reason(text: str, **more: object) -> Ineligible | None:
