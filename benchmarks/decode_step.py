@@ -1,6 +1,6 @@
 """What one step of the engine costs on this CPU: native kernels against torch, in the same process, in turns.
 
-    python -m benchmarks.decode_step [--model smollm2-135m] [--dtype bfloat16] [--weights int8] [--threads 1] \\
+    python -m benchmarks.decode_step [--model smollm2-135m] [--dtype bfloat16] [--weights int8] [--kv-dtype int8] [--threads 1] \\
         [--batches 1,2,4,8,16] [--contexts 200,1000] [--prompts 512] [--blocks 5] [--json out.json]
 
 A decode step computes one token of each sequence, up to the logits; a prompt step computes that many tokens of one sequence.
@@ -21,11 +21,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from common.blocks import num_blocks
 from common.config import EngineConfig
 from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.block_matrix import BLOCK, BlockKind
 from common.engine.engine import Engine, build_engine
+from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.quantisation import GROUP
+from common.engine.rounded_rows import round_rows
 from common.model_store import pull
 
 KINDS = ("torch", "native")
@@ -57,6 +62,7 @@ def main() -> None:
                 dtype=options.dtype,
                 kernels=kind,
                 weights=options.weights,
+                kv_dtype=options.kv_dtype,
                 kv_pool_tokens=most_sequences * (longest + 16),
             ),
             threads=options.threads,
@@ -66,26 +72,27 @@ def main() -> None:
         for kind in KINDS
     }
     for engine in engines.values():
-        engine.pool.tensor[1:].normal_()
+        fill(engine.pool)
     load_before = os.getloadavg()[0]
     cells = []
     for context in options.contexts:
         for batch in options.batches:
             steps = {kind: decode_step(engine, batch, context) for kind, engine in engines.items()}
-            cells.append(measure("decode", batch, context, steps, engines["native"], options))
+            cells.append(measure("decode", batch, context, steps, path, engines["native"], options))
             show(cells[-1])
     for tokens in options.prompts:
         steps = {kind: prompt_step(engine, tokens) for kind, engine in engines.items()}
-        cells.append(measure("prompt", tokens, 0, steps, engines["native"], options))
+        cells.append(measure("prompt", tokens, 0, steps, path, engines["native"], options))
         show(cells[-1])
     load_after = os.getloadavg()[0]
     dtype = engines["native"].layout.dtype
-    settings = f"threads {options.threads}, {dtype}, weights {options.weights}"
+    settings = f"threads {options.threads}, {engines['native'].dtype}, KV {dtype}, weights {options.weights}"
     print(f"{settings}; load average {load_before:.2f} before, {load_after:.2f} after")
     if options.json:
         result = {
             "threads": options.threads,
-            "dtype": dtype,
+            "dtype": str(engines["native"].dtype).removeprefix("torch."),
+            "kv_dtype": dtype,
             "weights": options.weights,
             "load_average": [load_before, load_after],
             "cells": [asdict(cell) for cell in cells],
@@ -100,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", default="smollm2-135m")
     result.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    result.add_argument("--weights", default="model", choices=["model", "int8"])
+    result.add_argument("--weights", default="model", choices=["model", "int8", "int4", "file"])
+    result.add_argument("--kv-dtype", default="model", choices=["model", "int8"])
     result.add_argument("--threads", type=int, default=1)
     result.add_argument("--batches", type=numbers, default=[1, 2, 4, 8, 16])
     result.add_argument("--contexts", type=numbers, default=[200, 1000])
@@ -108,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--blocks", type=int, default=5)
     result.add_argument("--json", type=Path)
     return result
+
+
+def fill(pool: KVPool) -> None:
+    """With random values, a block at a time."""
+    for block in range(FIRST_BLOCK, pool.num_blocks):
+        values = torch.randn(*pool.tensor.shape[1:-1], pool.layout.head_dim)
+        pool.tensor[block] = round_rows(values) if pool.layout.is_rounded else values
 
 
 def decode_step(engine: Engine, batch: int, context: int) -> Callable[[], object]:
@@ -128,6 +143,7 @@ def measure(
     rows: int,
     context: int,
     steps: dict[str, Callable[[], object]],
+    path: Path,
     engine: Engine,
     options: argparse.Namespace,
 ) -> Cell:
@@ -157,20 +173,27 @@ def measure(
         statistics.median(cpu_ms["torch"]),
         statistics.median(cpu_ms["native"]),
         statistics.median(ratios),
-        least_bytes(engine, rows, context, options.weights) / native_ms / 1e6,
+        least_bytes(path, engine, rows, context, options.weights) / native_ms / 1e6,
     )
 
 
-def least_bytes(engine: Engine, rows: int, context: int, weights_as: str) -> float:
-    shapes = engine.architecture.tensor_shapes()
-    weights = sum(
-        shape[0] * shape[1]
-        for name, shape in shapes.items()
-        if len(shape) == 2 and (name != "model.embed_tokens.weight" or engine.architecture.tie_embeddings)
-    )
+def least_bytes(path: Path, engine: Engine, rows: int, context: int, weights_as: str) -> float:
     kv = rows * context * engine.layout.block_bytes // engine.layout.block_tokens
-    bytes_per_weight = 1 + 4 / GROUP if weights_as == "int8" else engine.layout.dtype_bytes
-    return weights * bytes_per_weight + kv
+    if weights_as == "file":  # norms and what else is small are in it, too
+        return path.stat().st_size + kv
+    architecture = engine.architecture
+    shapes = {name: shape for name, shape in architecture.tensor_shapes().items() if len(shape) == 2}
+    ends = {"model.embed_tokens.weight", "lm_head.weight"} & shapes.keys()
+    in_layers = sum(shape[0] * shape[1] for name, shape in shapes.items() if name not in ends)
+    in_head = architecture.vocab_size * architecture.hidden_size
+    in_eight_bits = 1 + 4 / GROUP
+    bytes_per_weight = {
+        "model": (engine.dtype.itemsize, engine.dtype.itemsize),
+        "int8": (in_eight_bits, in_eight_bits),
+        "int4": (BlockKind.Q4_MINIMA.block_bytes / BLOCK, in_eight_bits),
+    }
+    of_layers, of_head = bytes_per_weight[weights_as]
+    return in_layers * of_layers + in_head * of_head + kv
 
 
 def show(cell: Cell) -> None:

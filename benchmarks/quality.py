@@ -1,8 +1,9 @@
 """What rounding costs: perplexity and greedy agreement of an engine's settings against fp32, on the same text.
 
-    python -m benchmarks.quality [--model smollm2-135m] [--text FILE ...] [--tokens 1024] [--json out.json]
+    python -m benchmarks.quality [--model smollm2-135m] [--text FILE ...] [--tokens 1024] [--settings NAME ...] [--json out.json]
 
-Without --text the docstrings of modules of Python's standard library are read: text that no setting was tuned on. Each text is
+All settings but "file", which is for GGUF files, are for any model; the native kernels compute. Without --text the docstrings of
+modules of Python's standard library are read: text that no setting was tuned on. Each text is
 one sequence of at most so many tokens. Per setting: perplexity, its ratio to fp32's with a 95 % interval over texts (bootstrap),
 and how often the most probable token is fp32's. Time does not matter here, and a busy machine changes nothing.
 """
@@ -29,11 +30,19 @@ MODULES = (
     "argparse", "asyncio.events", "collections", "datetime", "decimal", "difflib", "email.message", "fractions", "functools",
     "http.client", "inspect", "logging", "pathlib", "random", "statistics", "string", "subprocess", "textwrap", "zipfile",
 )  # fmt: skip
+BASE = "fp32"
 SETTINGS = {
-    "fp32": {"dtype": "float32"},
+    BASE: {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
     "int8, bf16 KV": {"dtype": "bfloat16", "weights": "int8"},
     "int8, fp32 KV": {"dtype": "float32", "weights": "int8"},
+    "int4, bf16 KV": {"dtype": "bfloat16", "weights": "int4"},
+    "int4, fp32 KV": {"dtype": "float32", "weights": "int4"},
+    "file, bf16 KV": {"dtype": "bfloat16", "weights": "file"},
+    "file, fp32 KV": {"dtype": "float32", "weights": "file"},
+    "fp32, int8 KV": {"dtype": "float32", "kv_dtype": "int8"},
+    "bf16, int8 KV": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "file, int8 KV": {"dtype": "bfloat16", "weights": "file", "kv_dtype": "int8"},
 }
 
 
@@ -55,22 +64,25 @@ def main() -> None:
     sequences = [ids for text in texts if len(ids := tokenizer.encode(text)[: options.tokens]) > 1]
     losses: dict[str, list[float]] = {}
     best: dict[str, list[torch.Tensor]] = {}
-    for setting, values in SETTINGS.items():
-        config = EngineConfig.model_validate({"device": "cpu", "kv_pool_tokens": options.tokens + 64, **values})
+    chosen = list(dict.fromkeys([BASE, *(options.settings or SETTINGS)]))
+    for setting in chosen:
+        config = EngineConfig.model_validate(
+            {"device": "cpu", "kernels": "native", "kv_pool_tokens": options.tokens + 64, **SETTINGS[setting]}
+        )
         engine = build_engine(path, config, threads=options.threads, model_digest="m", tokenizer_digest="t")
         found = [judge(engine, ids) for ids in sequences]
         losses[setting] = [loss for loss, _ in found]
         best[setting] = [tokens for _, tokens in found]
     counts = [len(ids) - 1 for ids in sequences]
     results = []
-    for setting in SETTINGS:
-        low, high = interval(losses[setting], losses["fp32"], counts)
-        same = sum(int((mine == theirs).sum()) for mine, theirs in zip(best[setting], best["fp32"], strict=True))
+    for setting in chosen:
+        low, high = interval(losses[setting], losses[BASE], counts)
+        same = sum(int((mine == theirs).sum()) for mine, theirs in zip(best[setting], best[BASE], strict=True))
         results.append(
             Quality(
                 setting,
                 math.exp(sum(losses[setting]) / sum(counts)),
-                math.exp((sum(losses[setting]) - sum(losses["fp32"])) / sum(counts)),
+                math.exp((sum(losses[setting]) - sum(losses[BASE])) / sum(counts)),
                 low,
                 high,
                 same / sum(counts),
@@ -92,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", default="smollm2-135m")
     result.add_argument("--text", nargs="*", default=[])
     result.add_argument("--tokens", type=int, default=1024)
+    result.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=[])
     result.add_argument("--threads", type=int, default=1)
     result.add_argument("--json", type=Path)
     return result

@@ -41,9 +41,9 @@ class EngineConfig(_Part):
     )
     exact: bool = Field(
         False,
-        description="Fixed GEMM tiles and attention order: logits do not depend on batch, chunks or prefix hits, bitwise.",
+        description="One order for every sum: logits do not depend on batch, chunks or prefix hits, bitwise.",
     )
-    exact_tile_rows: int = Field(16, ge=1, description="Rows of the one GEMM tile of exact mode.")
+    exact_tile_rows: int = Field(16, ge=1, description="Rows of the one GEMM tile of exact mode, where torch computes.")
     block_tokens: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
     kv_pool_tokens: int = Field(32_768, ge=16, description="Capacity of each worker's KV pool, in tokens.")
     device_memory_share: float | None = Field(
@@ -64,14 +64,21 @@ class EngineConfig(_Part):
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default shares the cores between workers.")
     kernels: Literal["auto", "torch", "native", "triton"] = Field(
         "auto",
-        description="What computes steps. native: C++ compiled on this machine, for CPUs and not in exact mode. triton: torch's"
-        " matrix products and Triton's kernels for all else, on CUDA. auto: native on a CPU, once it is compiled, triton on CUDA,"
-        " each where it can be had, and torch elsewhere.",
+        description="What computes steps. native: C++ compiled on this machine, for CPUs. triton: torch's matrix products and"
+        " Triton's kernels for all else, on CUDA. auto: native on a CPU, once it is compiled, triton on CUDA, each where it can"
+        " be had, and torch elsewhere. In exact mode native kernels are compiled before the start, and have to be had.",
     )
-    weights: Literal["model", "int8", "int4", "fp8"] = Field(
+    weights: Literal["model", "int8", "int4", "fp8", "file"] = Field(
         "model",
-        description="How matrices are held. int8: 8 bits, 64 weights to a scale, half the bytes to read per token. Native kernels"
-        " compute in 8 bits; torch computes with the rounded weights. int4 and fp8 are for GPUs; a CPU rounds and gains nothing.",
+        description="How matrices are held. int8: 8 bits, 64 weights to a scale, half the bytes to read per token. int4: 4 bits,"
+        " a third of them. file: as a GGUF file holds them (Q4_0, Q4_1, Q8_0), on CPUs; no weight is rounded again, and loading"
+        " needs no other copy. Native kernels compute with rows of 8 bits; torch computes with the rounded weights. fp8 is for"
+        " GPUs; a CPU rounds and gains nothing.",
+    )
+    kv_dtype: Literal["model", "int8"] = Field(
+        "model",
+        description="Of keys and values. model: as dtype. int8: 8 bits with a scale for each token and head, on CPUs; about half"
+        " the memory and half the bytes to hand over and to read.",
     )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
     rank_timeout_s: float = Field(

@@ -210,9 +210,15 @@ class WorkAccount:
     cached_tokens: int = 0  # of the prompt, computed by nobody
 
 
+ROUNDED = "int8-"
+"""Begins the dtype of KV in 8 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """What a block of KV memory holds: `[layer][kv_head][K,V][token][head_dim]`, contiguous. Written by the engine.
+    """What a block of KV memory holds: `[layer][kv_head][K,V][token][row]`, contiguous. Written by the engine.
+
+    A row is the `head_dim` values of a token in a head; rounded to 8 bits, padding to four bytes and their scale (fp32) follow.
 
     Two workers may exchange blocks only if their fingerprints are equal: same weights, same tokenizer, same shape.
     """
@@ -223,17 +229,31 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     block_tokens: int
-    dtype: str  # "float32", "bfloat16", "float16"
+    dtype: str  # "float32", "bfloat16", "float16"; "int8-bfloat16": rounded from that
     exact: bool  # exact and fast numerics differ in the last bits; they must not be mixed in one sequence
 
     @property
     def dtype_bytes(self) -> int:
-        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return 1 if self.is_rounded else {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.dtype.startswith(ROUNDED)
+
+    @property
+    def values_dtype(self) -> str:
+        """Of what rows hold once they were read: that of the engine."""
+        return self.dtype.removeprefix(ROUNDED)
+
+    @property
+    def row_bytes(self) -> int:
+        if self.is_rounded:
+            return -(-self.head_dim // 4) * 4 + 4
+        return self.head_dim * self.dtype_bytes
 
     @property
     def block_bytes(self) -> int:
-        values_per_token = self.num_layers * self.num_kv_heads * 2 * self.head_dim
-        return values_per_token * self.block_tokens * self.dtype_bytes
+        return self.num_layers * self.num_kv_heads * 2 * self.block_tokens * self.row_bytes
 
     @property
     def fingerprint(self) -> bytes:

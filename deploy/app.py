@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from deploy.commands import chat, completion, config, doctor, down, fleet, keys, logs, models, route, status, top, up
+from deploy.commands import chat, completion, config, doctor, down, fleet, keys, logs, models, profile, route, status, top, up
 from deploy.commands.examples import examples
 from deploy.commands.output import out
 
@@ -31,6 +31,7 @@ for panel, command, shown in (
     (_LOOK, top.top, top.EXAMPLES),
     (_LOOK, logs.logs, logs.EXAMPLES),
     (_LOOK, doctor.doctor, doctor.EXAMPLES),
+    (_LOOK, profile.profile, profile.EXAMPLES),
     (_CHANGE, fleet.scale, fleet.SCALE_EXAMPLES),
     (_CHANGE, fleet.drain, fleet.DRAIN_EXAMPLES),
     (_CHANGE, fleet.flip, fleet.FLIP_EXAMPLES),

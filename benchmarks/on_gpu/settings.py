@@ -24,6 +24,7 @@ class Settings:
     max_model_tokens: int | None = None
     kernels: str = "auto"
     weights: str = "model"
+    kv_dtype: str = "model"
     prefix_cache: bool = False
 
 

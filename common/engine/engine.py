@@ -21,11 +21,12 @@ import torch
 
 from common.blocks import num_blocks, root_hash
 from common.engine.block_manager import BlockManager
+from common.engine.block_matrix import Weight, in_full
 from common.engine.device_memory import DeviceAllocation
 from common.engine.exact import ExactNumerics
 from common.engine.exactness_check import check_exactness
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
-from common.engine.loader import ModelArchitecture, load_architecture, load_weights
+from common.engine.loader import ModelArchitecture, load_architecture, load_stored_weights, load_weights
 from common.engine.models import Model, create_model
 from common.engine.numerics import FastNumerics, Numerics
 from common.engine.operations import Operations
@@ -34,11 +35,13 @@ from common.engine.runner import ModelRunner, Successor
 from common.engine.settings import EngineSettings
 from common.engine.triton_kernels.choice import choose_operations
 from common.errors import ConfigError, PdserveError, StartupError
-from common.types import KVLayout
+from common.types import ROUNDED, KVLayout
 
 if TYPE_CHECKING:
     from common.config import ParallelConfig
+    from common.engine.native.library import Library
     from common.engine.parallel.group import RankGroup
+    from common.engine.parallel.share import Share
 
 
 class PoolMemory(Protocol):
@@ -99,17 +102,19 @@ def build_engine(
     torch.set_num_threads(threads)
     device = _device(config)
     dtype = _dtype(config, device)
-    weight_format = WeightFormat(config.weights)
+    weight_format = WeightFormat.of(config.weights, device.type, config.kernels)
     architecture = load_architecture(model_path)
-    exact_shards = parallel.tensor_parallel if parallel is not None and config.exact else 1
+    _check_few_bits(config, device, model_path)
+    shares = _shares_of_ranks(architecture, parallel)
+    library = _settled_library(config, architecture, device, dtype, shares)
     layout = KVLayout(
-        model_digest=_digest_as_computed(model_digest, weight_format, exact_shards),
+        model_digest=_digest_as_computed(model_digest, weight_format, _bits(config, parallel, library)),
         tokenizer_digest=tokenizer_digest,
         num_layers=architecture.num_layers,
         num_kv_heads=architecture.num_kv_heads,
         head_dim=architecture.head_dim,
         block_tokens=config.block_tokens,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=(ROUNDED if config.kv_dtype == "int8" else "") + str(dtype).removeprefix("torch."),
         exact=config.exact,
     )
     operations = choose_operations(config, architecture, layout, device, announce)
@@ -129,9 +134,9 @@ def build_engine(
         prefix_cache=config.prefix_cache,
         first_block=FIRST_BLOCK,
     )
-    if parallel is not None and parallel.num_ranks > 1:
+    if parallel is not None and shares:
         group = _start_group(
-            model_path, config, parallel, architecture, layout, total_blocks, max_model_tokens, threads, device, memory, name
+            model_path, config, parallel, shares, library, layout, total_blocks, max_model_tokens, threads, device, memory, name
         )
         pool = group.mine.pool
         runner = ModelRunner(group.mine.model, pool, numerics, len(group.mine.share.heads), group=group)
@@ -143,8 +148,16 @@ def build_engine(
                 raise
         return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens, None, group)
     captures = device.type == "cuda" and config.captured_rows > 0 and not config.exact
-    _, weights = load_weights(model_path, dtype, device)
-    weights = {name: weight.to(device) for name, weight in weights.items()}
+    native = config.kernels == "native" or (config.kernels == "auto" and device.type == "cpu")
+    weights: dict[str, Weight]
+    if weight_format is WeightFormat.FILE:
+        native = library is not None
+    if weight_format is WeightFormat.FILE and native:
+        _, weights = load_stored_weights(model_path, dtype)
+    else:
+        _, tensors = load_weights(model_path, dtype, device)
+        weights = {name: tensor.to(device) for name, tensor in tensors.items()}
+        del tensors
     # One block more than there are to hand out: where the padding of captured steps is written.
     pool_blocks = total_blocks + 1 if captures else total_blocks
     device_memory = None
@@ -152,15 +165,17 @@ def build_engine(
         device_memory = DeviceAllocation(layout.block_bytes * pool_blocks, layout.block_bytes // layout.num_layers, device)
         pool = KVPool(layout, pool_blocks, device, device_memory.words)
     else:
-        pool = KVPool(layout, pool_blocks, device, None if memory is None else memory.allocate(layout.block_bytes, pool_blocks))
+        given_memory = None if memory is None else memory.allocate(layout.block_bytes, pool_blocks)
+        pool = KVPool(layout, pool_blocks, device, given_memory)
 
     def create_torch_model() -> Model:
+        tensors = {name: in_full(weights.pop(name), dtype) for name in list(weights)}  # not to be held twice
         as_they_are = weight_format in (WeightFormat.MODEL, numerics.weight_format)
-        given = weights if as_they_are else rounded_weights(weights, weight_format)
+        given = tensors if as_they_are else rounded_weights(tensors, weight_format)
         return create_model(architecture, given, numerics, max_model_tokens)
 
     successor: Successor | None = None
-    if config.kernels == "native" or (config.kernels == "auto" and device.type == "cpu"):
+    if native:
         from common.config import pdserve_home
         from common.engine.native.choice import choose_model
 
@@ -168,11 +183,13 @@ def build_engine(
             config,
             architecture,
             weights,
+            dtype,
             pool,
             max_model_tokens,
             threads=threads,
             cache=pdserve_home() / "kernels",
             create_torch_model=create_torch_model,
+            settled=library,
         )
     else:
         model = create_torch_model()
@@ -196,11 +213,43 @@ def build_engine(
     return Engine(layout, architecture, pool, blocks, runner, device, dtype, max_model_tokens, device_memory)
 
 
+def _shares_of_ranks(architecture: ModelArchitecture, parallel: ParallelConfig | None) -> tuple[Share, ...]:
+    """What each of several processes has of the model; nothing if there is one process."""
+    if parallel is None or parallel.num_ranks == 1:
+        return ()
+    # Here, for an engine of one process needs nothing of it.
+    from common.engine.parallel.share import shares_of
+
+    return shares_of(architecture, parallel)
+
+
+def _settled_library(
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    shares: tuple[Share, ...],
+) -> Library | None:
+    """The native kernels, where it has to be settled before the start who computes: bits of torch and of kernels do not mix, and
+    of weights as a file holds them torch would need a copy in full."""
+    settles = config.exact or bool(shares) or config.weights == "file"
+    if config.kernels not in ("auto", "native") or device.type != "cpu" or not settles:
+        return None
+    from common.config import pdserve_home
+    from common.engine.native.choice import choose_library
+    from common.engine.native.library import Library
+
+    whole_groups = all(share.has_whole_groups(architecture.head_dim) for share in shares)
+    path = choose_library(config, architecture, device.type, dtype, pdserve_home() / "kernels", whole_groups=whole_groups)
+    return Library(Path(path)) if path else None
+
+
 def _start_group(
     model_path: Path,
     config: EngineSettings,
     parallel: ParallelConfig,
-    architecture: ModelArchitecture,
+    shares: tuple[Share, ...],
+    library: Library | None,
     layout: KVLayout,
     num_blocks: int,
     max_model_tokens: int,
@@ -210,18 +259,14 @@ def _start_group(
     name: str,
 ) -> RankGroup:
     # Here, for an engine of one process needs nothing of them.
-    from common.config import EngineConfig, pdserve_home
-    from common.engine.native.choice import choose_library
+    from common.config import EngineConfig
     from common.engine.parallel.group import RankGroup
     from common.engine.parallel.model import ShareOrder
-    from common.engine.parallel.share import shares_of
 
-    shares = shares_of(architecture, parallel)
     if device.type != "cpu":
         raise ConfigError(f"workers of several ranks compute on CPUs, not on {device.type}", param="engine.device")
     if not isinstance(config, EngineConfig):
         raise ConfigError("workers of several ranks need a whole configuration", param="engine")
-    whole_groups = all(share.has_whole_groups(architecture.head_dim) for share in shares)
     order = ShareOrder(
         rank=0,
         model_path=str(model_path),
@@ -231,7 +276,7 @@ def _start_group(
         layout=layout,
         num_blocks=num_blocks,
         max_model_tokens=max_model_tokens,
-        library=choose_library(config, architecture, layout.dtype, pdserve_home() / "kernels", whole_groups=whole_groups),
+        library="" if library is None else str(library.path),
     )
     region = None if memory is None else memory.allocate(layout.block_bytes, num_blocks)
     descriptor = None if memory is None else memory.descriptor
@@ -240,13 +285,31 @@ def _start_group(
     return RankGroup.start(order, shares, region, descriptor, name=name)
 
 
-def _digest_as_computed(model_digest: str, weight_format: WeightFormat, exact_shards: int) -> str:
+def _bits(config: EngineSettings, parallel: ParallelConfig | None, library: Library | None) -> list[str]:
+    """In exact mode, what changes a bit though not a weight: over how many parts sums run, and whose arithmetic it is."""
+    if not config.exact:
+        return []
+    shards = 1 if parallel is None else parallel.tensor_parallel
+    return ([f"{shards} shards"] if shards > 1 else []) + ([] if library is None else [library.arithmetic])
+
+
+def _check_few_bits(config: EngineSettings, device: torch.device, model_path: Path) -> None:
+    """Raises ConfigError for what cannot be had together."""
+    on_cpu = device.type == "cpu" and config.kernels != "triton"
+    if config.kv_dtype == "int8" and not on_cpu:
+        raise ConfigError("keys and values in int8 are for CPUs, without Triton's kernels", param="engine.kv_dtype")
+    if config.weights == "file" and not on_cpu:
+        raise ConfigError("weights as the file holds them are for CPUs, without Triton's kernels", param="engine.weights")
+    if config.weights == "file" and not model_path.is_file():
+        raise ConfigError("weights as the file holds them need a GGUF file", param="engine.weights")
+
+
+def _digest_as_computed(model_digest: str, weight_format: WeightFormat, bits: list[str]) -> str:
     """Rounded weights are other weights: their KV must not be mixed with that of the model as it came. Nor, in exact mode, KV
-    with sums over another number of parts."""
-    if weight_format is WeightFormat.MODEL and exact_shards == 1:
+    with other bits."""
+    if weight_format is WeightFormat.MODEL and not bits:
         return model_digest
-    parts = [model_digest, weight_format] + ([f"{exact_shards} shards"] if exact_shards > 1 else [])
-    return hashlib.sha256(":".join(parts).encode()).hexdigest()
+    return hashlib.sha256(":".join([model_digest, weight_format, *bits]).encode()).hexdigest()
 
 
 def _numerics(config: EngineSettings, operations: Operations | None, weight_format: WeightFormat) -> Numerics:

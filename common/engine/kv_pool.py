@@ -1,11 +1,14 @@
 """The KV memory of a worker: one allocation, cut into blocks.
 
-    [block][layer][kv_head][K,V][token][head_dim]         block i = bytes [i * block_bytes, (i + 1) * block_bytes)
+    [block][layer][kv_head][K,V][token][row]              block i = bytes [i * block_bytes, (i + 1) * block_bytes)
+
+A row is `head_dim` values, or rounded to 8 bits what `rounded_rows` makes of them: then `tensor` holds bytes, written rows are
+rounded and gathered ones are values again.
 
 A block is contiguous, and so is a range of its layers, and a range of the heads of one layer: what is shipped is never gathered.
 Reads and writes are vectorised over index tensors that a step computes once and shifts per layer:
 
-    a run  = (block, layer, kv_head, K or V): `block_tokens` rows of `head_dim`; gathers copy runs
+    a run  = (block, layer, kv_head, K or V): `block_tokens` rows; gathers copy runs
     a row  = one token of a run; writes scatter rows
 
 Block 0 is the null block: all zero, written by nobody, owned by nobody. Padding of block tables points there. A
@@ -26,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.engine.rounded_rows import round_rows, widen_rows
 from common.errors import EngineFailure
 from common.types import KVLayout
 
@@ -53,8 +57,10 @@ class KVPool:
         self.layout = replace(layout, num_layers=len(layers), num_kv_heads=len(kv_heads))
         self.num_blocks = num_blocks
         self.device = device
-        self._dtype: torch.dtype = getattr(torch, layout.dtype)
-        shape = (num_blocks, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, layout.head_dim)
+        self._values_dtype: torch.dtype = getattr(torch, layout.values_dtype)
+        self._dtype = torch.int8 if layout.is_rounded else self._values_dtype
+        row_values = layout.row_bytes // layout.dtype_bytes
+        shape = (num_blocks, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, row_values)
         if memory is None:
             self._whole = torch.zeros(shape, dtype=self._dtype, device=device)
         else:
@@ -62,8 +68,8 @@ class KVPool:
         self.tensor = self._whole[:, layers.start : layers.stop, kv_heads.start : kv_heads.stop]
         if memory is not None:
             self.tensor[NULL_BLOCK].zero_()  # not all: that would touch every page of a pool that may never fill
-        self._runs = self._whole.view(-1, layout.block_tokens * layout.head_dim)
-        self._rows = self._whole.view(-1, layout.head_dim)
+        self._runs = self._whole.view(-1, layout.block_tokens * row_values)
+        self._rows = self._whole.view(-1, row_values)
         self._halves = torch.arange(2, device=device)
         self._runs_per_layer = layout.num_kv_heads * 2
         self._runs_per_block = layout.num_layers * self._runs_per_layer
@@ -91,7 +97,7 @@ class KVPool:
 
     @property
     def rows(self) -> torch.Tensor:
-        """All memory as rows of `head_dim`: what a `write_index` counts, from the row of the layer on."""
+        """All memory as rows: what a `write_index` counts, from the row of the layer on."""
         return self._rows
 
     @property
@@ -115,7 +121,8 @@ class KVPool:
     def write(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [tokens, kv_heads, head_dim] of one layer at a `write_index`."""
         rows = index + layer * self.rows_per_layer
-        self._rows.index_copy_(0, rows.view(-1), torch.stack((keys, values), dim=2).view(-1, self.layout.head_dim))
+        both = torch.stack((keys, values), dim=2).view(-1, self.layout.head_dim)
+        self._rows.index_copy_(0, rows.view(-1), round_rows(both) if self.layout.is_rounded else both)
 
     def gather_index(self, block_tables: torch.Tensor) -> torch.Tensor:
         """Runs of layer 0 for block tables [sequences, blocks]: [2, sequences, kv_heads, blocks]."""
@@ -129,5 +136,7 @@ class KVPool:
         """Keys and values of one layer at a `gather_index`: two of [sequences, kv_heads, blocks * block_tokens, head_dim]."""
         _, sequences, heads, blocks = index.shape
         runs = self._runs.index_select(0, (index + layer * self._runs_per_layer).view(-1))
-        both = runs.view(2, sequences, heads, blocks * self.layout.block_tokens, self.layout.head_dim)
+        both = runs.view(2, sequences, heads, blocks * self.layout.block_tokens, -1)
+        if self.layout.is_rounded:
+            both = widen_rows(both, self.layout.head_dim, self._values_dtype)
         return both[0], both[1]

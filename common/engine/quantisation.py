@@ -1,13 +1,14 @@
 """Weights in 8 or 4 bits.
 
-    int8    weight ~ rounded * scale     rounded in -127 ... 127, a scale for each 64 inputs of an output, as for each 64 values
-    of
-                                         a row where rows are rounded as well
-    int4    likewise                     rounded in -7 ... 7, a scale for each 64 or 128 inputs; two in a byte, 8 added
-    fp8     weight ~ float * scale       a float of 8 bits (e4m3), one scale for each output
+    int8         weight ~ rounded * scale     rounded in -127 ... 127, a scale for each 64 inputs of an output, as for each 64
+                                              values of a row where rows are rounded as well
+    int4         likewise                     rounded in -7 ... 7, a scale for each 64 or 128 inputs; two in a byte, 8 added
+    int4-blocks  ~ rounded * scale + minimum  rounded in 0 ... 15, both for each 32 inputs (`block_matrix`): what int4 is on CPUs
+    fp8          weight ~ float * scale       a float of 8 bits (e4m3), one scale for each output
+    file         the weights of a GGUF file   in the file's own blocks, on CPUs; nothing is rounded again
 
-Symmetric: no zero points. Norms, biases, the embedding, the router of a mixture and KV stay as they are. What int8 costs in
-quality is measured by `benchmarks/quality.py`.
+Norms, biases, the embedding, the router of a mixture and KV stay as they are. What each costs in quality is measured by
+`benchmarks/quality.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import enum
 
 import torch
 import torch.nn.functional as F
+
+from common.engine.block_matrix import BlockMatrix
 
 GROUP = 64
 STEPS = 127
@@ -31,7 +34,16 @@ class WeightFormat(enum.StrEnum):
     MODEL = "model"  # as they came, in the engine's dtype
     INT8 = "int8"
     INT4 = "int4"
+    INT4_BLOCKS = "int4-blocks"
     FP8 = "fp8"
+    FILE = "file"
+
+    @classmethod
+    def of(cls, weights: str, device: str, kernels: str) -> WeightFormat:
+        """What `engine.weights` means there. Triton's kernels have blocks of their own, also in their interpreter."""
+        if weights == cls.INT4 and device == "cpu" and kernels != "triton":
+            return cls.INT4_BLOCKS
+        return cls(weights)
 
 
 def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +96,14 @@ def dequantise_fp8(weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def rounded_matrix(matrix: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
     """What the format leaves of a matrix, in the type that it had."""
     match weight_format:
-        case WeightFormat.MODEL:
+        case WeightFormat.MODEL | WeightFormat.FILE:
             return matrix
         case WeightFormat.INT8:
             rounded = dequantise(*quantise(matrix), matrix.shape[1])
         case WeightFormat.INT4:
             rounded = dequantise_int4(*quantise_int4(matrix), matrix.shape[1])
+        case WeightFormat.INT4_BLOCKS:
+            rounded = BlockMatrix.rounded(matrix).dequantised()
         case WeightFormat.FP8:
             rounded = dequantise_fp8(*quantise_fp8(matrix))
     return rounded.to(matrix.dtype)

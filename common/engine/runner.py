@@ -34,6 +34,7 @@ from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
 from common.engine.operations import Operations
+from common.engine.profile.stopwatch import Stopwatch
 from common.engine.step_input import StepBuffers, StepInput
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
@@ -94,6 +95,15 @@ class ModelRunner:
         other = copy.copy(self)
         other.steps = None
         return other
+
+    def watch(self, stopwatch: Stopwatch) -> Model:
+        """Has the parts of every step timed from now on; gives the model that computes them, and no other takes over."""
+        model, self._successor = self._model, None
+        self._model = stopwatch.around(model, forward="layers", logits="head")
+        self._buffers = stopwatch.around(self._buffers, fill="prepare")
+        self._mask_thread = stopwatch.around(self._mask_thread, begin="masks")
+        self._operations = stopwatch.around(self._operations, sample="sampling", report_logprobs="log-probabilities")
+        return model
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:

@@ -38,5 +38,9 @@ def _draft_engine(config: SpeculationConfig, engine: EngineConfig, threads: int,
     files = resolve(config.draft_model, home=pdserve_home())
     if Tokenizer.load(files.path).digest != tokenizer_digest:
         raise ConfigError("the draft model has another tokenizer than the model it guesses for", param="speculation.draft_model")
-    settings = engine.model_copy(update={"kv_pool_tokens": config.draft_kv_pool_tokens, "max_model_tokens": None})
+    # Only a GGUF file holds weights in blocks; another draft is computed as it came.
+    weights = "model" if engine.weights == "file" and not files.path.is_file() else engine.weights
+    settings = engine.model_copy(
+        update={"kv_pool_tokens": config.draft_kv_pool_tokens, "max_model_tokens": None, "weights": weights}
+    )
     return build_engine(files.path, settings, threads=threads, model_digest=files.digest(), tokenizer_digest=tokenizer_digest)

@@ -18,7 +18,7 @@ from common.engine.parallel.links import Link, socket_pair
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
-from common.types import KVLayout
+from common.types import ROUNDED, KVLayout
 
 TIMEOUT_S = 60.0
 
@@ -41,8 +41,8 @@ class ThreadGroup:
     @property
     def kv(self) -> torch.Tensor:
         layout = self.layout
-        shape = (-1, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, layout.head_dim)
-        return torch.frombuffer(self.memory, dtype=getattr(torch, layout.dtype)).view(shape)
+        shape = (-1, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, layout.row_bytes // layout.dtype_bytes)
+        return torch.frombuffer(self.memory, dtype=torch.int8 if layout.is_rounded else getattr(torch, layout.dtype)).view(shape)
 
 
 @contextmanager
@@ -51,9 +51,8 @@ def thread_group(
 ) -> Iterator[ThreadGroup]:
     whole = load_architecture(path)
     shares = shares_of(whole, parallel)
-    layout = KVLayout(
-        "", "", whole.num_layers, whole.num_kv_heads, whole.head_dim, config.block_tokens, config.dtype, config.exact
-    )
+    dtype = ROUNDED + config.dtype if config.kv_dtype == "int8" else config.dtype
+    layout = KVLayout("", "", whole.num_layers, whole.num_kv_heads, whole.head_dim, config.block_tokens, dtype, config.exact)
     total_blocks = FIRST_BLOCK + num_blocks(config.kv_pool_tokens, config.block_tokens)
     memory = bytearray(total_blocks * layout.block_bytes)
     order = ShareOrder(

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from common.config import DecodeConfig, EngineConfig, PrefillConfig, TransferConfig
+from common.errors import PdserveError
 from common.types import Request
 from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, request, running_workers
@@ -56,8 +57,11 @@ def all_requests() -> list[Request]:
     return found
 
 
-def engine(exact: bool, dtype: str = "float32", *, prefix_cache: bool = False, kv_pool_tokens: int = 8192) -> EngineConfig:
-    return EngineConfig(dtype=dtype, exact=exact, prefix_cache=prefix_cache, kv_pool_tokens=kv_pool_tokens)
+def engine(
+    exact: bool, dtype: str = "float32", kernels: str = "auto", *, prefix_cache: bool = False, kv_pool_tokens: int = 8192
+) -> EngineConfig:
+    changes = {"dtype": dtype, "exact": exact, "kernels": kernels}
+    return EngineConfig(**{**changes, "prefix_cache": prefix_cache, "kv_pool_tokens": kv_pool_tokens})
 
 
 async def one_by_one(workers: Workers, work: list[Request]) -> list[Answer]:
@@ -77,22 +81,24 @@ REMOTE = DecodeConfig(local_prefill="never")
 
 
 @asynccontextmanager
-async def reference_workers(model_path: Path, exact: bool, dtype: str) -> AsyncIterator[Workers]:
-    async with running_workers(model_path, engine=engine(exact, dtype), decode=LOCAL, num_prefill=0) as workers:
+async def reference_workers(model_path: Path, exact: bool, dtype: str, kernels: str = "auto") -> AsyncIterator[Workers]:
+    async with running_workers(model_path, engine=engine(exact, dtype, kernels), decode=LOCAL, num_prefill=0) as workers:
         yield workers
 
 
-MODES = [(True, "float32"), (True, "bfloat16"), (False, "float32")]
-_references: dict[tuple[bool, str], list[Answer]] = {}
+Mode = tuple[bool, str, str]
+MODES = [(True, "float32", "native"), (True, "bfloat16", "native"), (True, "bfloat16", "torch"), (False, "float32", "auto")]
+_references: dict[Mode, list[Answer]] = {}
 
 
-@pytest.fixture(params=MODES, ids=["exact-fp32", "exact-bf16", "fast-fp32"])
-def mode(request: pytest.FixtureRequest) -> tuple[bool, str]:
-    return request.param
+@pytest.fixture(params=MODES, ids=["exact-fp32", "exact-bf16", "exact-bf16-torch", "fast-fp32"])
+def mode(request: pytest.FixtureRequest) -> Mode:
+    chosen: Mode = request.param
+    return chosen
 
 
 @pytest.fixture
-async def reference(model_path: Path, mode: tuple[bool, str]) -> list[Answer]:
+async def reference(model_path: Path, mode: Mode) -> list[Answer]:
     if mode not in _references:
         async with reference_workers(model_path, *mode) as workers:
             _references[mode] = await one_by_one(workers, all_requests())
@@ -143,17 +149,17 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-async def test_every_way_gives_the_reference(model_path: Path, mode: tuple[bool, str], reference: list[Answer], way: Way) -> None:
-    exact, dtype = mode
+async def test_every_way_gives_the_reference(model_path: Path, mode: Mode, reference: list[Answer], way: Way) -> None:
+    exact, dtype, kernels = mode
     work = all_requests()
     async with running_workers(
         model_path,
-        engine=engine(exact, dtype, kv_pool_tokens=way.kv_pool_tokens),
+        engine=engine(exact, dtype, kernels, kv_pool_tokens=way.kv_pool_tokens),
         decode=way.decode,
         prefill=way.prefill,
         num_prefill=0 if way.decode.local_prefill == "always" else 1,
         transfer=TransferConfig.model_construct(transports=(way.transport,)),
-        prefill_engine=engine(exact, dtype),
+        prefill_engine=engine(exact, dtype, kernels),
     ) as workers:
         answers = await (workers.generate_together(work) if way.together else one_by_one(workers, work))
         assert_same(answers, reference, work, bitwise=exact)
@@ -203,6 +209,16 @@ async def test_prefix_hits_of_every_length_around_block_borders(model_path: Path
                 hits += found.started.cached_tokens
             await workers.assert_nothing_leaks()
     assert hits > 0
+
+
+async def test_two_kinds_of_exact_exchange_no_kv(model_path: Path) -> None:
+    """Torch is exact and the kernels are, each in its own bits."""
+    async with running_workers(
+        model_path, engine=engine(True, kernels="native"), prefill_engine=engine(True, kernels="torch"), decode=REMOTE
+    ) as workers:
+        with pytest.raises(PdserveError, match="layout"):
+            await workers.generate(request(prompt_of(40)))
+        await workers.assert_nothing_leaks()
 
 
 async def test_token_ids_do_not_depend_on_exact_mode_being_tested_by_accident(model_path: Path) -> None:

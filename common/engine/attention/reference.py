@@ -8,6 +8,7 @@ import torch
 
 from common.engine.attention import Span
 from common.engine.kv_pool import KVPool
+from common.engine.rounded_rows import widen_rows
 
 
 class ReferenceAttention:
@@ -35,7 +36,10 @@ class ReferencePlan:
                 self._pool.tensor[table[position // layout.block_tokens], layer, :, :, position % layout.block_tokens]
                 for position in range(span.end)
             ]
-            keys, values = torch.stack(tokens).double().unbind(2)  # [tokens, kv_heads, head_dim]
+            rows = torch.stack(tokens)
+            if layout.is_rounded:
+                rows = widen_rows(rows, layout.head_dim, torch.float32)
+            keys, values = rows.double().unbind(2)  # [tokens, kv_heads, head_dim]
             for row in range(span.num_rows):
                 end = span.start + row + 1
                 seen = slice(max(0, end - window) if window else 0, end)

@@ -16,12 +16,22 @@ from pathlib import Path
 
 import torch
 
-from common.engine.loader.architecture import Keep, Llama3RopeScaling, ModelArchitecture, keep_all
+from common.engine.block_matrix import Weight
+from common.engine.loader.architecture import Keep, KeepStored, Llama3RopeScaling, ModelArchitecture, keep_all
 from common.engine.loader.random_model import is_random, make_weights
 from common.engine.loader.random_model import read_architecture as read_random_architecture
 from common.errors import ModelLoadError
 
-__all__ = ["Keep", "Llama3RopeScaling", "ModelArchitecture", "keep_all", "load_architecture", "load_weights"]
+__all__ = [
+    "Keep",
+    "KeepStored",
+    "Llama3RopeScaling",
+    "ModelArchitecture",
+    "keep_all",
+    "load_architecture",
+    "load_stored_weights",
+    "load_weights",
+]
 
 
 def load_architecture(model_path: Path) -> ModelArchitecture:
@@ -57,6 +67,18 @@ def load_weights(
     from common.engine.loader.safetensors_folder import read_weights as read_folder_weights
 
     return read_folder_weights(model_path, dtype, keep)
+
+
+def load_stored_weights(
+    model_path: Path, dtype: torch.dtype, *, keep: KeepStored = keep_all
+) -> tuple[ModelArchitecture, dict[str, Weight]]:
+    """As `load_weights`, but that matrices which a GGUF file holds in blocks stay as they are, views of the mapped file.
+    Raises ModelLoadError, also if the model is no GGUF file."""
+    if is_random(str(model_path)) or not _is_gguf(model_path):
+        raise ModelLoadError(f"{model_path} is no GGUF file: it holds no weights in blocks", param="engine.weights")
+    from common.engine.loader.gguf_file import read_stored_weights
+
+    return read_stored_weights(model_path, dtype, keep)
 
 
 def _is_gguf(model_path: Path) -> bool:

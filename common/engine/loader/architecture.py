@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
+from common.engine.block_matrix import Weight
 from common.errors import ModelLoadError
+
+_Held = TypeVar("_Held", torch.Tensor, Weight)
+
 
 Keep = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 """What is held of a tensor, under which names; what it returns must not hold on to the rest."""
+KeepStored = Callable[[str, Weight], Mapping[str, Weight]]
 
 
-def keep_all(name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def keep_all(name: str, tensor: _Held) -> Mapping[str, _Held]:
     return {name: tensor}
 
 

@@ -1,7 +1,8 @@
 """GGUF files: quantised weights and their metadata in one file.
 
-Tensors are dequantised one by one, so that loading needs the memory of the result and one tensor more. What differs from the
-Hugging Face layout is undone while loading:
+Tensors are dequantised one by one, so that loading needs the memory of the result and one tensor more; or those in blocks that
+the engine computes with stay as they are (`read_stored_weights`). What differs from the Hugging Face layout is undone while
+loading:
 
     llama    rows of the query and key projections are stored so that rotary pairs are neighbours, `r0 i0 r1 i1 ..`; models here
              rotate halves, `r0 r1 .. i0 i1 ..`
@@ -10,17 +11,20 @@ Hugging Face layout is undone while loading:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf.quants import dequantize
 
+from common.engine.block_matrix import BLOCK, BlockKind, BlockMatrix, Weight
 from common.engine.loader.architecture import (
     Keep,
+    KeepStored,
     Llama3RopeScaling,
     ModelArchitecture,
     check_names,
@@ -51,6 +55,8 @@ _GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_KINDS = {kind.value: kind for kind in BlockKind}
+_Element = TypeVar("_Element", np.float32, np.uint8)
 # Which layers have a window, and their rotary base, are facts of the family that files may leave out.
 _GEMMA3_PERIOD = 6
 _GEMMA3_LOCAL_THETA = 10_000.0
@@ -58,29 +64,70 @@ _GEMMA3_LAYERS_OF_27B = 62  # scales its queries by another number, which GGUF f
 
 
 def read_weights(path: Path, dtype: torch.dtype, keep: Keep) -> tuple[ModelArchitecture, dict[str, torch.Tensor]]:
+    architecture, sources = _open(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, source in sources.items():
+        tensors.update(keep(name, _tensor(architecture, name, source, dtype)))
+    return architecture, tensors
+
+
+def read_stored_weights(path: Path, dtype: torch.dtype, keep: KeepStored) -> tuple[ModelArchitecture, dict[str, Weight]]:
+    architecture, sources = _open(path)
+    weights: dict[str, Weight] = {}
+    for name, source in sources.items():
+        stored: Weight | None = _block_matrix(architecture, name, source)
+        weights.update(keep(name, _tensor(architecture, name, source, dtype) if stored is None else stored))
+    return architecture, weights
+
+
+def _open(path: Path) -> tuple[ModelArchitecture, dict[str, Any]]:
+    """What the file holds, under the names of the architecture and in their order."""
     file = GGUFFile(path)
     architecture = _architecture(file)
-    shapes = architecture.tensor_shapes()
-    is_llama = architecture.family == "llama"
-    layer_names = _LAYER_NAMES if is_llama else _GEMMA3_LAYER_NAMES
+    layer_names = _LAYER_NAMES if architecture.family == "llama" else _GEMMA3_LAYER_NAMES
     sources = {_hugging_face_name(name, layer_names): tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS}
+    shapes = architecture.tensor_shapes()
     check_names(shapes, sources)
-    rows_to_reorder: dict[str, int] = {}
-    if is_llama:
-        rows_to_reorder = {"self_attn.q_proj": architecture.num_heads, "self_attn.k_proj": architecture.num_kv_heads}
-    tensors: dict[str, torch.Tensor] = {}
-    for name in shapes:
-        values = _dequantize(name, sources[name])
-        check_shape(name, values.shape, shapes)
-        for projection, num_heads in rows_to_reorder.items():
-            if projection in name:
-                values = _pairs_to_halves(values, num_heads)
-        if not is_llama and name.endswith("norm.weight"):
-            values = values - 1.0
-        # Conversion copies already, unless there is nothing to convert: then the array may still be the mapped file.
-        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
-        tensors.update(keep(name, tensor.to(dtype).contiguous()))
-    return architecture, tensors
+    return architecture, {name: sources[name] for name in shapes}
+
+
+def _tensor(architecture: ModelArchitecture, name: str, source: Any, dtype: torch.dtype) -> torch.Tensor:
+    values = _dequantize(name, source)
+    check_shape(name, values.shape, architecture.tensor_shapes())
+    num_heads = _heads_to_reorder(architecture, name)
+    if num_heads:
+        values = _pairs_to_halves(values, num_heads)
+    if architecture.family == "gemma3" and name.endswith("norm.weight"):
+        values = values - 1.0
+    # Conversion copies already, unless there is nothing to convert: then the array may still be the mapped file.
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    return tensor.to(dtype).contiguous()
+
+
+def _block_matrix(architecture: ModelArchitecture, name: str, source: Any) -> BlockMatrix | None:
+    """The matrix as it is stored, its rows in the order of models here; None if it is in no blocks that we compute with."""
+    kind = _KINDS.get(source.tensor_type.name)
+    shape = tuple(int(size) for size in reversed(source.shape))
+    if kind is None or len(shape) != 2:
+        return None
+    check_shape(name, shape, architecture.tensor_shapes())
+    data: npt.NDArray[np.uint8] = source.data
+    if data.shape != (shape[0], shape[1] // BLOCK * kind.block_bytes):
+        raise ModelLoadError(f"tensor {name} has {data.shape} bytes, not those of {shape} weights in {kind.value}", param=name)
+    num_heads = _heads_to_reorder(architecture, name)
+    if num_heads:
+        data = _pairs_to_halves(data, num_heads)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        return BlockMatrix(kind, torch.from_numpy(data), shape[1])
+
+
+def _heads_to_reorder(architecture: ModelArchitecture, name: str) -> int:
+    if architecture.family == "llama" and "self_attn.q_proj" in name:
+        return architecture.num_heads
+    if architecture.family == "llama" and "self_attn.k_proj" in name:
+        return architecture.num_kv_heads
+    return 0
 
 
 def read_architecture(path: Path) -> ModelArchitecture:
@@ -186,6 +233,6 @@ def _dequantize(name: str, tensor: Any) -> npt.NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
-def _pairs_to_halves(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def _pairs_to_halves(values: npt.NDArray[_Element], num_heads: int) -> npt.NDArray[_Element]:
     by_pair = values.reshape(num_heads, -1, 2, *values.shape[1:])
     return np.ascontiguousarray(by_pair.swapaxes(1, 2)).reshape(values.shape)

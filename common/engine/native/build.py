@@ -94,11 +94,17 @@ def find_compiler() -> str | None:
 
 def _name(compiler: str) -> str:
     digest = hashlib.sha256()
-    for part in (*_FLAGS, compiler, _version(compiler), platform.machine(), _cpu_features()):
+    for part in (*_FLAGS, compiler, _version(compiler), platform.machine(), _cpu_features(), source_digest()):
         digest.update(part.encode() + b"\0")
+    return f"decoder-{digest.hexdigest()[:32]}.so"
+
+
+def source_digest() -> str:
+    """Of what is compiled."""
+    digest = hashlib.sha256()
     for path in sorted(_SOURCE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"decoder-{digest.hexdigest()[:32]}.so"
+    return digest.hexdigest()[:32]
 
 
 def _version(compiler: str) -> str:

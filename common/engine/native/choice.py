@@ -1,22 +1,26 @@
 """Which model serves, and when: torch's until the native library is compiled, then the native one.
 
     kernels: torch, triton                               torch
-    auto, and exact mode, a GPU, float16                 torch
+    auto, and a GPU, float16, another family             torch
+    exact mode, several processes                        decided before anything is computed (`choose_library`)
     library is in the cache                              native from the start
     else                                                 torch, and a Successor that compiles beside it
 
 auto falls back to torch with one warning if there is no library to be had; native refuses to start instead. A fresh library has
-to agree with torch's arithmetic on a small model before it serves (`check`).
+to agree with torch's arithmetic on a small model before it serves (`check`). Where bits have to agree nothing is switched later:
+the library is compiled first, exact mode refuses to start if it cannot be had, and who computes is part of what workers compare
+before they exchange KV.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from common.engine.block_matrix import Weight
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import Model
@@ -36,19 +40,24 @@ _log = get_logger(__name__)
 def choose_model(
     config: EngineSettings,
     architecture: ModelArchitecture,
-    weights: dict[str, torch.Tensor],
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
     pool: KVPool,
     max_model_tokens: int,
     *,
     threads: int,
     cache: Path,
     create_torch_model: Callable[[], Model],
+    settled: Library | None = None,
 ) -> tuple[Model, Successor | None]:
-    """The model to start with, and perhaps one that will take over. Raises ConfigError."""
-    if not _wants_native(config, architecture, pool.device.type, pool.layout.dtype):
+    """The model to start with, and perhaps one that will take over. In exact mode it is what `choose_library` found (`settled`)
+    or torch's for good. Raises ConfigError."""
+    if config.exact and settled is None:
         return create_torch_model(), None
-    library = _library_at_hand(config, cache)
-    panels = ModelPanels.of(architecture, weights, WeightFormat(config.weights))
+    if settled is None and not _wants_native(config, architecture, pool.device.type, dtype):
+        return create_torch_model(), None
+    library = settled if settled is not None else _library_at_hand(config, cache)
+    panels = ModelPanels.of(architecture, weights, WeightFormat.of(config.weights, "cpu", config.kernels), dtype)
 
     def create(library: Library) -> Model:
         return NativeModel(library, architecture, panels, pool, max_model_tokens, threads)
@@ -60,22 +69,35 @@ def choose_model(
 
 
 def choose_library(
-    config: EngineSettings, architecture: ModelArchitecture, dtype: str, cache: Path, *, whole_groups: bool
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    device: str,
+    dtype: torch.dtype,
+    cache: Path,
+    *,
+    whole_groups: bool = True,
 ) -> str:
-    """For several processes that must all compute the same way from the start: the path of the library, compiled now if need be,
-    or "" for torch. `whole_groups`: no process has a part of a group of 8-bit weights. Raises ConfigError."""
-    if not _wants_native(config, architecture, "cpu", dtype):
+    """For those who must compute the same way from the start to the end, which are several processes, and one in exact mode or
+    with weights as a file holds them: the path of the library, compiled now if need be, or "" for torch. `whole_groups`: no
+    process has a part of a group of rounded weights. Raises ConfigError."""
+    if not _wants_native(config, architecture, device, dtype):
         return ""
-    if WeightFormat(config.weights) is WeightFormat.INT8 and not whole_groups:
+    if config.weights != "model" and not whole_groups:
         if config.kernels == "native":
-            raise ConfigError("no native kernels for parts of groups of 8-bit weights", param="engine.kernels")
-        _log.info("torch computes: ranks would divide groups of 8-bit weights")
+            raise ConfigError("no native kernels for parts of groups of rounded weights", param="engine.kernels")
+        _log.info("torch computes: ranks would divide groups of rounded weights")
         return ""
     try:
         return str(build_library(cache, check_library))
     except EngineFailure as error:
         if config.kernels == "native":
             raise ConfigError(f"no native kernels: {error}", param="engine.kernels") from error
+        if config.exact:
+            # Another worker may have them. A request that moves between the two would change bits under way.
+            raise ConfigError(
+                f"exact mode computes by native kernels, and there are none: {error}; kernels: torch is exact without them",
+                param="engine.kernels",
+            ) from error
         _log.warning("native kernels cannot be had; torch serves", reason=str(error))
         return ""
 
@@ -134,7 +156,7 @@ def _library_at_hand(config: EngineSettings, cache: Path) -> Library | None:
         return None
 
 
-def _wants_native(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: str) -> bool:
+def _wants_native(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: torch.dtype) -> bool:
     """Raises ConfigError if native kernels are demanded where there are none."""
     if config.kernels in ("torch", "triton"):
         return False
@@ -146,15 +168,13 @@ def _wants_native(config: EngineSettings, architecture: ModelArchitecture, devic
     return obstacle is None
 
 
-def _obstacle(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: str) -> str | None:
+def _obstacle(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"on {device}"
-    if config.exact:
-        return "in exact mode"
-    if config.weights not in ("model", "int8"):
+    if config.weights == "fp8":
         return f"for weights in {config.weights}"
-    if dtype not in ("bfloat16", "float32"):
-        return f"for {dtype}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"for {str(dtype).removeprefix('torch.')}"
     if architecture.family != "llama":
         return f"for the family {architecture.family}"
     if architecture.head_dim > MAX_HEAD_DIM:

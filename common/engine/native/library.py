@@ -8,31 +8,38 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+from common.engine.native.build import source_digest
 from common.errors import EngineFailure
 
-_INTERFACE = 3
+_INTERFACE = 5
 _OUT_OF_MEMORY = 1
 ATTENTION, FEED_FORWARD = 1, 2
 """Halves of a layer."""
+STAGES = ("embed", "norm", "qkv", "rope, write", "attention", "output", "gate, up", "down", "head")
+"""What a step's time is divided into, in the order of `source/stages.h`. Norm is all norms together."""
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (("panels", ctypes.c_void_p), ("held", ctypes.c_int64))
 
 
 class LayerWeights(ctypes.Structure):
     _fields_ = (
         ("attention_norm", ctypes.c_void_p),
-        ("qkv", ctypes.c_void_p),
+        ("qkv", Matrix),
         ("qkv_bias", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
+        ("output", Matrix),
         ("output_bias", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
-        ("gate_up", ctypes.c_void_p),
-        ("down", ctypes.c_void_p),
+        ("gate_up", Matrix),
+        ("down", Matrix),
     )
 
 
 class Description(ctypes.Structure):
     _fields_ = (
         ("bytes_per_value", ctypes.c_int64),
-        ("weight_bits", ctypes.c_int64),
+        ("kv_bits", ctypes.c_int64),
         ("num_layers", ctypes.c_int64),
         ("hidden_size", ctypes.c_int64),
         ("num_heads", ctypes.c_int64),
@@ -48,10 +55,10 @@ class Description(ctypes.Structure):
         ("pool_kv_heads", ctypes.c_int64),
         ("head_size", ctypes.c_int64),
         ("norm_epsilon", ctypes.c_double),
-        ("embedding", ctypes.c_void_p),
+        ("embedding", Matrix),
         ("layers", ctypes.POINTER(LayerWeights)),
         ("final_norm", ctypes.c_void_p),
-        ("head", ctypes.c_void_p),
+        ("head", Matrix),
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
         ("pool", ctypes.c_void_p),
@@ -76,17 +83,32 @@ class Step(ctypes.Structure):
     )
 
 
+class Limits(ctypes.Structure):
+    """What the machine can do at best; operations are two per product."""
+
+    _fields_ = (
+        ("read_bytes_per_s", ctypes.c_double),
+        ("operations_per_s", ctypes.c_double),
+        ("rounded_operations_per_s", ctypes.c_double),
+    )
+
+
 class Library:
     def __init__(self, path: Path) -> None:
         """Raises EngineFailure if this is not the library that belongs to this file."""
+        self.path = path
         try:
             self._library = ctypes.CDLL(str(path))
             self._library.pdserve_interface.restype = ctypes.c_int64
             interface = self._library.pdserve_interface()
+            self._library.pdserve_arithmetic.restype = ctypes.c_int64
+            instructions = self._library.pdserve_arithmetic()
         except (OSError, AttributeError) as error:
             raise EngineFailure(f"{path} cannot be loaded: {error}") from error
         if interface != _INTERFACE:
             raise EngineFailure(f"{path} has interface {interface}, not {_INTERFACE}")
+        self.arithmetic = f"native {source_digest()} {instructions:x}"
+        """Two libraries for which this is the same give the same bits."""
         self._create = self._library.pdserve_decoder_create
         self._create.argtypes, self._create.restype = [ctypes.POINTER(Description)], ctypes.c_void_p
         self._destroy = self._library.pdserve_decoder_destroy
@@ -96,6 +118,10 @@ class Library:
         self._logits = self._library.pdserve_decoder_logits
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         self._logits.restype = ctypes.c_int
+        self._watch = self._library.pdserve_decoder_watch
+        self._watch.argtypes, self._watch.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+        self._limits = self._library.pdserve_decoder_limits
+        self._limits.argtypes, self._limits.restype = [ctypes.c_void_p, ctypes.POINTER(Limits)], ctypes.c_int
 
     def create(self, description: Description) -> int:
         handle = self._create(ctypes.byref(description))
@@ -111,6 +137,16 @@ class Library:
 
     def logits(self, handle: int, hidden: int, num_rows: int, to: int) -> None:
         _check(self._logits(handle, hidden, num_rows, to))
+
+    def watch(self, handle: int, seconds: int | None) -> None:
+        """Has the seconds of each stage added to so many doubles at that address from now on; None ends it."""
+        self._watch(handle, seconds)
+
+    def limits(self, handle: int) -> Limits:
+        """Takes a moment."""
+        found = Limits()
+        _check(self._limits(handle, ctypes.byref(found)))
+        return found
 
 
 def _check(outcome: int) -> None:

@@ -14,10 +14,11 @@ used by one thread.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.engine.attention import AttentionBackend
@@ -25,9 +26,8 @@ from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import RotaryEmbedding
 from common.engine.loader import ModelArchitecture
 from common.engine.models import LayerDone
-from common.engine.native.library import ATTENTION, FEED_FORWARD, Description, LayerWeights, Library, Step
-from common.engine.native.panels import PANEL, LayerPanels, ModelPanels
-from common.engine.quantisation import WeightFormat
+from common.engine.native.library import ATTENTION, FEED_FORWARD, STAGES, Description, LayerWeights, Library, Limits, Matrix, Step
+from common.engine.native.panels import PANEL, Held, LayerPanels, ModelPanels, Panels
 from common.engine.step_input import StepInput
 from common.errors import EngineFailure
 
@@ -57,6 +57,7 @@ class NativeModel:
         self._head_size = architecture.vocab_size if stage is None else stage.head_size
         self._add_up = None if stage is None else stage.add_up
         self._num_layers = architecture.num_layers
+        self._panels = panels
         self._hidden_width = -(-architecture.hidden_size // PANEL) * PANEL
         self._pool = pool
         rotary = RotaryEmbedding(
@@ -65,8 +66,8 @@ class NativeModel:
         layers = (LayerWeights * architecture.num_layers)(*(_addresses(layer) for layer in panels.layers))
         self._alive = (panels, rotary, layers)
         description = Description(
-            bytes_per_value=pool.tensor.element_size(),
-            weight_bits=8 if panels.format is WeightFormat.INT8 else 0,
+            bytes_per_value=panels.dtype.itemsize,
+            kv_bits=8 if pool.layout.is_rounded else 0,
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
             num_heads=architecture.num_heads,
@@ -82,10 +83,10 @@ class NativeModel:
             pool_kv_heads=pool.whole_layout.num_kv_heads,
             head_size=self._head_size,
             norm_epsilon=architecture.rms_norm_eps,
-            embedding=_address(panels.embedding),
+            embedding=_matrix(panels.embedding),
             layers=layers,
             final_norm=_address(panels.final_norm),
-            head=_address(panels.head),
+            head=_matrix(panels.head),
             cosines=rotary.cosines.data_ptr(),
             sines=rotary.sines.data_ptr(),
             pool=pool.tensor.data_ptr(),
@@ -151,19 +152,68 @@ class NativeModel:
             self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
 
+    def watch(self) -> Mapping[str, float]:
+        """Seconds of each stage from now on, as they add up."""
+        seconds = np.zeros(len(STAGES))
+        self._watched = seconds
+        self._library.watch(self._handle, seconds.ctypes.data)
+        return _Seconds(seconds)
+
+    def limits(self) -> Limits:
+        """Of this machine, with this model's threads. Takes a moment."""
+        return self._library.limits(self._handle)
+
+    def matrix_bytes(self) -> dict[str, float]:
+        """What reading all matrices of a stage comes to."""
+        layers, head = self._panels.layers, self._panels.head
+
+        def total(matrices: Iterable[Panels]) -> float:
+            return float(sum(matrix.words.nbytes for matrix in matrices))
+
+        return {
+            "qkv": total(layer.qkv for layer in layers),
+            "output": total(layer.output for layer in layers),
+            "gate, up": total(layer.gate_up for layer in layers),
+            "down": total(layer.down for layer in layers),
+            "head": total([] if head is None else [head]),
+        }
+
+    @property
+    def computes_rounded(self) -> bool:
+        """Whether its products are of 8-bit integers."""
+        return any(layer.gate_up.held is not Held.PLAIN for layer in self._panels.layers)
+
+
+class _Seconds(Mapping[str, float]):
+    def __init__(self, seconds: npt.NDArray[np.float64]) -> None:
+        self._seconds = seconds
+
+    def __getitem__(self, stage: str) -> float:
+        return float(self._seconds[STAGES.index(stage)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STAGES)
+
+    def __len__(self) -> int:
+        return len(STAGES)
+
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _matrix(panels: Panels | None) -> Matrix:
+    return Matrix(None, Held.PLAIN) if panels is None else Matrix(panels.words.data_ptr(), panels.held)
+
+
 def _addresses(layer: LayerPanels) -> LayerWeights:
     return LayerWeights(
         attention_norm=_address(layer.attention_norm),
-        qkv=_address(layer.qkv),
+        qkv=_matrix(layer.qkv),
         qkv_bias=_address(layer.qkv_bias),
-        output=_address(layer.output),
+        output=_matrix(layer.output),
         output_bias=_address(layer.output_bias),
         mlp_norm=_address(layer.mlp_norm),
-        gate_up=_address(layer.gate_up),
-        down=_address(layer.down),
+        gate_up=_matrix(layer.gate_up),
+        down=_matrix(layer.down),
     )

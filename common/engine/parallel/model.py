@@ -17,16 +17,17 @@ import torch
 
 from common.config import EngineConfig, ParallelConfig
 from common.engine.attention import create_attention
+from common.engine.block_matrix import Weight
 from common.engine.exact import ExactNumerics
 from common.engine.kv_pool import KVPool
-from common.engine.loader import load_architecture, load_weights
+from common.engine.loader import load_architecture, load_stored_weights, load_weights
 from common.engine.models import Model, create_model
 from common.engine.native.library import Library
 from common.engine.native.model import NativeModel, NativeStage
 from common.engine.native.panels import PANEL, ModelPanels
 from common.engine.numerics import FastNumerics, Numerics
 from common.engine.parallel.links import Link
-from common.engine.parallel.share import shares_of
+from common.engine.parallel.share import Held, shares_of
 from common.engine.parallel.stage import Pipeline, StageShare
 from common.engine.parallel.sums import SharedNumerics, SocketSum
 from common.engine.quantisation import WeightFormat, rounded_weights
@@ -85,29 +86,37 @@ def build_share(order: ShareOrder, memory: memoryview, links: ShareLinks) -> Sta
     path = Path(order.model_path)
     whole = load_architecture(path)
     share = shares_of(whole, order.parallel)[order.rank]
-    dtype: torch.dtype = getattr(torch, order.layout.dtype)
+    dtype: torch.dtype = getattr(torch, order.layout.values_dtype)
     base: Numerics = ExactNumerics(order.engine.exact_tile_rows) if order.engine.exact else FastNumerics()
     others = [links.shards[shard] for shard in sorted(links.shards)]
     add_up = SocketSum(share.shard, others) if others else None
-    weight_format = WeightFormat(order.engine.weights)
-    rounds = weight_format is not WeightFormat.MODEL and not order.library
-
-    def keep(name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        # Rounded before it is divided: the same weights whatever the degree.
-        return share.keep(whole, name, rounded_weights({name: tensor}, weight_format)[name] if rounds else tensor)
-
-    _, weights = load_weights(path, dtype, keep=keep)
+    weight_format = WeightFormat.of(order.engine.weights, "cpu", order.engine.kernels)
     pool = KVPool(order.layout, order.num_blocks, torch.device("cpu"), memory, layers=share.layers, kv_heads=share.kv_heads)
     architecture = share.architecture(whole)
     model: Model
     if order.library:
         library = _library(order.library)
-        panels = ModelPanels.of(architecture, weights, weight_format)
+
+        def keep(name: str, tensor: Held) -> Mapping[str, Held]:
+            return share.keep(whole, name, tensor)
+
+        held: Mapping[str, Weight]
+        if weight_format is WeightFormat.FILE:
+            _, held = load_stored_weights(path, dtype, keep=keep)
+        else:
+            _, held = load_weights(path, dtype, keep=keep)
+        panels = ModelPanels.of(architecture, held, weight_format, dtype)
         stage = NativeStage(len(share.vocab), add_up)
         model = NativeModel(library, architecture, panels, pool, order.max_model_tokens, order.threads, stage)
         row_width, row_dtype = -(-whole.hidden_size // PANEL) * PANEL, torch.float32
         numerics = base
     else:
+
+        def keep_rounded(name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            # Rounded before it is divided: the same weights whatever the degree.
+            return share.keep(whole, name, rounded_weights({name: tensor}, weight_format)[name])
+
+        _, weights = load_weights(path, dtype, keep=keep_rounded)
         numerics = SharedNumerics(base, add_up) if add_up is not None else base
         model = create_model(architecture, weights, numerics, order.max_model_tokens)
         row_width, row_dtype = whole.hidden_size, dtype

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from common.config import ParallelConfig
+from common.engine.block_matrix import BlockMatrix, Weight
 from common.engine.loader import ModelArchitecture
 from common.engine.quantisation import GROUP
 from common.errors import ConfigError
 
+Held = TypeVar("Held", torch.Tensor, Weight)
 _UNIT = GROUP
 """Columns are divided in units of so many where there are enough: whole groups of 8-bit weights, whole panels."""
 
@@ -55,7 +58,7 @@ class Share:
             layer_windows=whole.layer_windows[self.layers.start : self.layers.stop],
         )
 
-    def keep(self, whole: ModelArchitecture, name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def keep(self, whole: ModelArchitecture, name: str, tensor: Held) -> Mapping[str, Held]:
         """What this rank holds of a tensor of the model, under the names that its own model looks for."""
         if name == "model.embed_tokens.weight":
             kept = {name: tensor} if self.is_first else {}
@@ -71,7 +74,7 @@ class Share:
             return {}
         return {f"model.{prefix}.{int(index) - self.layers.start}.{rest}": self._of_layer(whole, rest, tensor)}
 
-    def _of_layer(self, whole: ModelArchitecture, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _of_layer(self, whole: ModelArchitecture, name: str, tensor: Held) -> Held:
         def wide(heads: range) -> range:
             return range(heads.start * whole.head_dim, heads.stop * whole.head_dim)
 
@@ -83,7 +86,9 @@ class Share:
             case ["self_attn", "o_proj", "weight"]:
                 return _columns(tensor, wide(self.heads))
             case ["self_attn", "o_proj", "bias"]:
-                return tensor if self.shard == 0 else torch.zeros_like(tensor)  # it is added once
+                if self.shard == 0 or isinstance(tensor, BlockMatrix):  # a bias is a vector
+                    return tensor
+                return torch.zeros_like(tensor)  # it is added once
             case ["mlp", "gate_proj" | "up_proj", _]:
                 return _rows(tensor, self.ffn)
             case ["mlp", "down_proj", _]:
@@ -140,9 +145,9 @@ def _divide_columns(total: int, parts: int, index: int) -> range:
     return range(units.start * _UNIT, min(units.stop * _UNIT, total))
 
 
-def _rows(tensor: torch.Tensor, kept: range) -> torch.Tensor:
-    return tensor[kept.start : kept.stop].clone()
+def _rows(tensor: Held, kept: range) -> Held:
+    return tensor.rows(kept) if isinstance(tensor, BlockMatrix) else tensor[kept.start : kept.stop].clone()
 
 
-def _columns(tensor: torch.Tensor, kept: range) -> torch.Tensor:
-    return tensor[:, kept.start : kept.stop].clone()
+def _columns(tensor: Held, kept: range) -> Held:
+    return tensor.columns(kept) if isinstance(tensor, BlockMatrix) else tensor[:, kept.start : kept.stop].clone()

@@ -29,7 +29,7 @@ FEW_ROWS = 256
 
 def rounded_product(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat) -> Product:
     match weight_format:
-        case WeightFormat.MODEL:
+        case WeightFormat.MODEL | WeightFormat.FILE | WeightFormat.INT4_BLOCKS:  # the last two are a CPU's
             return pack(weight, bias)
         case WeightFormat.INT8:
             rounded, scales = quantise(weight)

@@ -21,6 +21,7 @@ from common.engine.layers.norm import RMSNorm
 from common.engine.layers.rotary import RotaryEmbedding
 from common.engine.loader import load_weights
 from common.engine.models import create_model
+from common.engine.native.model import NativeModel
 from common.engine.numerics import FastNumerics
 from common.engine.packed_matrix import Product
 from common.engine.runner import ModelRunner
@@ -29,6 +30,13 @@ from common.model_store import ModelFiles
 from support.tiny_models import make_tiny_model
 
 DTYPES = ["float32", "bfloat16"]
+WAYS = [  # (dtype, who computes, weights)
+    ("float32", "torch", "model"),
+    ("bfloat16", "torch", "model"),
+    ("float32", "native", "model"),
+    ("bfloat16", "native", "model"),
+    ("bfloat16", "native", "int8"),
+]
 LENGTH = 200
 
 
@@ -83,8 +91,8 @@ def chunk_ends(length: int, chunk: int, start: int = 0) -> list[int]:
     return [*range(start + chunk, length, chunk), length]
 
 
-def build(path: Path, dtype: str, *, exact: bool = True, threads: int = 1, **options: int) -> Driver:
-    config = EngineConfig(device="cpu", dtype=dtype, exact=exact, kv_pool_tokens=options.pop("pool", 8192), **options)
+def build(path: Path, dtype: str, *, exact: bool = True, threads: int = 1, pool: int = 8192, **options: object) -> Driver:
+    config = EngineConfig(**{"device": "cpu", "dtype": dtype, "exact": exact, "kv_pool_tokens": pool, **options})
     return Driver(build_engine(path, config, threads=threads, model_digest="m", tokenizer_digest="t"))
 
 
@@ -104,25 +112,34 @@ def one_thread_afterwards() -> Iterator[None]:
 
 
 @functools.cache
-def _driver(path: Path, dtype: str) -> Driver:
-    return build(path, dtype)
+def _driver(path: Path, way: tuple[str, str, str]) -> Driver:
+    dtype, kernels, weights = way
+    driver = build(path, dtype, kernels=kernels, weights=weights)
+    assert isinstance(driver.engine.runner._model, NativeModel) == (kernels == "native")
+    return driver
 
 
 @functools.cache
-def _one_by_one(path: Path, dtype: str) -> Computed:
+def _one_by_one(path: Path, way: tuple[str, str, str]) -> Computed:
     """The ground truth: alone, one token at a time."""
-    return _driver(path, dtype).run(random_tokens(LENGTH), chunk_ends(LENGTH, 1))
+    return _driver(path, way).run(random_tokens(LENGTH), chunk_ends(LENGTH, 1))
 
 
-@pytest.fixture(params=DTYPES)
-def driver(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Driver]:
-    yield _driver(tiny, request.param)
-    _driver(tiny, request.param).release_all()
+@pytest.fixture(params=WAYS, ids="-".join)
+def way(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    chosen: tuple[str, str, str] = request.param
+    return chosen
 
 
 @pytest.fixture
-def truth(tiny: Path, driver: Driver) -> Computed:
-    return _one_by_one(tiny, driver.engine.layout.dtype)
+def driver(tiny: Path, way: tuple[str, str, str]) -> Iterator[Driver]:
+    yield _driver(tiny, way)
+    _driver(tiny, way).release_all()
+
+
+@pytest.fixture
+def truth(tiny: Path, way: tuple[str, str, str]) -> Computed:
+    return _one_by_one(tiny, way)
 
 
 def assert_same(computed: Computed, truth: Computed) -> None:
@@ -211,11 +228,20 @@ def test_which_blocks_hold_the_sequence_does_not_matter_nor_what_was_in_them(dri
         {"heads": 20, "kv_heads": 1, "head_dim": 12, "hidden": 52, "ffn": 70},
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"block_tokens": 24, "exact_tile_rows": 8}, {"threads": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": "torch"},
+        {"kernels": "torch", "block_tokens": 24, "exact_tile_rows": 8},
+        {"kernels": "torch", "threads": 2},
+        {"kernels": "native", "block_tokens": 24},
+        {"kernels": "native", "threads": 2, "weights": "int8"},
+    ],
+)
 @pytest.mark.usefixtures("one_thread_afterwards")
-def test_awkward_shapes(tmp_path: Path, dtype: str, shape: dict[str, int], options: dict[str, int]) -> None:
+def test_awkward_shapes(tmp_path: Path, dtype: str, shape: dict[str, int], options: dict[str, object]) -> None:
     """KV is compared at every position; few steps, since two threads on busy cores wait for each other in each operation."""
-    driver = build(make_tiny_model(tmp_path, **shape), dtype, **options)
+    driver = build(make_tiny_model(tmp_path, **shape), **{"dtype": dtype, **options})
     tokens = random_tokens(100)
     truth = driver.run(tokens, [*chunk_ends(97, 6), 98, 99, 100])
     neighbour = SequenceSlice(random_tokens(19, seed=1), 0, driver.blocks_for(19))
@@ -321,9 +347,9 @@ def test_activations_are_silu_and_gelu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_default_model_is_exact(smollm2: ModelFiles, dtype: str) -> None:
-    driver = build(smollm2.path, dtype)
+@pytest.mark.parametrize(("dtype", "kernels", "weights"), WAYS)
+def test_the_default_model_is_exact(smollm2: ModelFiles, dtype: str, kernels: str, weights: str) -> None:
+    driver = build(smollm2.path, dtype, kernels=kernels, weights=weights)
     tokens = random.Random(0).choices(range(100, 40_000), k=90)
     blocks = driver.blocks_for(90)
     truth = driver.run(tokens, [*chunk_ends(64, 16), *range(65, 91)], blocks=blocks)

@@ -5,26 +5,32 @@
 //
 // Softmax is online, in fp32, tile by tile in KV order; tiles do not depend on where a chunk or a block begins. A masked token has
 // weight zero and adds nothing. So a row's result does not depend on the rows beside it.
+//
+// Keys and values in 8 bits (rounded_kv.h) are made values of the model's type tile by tile, without their scales: those of keys
+// go to the scores, those of values to the weights.
 #pragma once
 
 #include "product.h"
+#include "rounded_kv.h"
 
 namespace pdserve {
 
 constexpr int64_t TILE_TOKENS = 64;
-constexpr int64_t QUERIES_AT_ONCE = 24;  // rows of a chunk are worked off in groups of about so many queries
+constexpr int64_t QUERIES_AT_ONCE = 64;  // rows of a chunk are worked off in groups of about so many queries
 
-// The pool as [block][layer][kv_head][K,V][token][head_dim].
+// The pool as [block][layer][kv_head][K,V][token][head_dim, or a rounded row].
 template <class Element>
 struct Pool {
     using Stored = typename Element::Stored;
     Stored* values;
     int64_t block_tokens, head_dim, num_kv_heads, num_layers;
+    int64_t row_values;  // of the room of a row
+    bool rounded;
 
     Stored* keys_of(int64_t block, int64_t layer, int64_t kv_head) const {
-        return values + ((block * num_layers + layer) * num_kv_heads + kv_head) * 2 * block_tokens * head_dim;
+        return values + ((block * num_layers + layer) * num_kv_heads + kv_head) * 2 * block_tokens * row_values;
     }
-    int64_t values_offset() const { return block_tokens * head_dim; }
+    int64_t values_offset() const { return block_tokens * row_values; }
 };
 
 // What one thread needs to attend; sized once for a model.
@@ -34,7 +40,8 @@ struct AttentionScratch {
     int64_t most_queries, padded_dim;
     std::vector<float> scores, output, highest, total, shrink;
     std::vector<uint32_t> keys, values, weights;
-    std::vector<Stored> nothing;
+    std::vector<Stored> nothing, widened;
+    std::vector<float> key_scales, value_scales;
 
     AttentionScratch(int64_t group, int64_t head_dim)
         : most_queries(group > QUERIES_AT_ONCE ? group : QUERIES_AT_ONCE),
@@ -47,7 +54,10 @@ struct AttentionScratch {
           keys(size_t(TILE_TOKENS * head_dim)),
           values(size_t(TILE_TOKENS * padded_dim)),
           weights(size_t(most_queries * TILE_TOKENS)),
-          nothing(size_t(head_dim)) {}
+          nothing(size_t(head_dim + 8)),
+          widened(size_t(2 * TILE_TOKENS * head_dim)),
+          key_scales(size_t(TILE_TOKENS)),
+          value_scales(size_t(TILE_TOKENS)) {}
 };
 
 // panel[word][token] = word `word` of token `token`, for 32 tokens.
@@ -105,9 +115,9 @@ void locate(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
     int64_t block = start / pool.block_tokens, offset = start % pool.block_tokens, found = 0;
     for (; found < held; ++block, offset = 0) {
         const int64_t rest = pool.block_tokens - offset, count = held - found < rest ? held - found : rest;
-        const auto* keys = pool.keys_of(table[block], layer, kv_head) + offset * pool.head_dim;
+        const auto* keys = pool.keys_of(table[block], layer, kv_head) + offset * pool.row_values;
         for (int64_t i = 0; i < count; ++i, ++found) {
-            tile.keys[found] = keys + i * pool.head_dim;
+            tile.keys[found] = keys + i * pool.row_values;
             tile.values[found] = tile.keys[found] + pool.values_offset();
         }
     }
@@ -115,11 +125,27 @@ void locate(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
     for (; found < tile.width; ++found) tile.keys[found] = tile.values[found] = nothing;
 }
 
+// Makes rounded rows rows of the model's type, and sets their scales aside.
+template <class Element>
+void widen(TileRows<typename Element::Stored>& tile, int64_t head_dim, AttentionScratch<Element>& scratch) {
+    auto* to = scratch.widened.data();
+    const auto widen_row = [&](const auto*& row, float& scale) {
+        scale = scale_of_row(row, head_dim);
+        Element::from_bytes(reinterpret_cast<const int8_t*>(row), to, head_dim);
+        row = to;
+        to += head_dim;
+    };
+    for (int64_t token = 0; token < tile.width; ++token) {
+        widen_row(tile.keys[token], scratch.key_scales[size_t(token)]);
+        widen_row(tile.values[token], scratch.value_scales[size_t(token)]);
+    }
+}
+
 // Asks for the memory of a few tokens of a tile that will be used next. A little at a time: the queue for memory is short.
 template <class Stored>
-inline void fetch(const TileRows<Stored>& tile, int64_t first, int64_t end, int64_t head_dim) {
+inline void fetch(const TileRows<Stored>& tile, int64_t first, int64_t end, int64_t row_values) {
     for (int64_t token = first; token < end && token < tile.width; ++token)
-        for (int64_t offset = 0; offset < head_dim * int64_t(sizeof(Stored)); offset += 64) {
+        for (int64_t offset = 0; offset < row_values * int64_t(sizeof(Stored)); offset += 64) {
             __builtin_prefetch(reinterpret_cast<const char*>(tile.keys[token]) + offset, 0, 2);
             __builtin_prefetch(reinterpret_cast<const char*>(tile.values[token]) + offset, 0, 2);
         }
@@ -148,22 +174,23 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
     TileRows<Stored> tiles[2];
     locate(pool, layer, kv_head, table, 0, end, scratch.nothing.data(), tiles[0]);
     for (int64_t start = 0; start < end; start += TILE_TOKENS) {
-        const TileRows<Stored>& tile = tiles[start / TILE_TOKENS % 2];
+        TileRows<Stored>& tile = tiles[start / TILE_TOKENS % 2];
         TileRows<Stored>& next = tiles[(start / TILE_TOKENS + 1) % 2];
         next.width = 0;
         if (start + TILE_TOKENS < end) locate(pool, layer, kv_head, table, start + TILE_TOKENS, end, scratch.nothing.data(), next);
+        if (pool.rounded) widen<Element>(tile, head_dim, scratch);
         const int64_t panels = tile.width / PANEL, width = tile.width;
         for (int64_t panel = 0; panel < panels; ++panel) {
             turn(reinterpret_cast<const uint32_t* const*>(tile.keys + panel * PANEL), head_words,
                  scratch.keys.data() + panel * head_words * PANEL);
-            fetch(next, panel * 8, panel * 8 + 8, head_dim);
+            fetch(next, panel * 8, panel * 8 + 8, pool.row_values);
         }
         const int64_t width_words = width / PER_WORD;
         for (int64_t dim = 0; dim < head_dim; dim += PANEL) {
             uint32_t* to = scratch.values.data() + dim * width_words;
             for (int64_t word = 0; word < width_words; ++word, to += PANEL) {
                 const Stored* const* tokens = tile.values + word * PER_WORD;
-                if (dim == 0) fetch(next, 16 + 2 * word, 18 + 2 * word, head_dim);
+                if (dim == 0) fetch(next, 16 + 2 * word, 18 + 2 * word, pool.row_values);
                 if (dim + PANEL <= head_dim)
                     Element::interleave(tokens, dim, PANEL, to);
                 else
@@ -186,7 +213,7 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
             const int64_t seen = position + query / group + 1 - start;
             Floats best = all(scratch.highest[query]);
             for (int64_t i = 0; i < width; i += LANES) {
-                const Floats scaled = load(scores + i) * scale;
+                const Floats scaled = load(scores + i) * (pool.rounded ? scale * load(&scratch.key_scales[size_t(i)]) : scale);
                 const Floats value = lane + int(i) < Integers{} + int(seen < width ? seen : width) ? scaled : never;
                 best = larger(value, best);
                 store(scores + i, value);
@@ -196,7 +223,7 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
             for (int64_t i = 0; i < width; i += LANES) {
                 const Floats weight = exponential(load(scores + i) - highest);
                 added += weight;
-                store(scores + i, weight);
+                store(scores + i, pool.rounded ? weight * load(&scratch.value_scales[size_t(i)]) : weight);
             }
             const float shrink = exponential(all(scratch.highest[query] - highest))[0];
             scratch.shrink[query] = shrink;

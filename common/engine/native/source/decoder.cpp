@@ -1,6 +1,6 @@
 // A whole step of a Llama-family decoder, behind a plain C interface: rows in, hidden rows out, keys and values into the pool.
 //
-// Matrices are in the model's type or in 8 bits (quantised.h); then rows are rounded to 8 bits before each product as well.
+// Each matrix is held in the model's type or in few bits (matrix.h); with the latter, rows are rounded to 8 bits before its product.
 //
 //     per layer   norm | qkv | turn, write KV | attend | output, + residual | norm | gate, up, silu | down, + residual
 //
@@ -14,34 +14,36 @@
 #include "team.h"
 
 #include "attention.h"
-#include "quantised.h"
+#include "limits.h"
+#include "matrix.h"
+#include "stages.h"
 
 namespace pdserve {
 
 // Mirrors common/engine/native/library.py; all matrices are in panels, all vectors fp32 and padded with zeros to 32.
 struct LayerWeights {
     const float* attention_norm;
-    const uint32_t* qkv;
+    Matrix qkv;
     const float* qkv_bias;  // may be null
-    const uint32_t* output;
+    Matrix output;
     const float* output_bias;  // may be null
     const float* mlp_norm;
-    const uint32_t* gate_up;  // a panel is 16 gates and their 16 ups
-    const uint32_t* down;
+    Matrix gate_up;  // a panel is 16 gates and their 16 ups
+    Matrix down;
 };
 
 struct Description {
     int64_t bytes_per_value;  // 2: bf16, 4: fp32
-    int64_t weight_bits;      // 8: matrices in 8 bits; 0: in the model's type
+    int64_t kv_bits;          // 8: keys and values in 8 bits (rounded_kv.h); 0: in the model's type
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size;
     int64_t num_positions, block_tokens, num_blocks, num_threads;
     int64_t pool_layers, pool_kv_heads;  // of a block of the pool; `pool` points to the first layer and head that are ours
     int64_t head_size;                   // outputs of the head
     double norm_epsilon;
-    const void* embedding;  // [vocab][hidden], in the model's type
+    Matrix embedding;  // [vocab][hidden]
     const LayerWeights* layers;
     const float* final_norm;
-    const uint32_t* head;
+    Matrix head;
     const float* cosines;  // [position][head_dim / 2]
     const float* sines;
     void* pool;
@@ -69,9 +71,11 @@ public:
     virtual ~AnyDecoder() = default;
     virtual Outcome forward(const Step& step) = 0;
     virtual Outcome logits(const float* hidden, int64_t num_rows, float* to) = 0;
+    virtual void watch(double* seconds) = 0;
+    virtual Limits limits() = 0;
 };
 
-template <class Element, bool QUANTISED>
+template <class Element>
 class Decoder final : public AnyDecoder {
     using Stored = typename Element::Stored;
     static constexpr int64_t PER_WORD = Element::PER_WORD;
@@ -89,7 +93,9 @@ public:
           normed_stride_(spaced(model.hidden_size)),
           attended_stride_(spaced(attended_size_)),
           inner_stride_(spaced(inner_size_)),
-          pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim, model.pool_kv_heads, model.pool_layers},
+          pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim,
+                model.pool_kv_heads,              model.pool_layers,  row_values<Stored>(model.head_dim, model.kv_bits == 8),
+                model.kv_bits == 8},
           team_(int(model.num_threads)),
           scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)) {}
 
@@ -102,10 +108,11 @@ public:
             if (step.tables[i] < 0 || step.tables[i] >= model_.num_blocks) return BAD_INPUT;
         reserve(step.num_rows);
         plan_attention(step);
+        clock_.begin();
         team_.run([&](int member) {
             if (step.embeds) {
                 embed(step, member);
-                team_.barrier();
+                end(EMBED, member);
             }
             for (int64_t layer = step.first_layer; layer < step.end_layer; ++layer) compute(step, layer, member);
         });
@@ -114,22 +121,34 @@ public:
 
     Outcome logits(const float* hidden, int64_t num_rows, float* to) override {
         reserve(num_rows);
+        clock_.begin();
         team_.run([&](int member) {
             norm(hidden, num_rows, model_.final_norm, member);
-            team_.barrier();
+            end(NORM, member);
             product(member, num_rows, normed_, normed_stride_, model_.head, model_.hidden_size, model_.head_size,
                     [&](int64_t row, int64_t first, const float* sums) {
                         const int64_t rest = model_.head_size - first, count = rest < PANEL ? rest : PANEL;
                         memcpy(to + row * model_.head_size + first, sums, size_t(count) * sizeof(float));
                     });
+            end(HEAD, member);
         });
         return DONE;
     }
+
+    void watch(double* seconds) override { clock_.watch(seconds); }
+
+    Limits limits() override { return measure_limits<Element>(team_); }
 
 private:
     struct Unit {
         int64_t sequence, first_row, num_rows, kv_head;
     };
+
+    // Every member's; what follows may rely on what all of them did.
+    void end(Stage stage, int member) {
+        team_.barrier();
+        clock_.lap(member, stage);
+    }
 
     // The distance of rows of a product's input: whole vectors, and never such that all rows fall into one set of the cache.
     static int64_t spaced(int64_t width) { return round_up(width, PANEL) + PANEL; }
@@ -142,11 +161,9 @@ private:
         queries_.resize(size_t(num_rows * attended_size_ / PER_WORD));
         attended_.resize(size_t(num_rows * attended_stride_ / PER_WORD));
         inner_.resize(size_t(num_rows * inner_stride_ / PER_WORD));
-        if constexpr (QUANTISED) {
-            int64_t widest = model_.hidden_size > attended_size_ ? model_.hidden_size : attended_size_;
-            widest = widest > inner_size_ ? widest : inner_size_;
-            rounded_.reserve(num_rows, (widest + GROUP - 1) / GROUP);
-        }
+        int64_t widest = model_.hidden_size > attended_size_ ? model_.hidden_size : attended_size_;
+        widest = widest > inner_size_ ? widest : inner_size_;
+        rounded_.reserve(num_rows, widest);
         reserved_rows_ = num_rows;
     }
 
@@ -170,33 +187,26 @@ private:
 
     // Every member calls it; the input must be complete. `width` is in values.
     template <class Finish>
-    void product(int member, int64_t num_rows, const std::vector<uint32_t>& input, int64_t stride, const uint32_t* matrix,
+    void product(int member, int64_t num_rows, const std::vector<uint32_t>& input, int64_t stride, const Matrix& matrix,
                  int64_t width, int64_t num_outputs, const Finish& finish) {
-        if constexpr (QUANTISED) {
+        if (matrix.held != PLAIN) {
             const Stored* rows = reinterpret_cast<const Stored*>(input.data());
-            share_rows(member, num_rows, [&](int64_t row) { rounded_.set<Element>(row, rows + row * stride, width); });
+            share_rows(member, num_rows,
+                       [&](int64_t row) { rounded_.set<Element>(matrix.held, num_rows, row, rows + row * stride, width); });
             team_.barrier();
         }
-        const int64_t num_words = (width + PER_WORD - 1) / PER_WORD, groups = (width + GROUP - 1) / GROUP;
-        const int64_t panel_words = QUANTISED ? groups * PANEL_GROUP_WORDS : num_words * PANEL;
         share_rows(member, (num_outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
             const auto finish_rows = [&](int64_t first, int64_t rows, const PanelSums& sums) {
                 for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
             };
-            const uint32_t* weights = matrix + panel * panel_words;
-            if constexpr (QUANTISED)
-                multiply_quantised_panel(num_rows, rounded_, groups, weights, finish_rows);
-            else
-                multiply_panel<Element>(num_rows, input.data(), stride / PER_WORD, weights, num_words, finish_rows);
+            multiply_any_panel<Element>(num_rows, input.data(), stride / PER_WORD, rounded_, matrix, width, panel, finish_rows);
         });
     }
 
     void embed(const Step& step, int member) {
-        const Stored* embedding = static_cast<const Stored*>(model_.embedding);
         share_rows(member, step.num_rows, [&](int64_t row) {
-            const Stored* from = embedding + step.token_ids[row] * model_.hidden_size;
             float* to = step.hidden + row * hidden_stride_;
-            for (int64_t i = 0; i < model_.hidden_size; ++i) to[i] = Element::widen(from[i]);
+            row_of_embedding<Element>(model_.embedding, step.token_ids[row], model_.hidden_size, to);
             for (int64_t i = model_.hidden_size; i < hidden_stride_; ++i) to[i] = 0.0f;
         });
     }
@@ -240,20 +250,20 @@ private:
         const LayerWeights& weights = layers_[size_t(layer)];
         const int64_t rows = step.num_rows;
         norm(step.hidden, rows, weights.attention_norm, member);
-        team_.barrier();
+        end(NORM, member);
         product(member, rows, normed_, normed_stride_, weights.qkv, model_.hidden_size, qkv_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float* to = &qkv_[size_t(row * qkv_stride_ + first)];
                     for (int i = 0; i < PANEL; i += LANES)
                         store(to + i, weights.qkv_bias ? load(sums + i) + load(weights.qkv_bias + first + i) : load(sums + i));
                 });
-        team_.barrier();
+        end(QKV, member);
         for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
             const int64_t first = step.first_rows[sequence];
             const int64_t* table = step.tables + sequence * step.table_width;
             share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) { turn_and_write(step, layer, first + i, table); });
         }
-        team_.barrier();
+        end(TURN_AND_WRITE, member);
         for (size_t i = size_t(member); i < units_.size(); i += size_t(team_.size())) {
             const Unit& unit = units_[i];
             const int64_t kv_head = unit.kv_head, head_words = model_.head_dim / PER_WORD;
@@ -264,17 +274,17 @@ private:
                                 kv_head * group_ * model_.head_dim,
                             attended_stride_);
         }
-        team_.barrier();
+        end(ATTEND, member);
         product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
                 add_up(step, weights.output_bias));
-        team_.barrier();
+        end(OUTPUT, member);
     }
 
     void feed_forward_half(const Step& step, int64_t layer, int member) {
         const LayerWeights& weights = layers_[size_t(layer)];
         const int64_t rows = step.num_rows;
         norm(step.hidden, rows, weights.mlp_norm, member);
-        team_.barrier();
+        end(NORM, member);
         product(member, rows, normed_, normed_stride_, weights.gate_up, model_.hidden_size, 2 * inner_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float gated[PANEL / 2];
@@ -284,9 +294,9 @@ private:
                     }
                     Element::narrow(gated, reinterpret_cast<Stored*>(inner_.data()) + row * inner_stride_ + first / 2, PANEL / 2);
                 });
-        team_.barrier();
+        end(GATE_UP, member);
         product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_up(step, nullptr));
-        team_.barrier();
+        end(DOWN, member);
     }
 
     // Queries go to [kv head][row][head of its group], so that the queries of a unit lie together; keys and values to the pool.
@@ -294,24 +304,35 @@ private:
         const int64_t head_dim = model_.head_dim, half = head_dim / 2, position = step.positions[row];
         const float* heads = &qkv_[size_t(row * qkv_stride_)];
         const float *cosines = model_.cosines + position * half, *sines = model_.sines + position * half;
-        const auto turn_head = [&](const float* head, Stored* to) {
-            float turned[512];
+        const auto turn_values = [&](const float* head, float* turned) {
             for (int64_t i = 0; i < half; ++i) {
                 turned[i] = head[i] * cosines[i] - head[half + i] * sines[i];
                 turned[half + i] = head[half + i] * cosines[i] + head[i] * sines[i];
             }
+        };
+        const auto turn_head = [&](const float* head, Stored* to) {
+            float turned[512];
+            turn_values(head, turned);
             Element::narrow(turned, to, head_dim);
         };
         Stored* queries = reinterpret_cast<Stored*>(queries_.data());
         for (int64_t head = 0; head < model_.num_heads; ++head)
             turn_head(heads + head * head_dim,
                       queries + ((head / group_ * step.num_rows + row) * group_ + head % group_) * head_dim);
-        const int64_t block = table[position / model_.block_tokens], offset = position % model_.block_tokens * head_dim;
+        const int64_t block = table[position / model_.block_tokens], offset = position % model_.block_tokens * pool_.row_values;
         for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head) {
             Stored* keys = pool_.keys_of(block, layer, kv_head) + offset;
-            turn_head(heads + (model_.num_heads + kv_head) * head_dim, keys);
-            Element::narrow(heads + (model_.num_heads + model_.num_kv_heads + kv_head) * head_dim, keys + pool_.values_offset(),
-                            head_dim);
+            const float* key = heads + (model_.num_heads + kv_head) * head_dim;
+            const float* value = key + model_.num_kv_heads * head_dim;
+            if (pool_.rounded) {
+                float turned[512];
+                turn_values(key, turned);
+                round_row(turned, head_dim, keys);
+                round_row(value, head_dim, keys + pool_.values_offset());
+            } else {
+                turn_head(key, keys);
+                Element::narrow(value, keys + pool_.values_offset(), head_dim);
+            }
         }
     }
 
@@ -321,12 +342,13 @@ private:
     const int64_t normed_stride_, attended_stride_, inner_stride_;  // in values
     const Pool<Element> pool_;
     Team team_;
+    StageClock clock_;
     std::vector<AttentionScratch<Element>> scratch_;
     std::vector<Unit> units_;
     int64_t reserved_rows_ = 0;
     std::vector<uint32_t> normed_, queries_, attended_, inner_;
     std::vector<float> qkv_;
-    QuantisedRows rounded_;  // the input of the product that runs
+    RoundedRows rounded_;  // the input of the product that runs
 };
 
 }  // namespace pdserve
@@ -334,23 +356,34 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 3; }
+extern "C" int64_t pdserve_interface() { return 5; }
+
+// Libraries of one source and the same value give the same bits.
+extern "C" int64_t pdserve_arithmetic() { return arithmetic(); }
 
 // Null if there is no memory for it. Weights, tables and pool stay the caller's and must outlive the decoder.
 extern "C" void* pdserve_decoder_create(const Description* model) {
     try {
-        const bool quantised = model->weight_bits == 8;
-        if (model->bytes_per_value == 2)
-            return quantised ? static_cast<AnyDecoder*>(new Decoder<BFloat16, true>(*model))
-                             : static_cast<AnyDecoder*>(new Decoder<BFloat16, false>(*model));
-        return quantised ? static_cast<AnyDecoder*>(new Decoder<Float32, true>(*model))
-                         : static_cast<AnyDecoder*>(new Decoder<Float32, false>(*model));
+        if (model->bytes_per_value == 2) return static_cast<AnyDecoder*>(new Decoder<BFloat16>(*model));
+        return static_cast<AnyDecoder*>(new Decoder<Float32>(*model));
     } catch (...) {
         return nullptr;
     }
 }
 
 extern "C" void pdserve_decoder_destroy(void* decoder) { delete static_cast<AnyDecoder*>(decoder); }
+
+// Seconds per stage are added to `seconds` from now on; null ends it.
+extern "C" void pdserve_decoder_watch(void* decoder, double* seconds) { static_cast<AnyDecoder*>(decoder)->watch(seconds); }
+
+extern "C" int pdserve_decoder_limits(void* decoder, Limits* to) {
+    try {
+        *to = static_cast<AnyDecoder*>(decoder)->limits();
+        return DONE;
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+}
 
 extern "C" int pdserve_decoder_forward(void* decoder, const Step* step) {
     try {

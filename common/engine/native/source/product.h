@@ -16,22 +16,42 @@ constexpr int VECTORS = PANEL / LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 14 : LANES == 8 ? 2 : 1;  // as many sums as there are registers for
 
 // How far ahead of use weights are asked for, and into which cache: low tiles wait for memory and want it close, high ones have
-// time but need the first-level cache for their input. Measured; a wrong choice costs up to a third of a step.
+// time but need the first-level cache for their input. Measured; a wrong choice costs up to a third of a step. A panel that
+// several tiles pass over was asked for while the tiles of the panel before it computed, an equal part by each: memory and
+// arithmetic then work at the same time.
 constexpr int FEW_ROWS = 4;
 constexpr int64_t AHEAD_OF_FEW_BYTES = 4096, AHEAD_OF_MANY_BYTES = 8192;
+
+// What a tile asks for while it computes: `step` bytes for each line of weights that it reads, beginning at `from`.
+struct Ahead {
+    const char* from;
+    int64_t step;
+
+    // Of tile `tile` of `tiles`, `rows` rows high, over a panel of so many bytes.
+    static Ahead of(const uint32_t* panel, int64_t panel_bytes, int64_t tile, int64_t tiles, int64_t rows) {
+        const char* here = reinterpret_cast<const char*>(panel);
+        if (tiles == 1) return {here + (rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES), PANEL * 4};
+        return {here + panel_bytes + panel_bytes * tile / tiles, (PANEL * 4 + tiles - 1) / tiles};
+    }
+};
+
+template <int ROWS>
+inline void fetch(Ahead& ahead) {
+    __builtin_prefetch(ahead.from, 0, ROWS <= FEW_ROWS ? 3 : 2);
+    __builtin_prefetch(ahead.from + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
+    ahead.from += ahead.step;
+}
 
 struct alignas(64) PanelSums {
     float of[14][PANEL];  // of the highest tile there is
 };
 
 template <class Element, int ROWS>
-void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words, const char* ahead,
+void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words, Ahead ahead,
                    PanelSums& sums) {
     Floats total[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < num_words; ++k) {
-        __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
-        __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
-        ahead += PANEL * 4;
+        fetch<ROWS>(ahead);
         Words weights[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) weights[v] = load(panel + k * PANEL + v * LANES);
@@ -51,7 +71,7 @@ void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* 
 // Picks the tile of a height known only at run time.
 template <class Element, int ROWS = TILE_ROWS>
 inline void multiply_rows(int64_t rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words,
-                          const char* ahead, PanelSums& sums) {
+                          Ahead ahead, PanelSums& sums) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return multiply_rows<Element, ROWS - 1>(rows, input, stride_words, panel, num_words, ahead, sums);
     }
@@ -63,15 +83,11 @@ template <class Element, class Finish>
 inline void multiply_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel,
                            int64_t num_words, const Finish& finish) {
     const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    const char* here = reinterpret_cast<const char*>(panel);
     PanelSums sums;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
-        // With several tiles the panel is in the cache after the first; the last one fetches what comes next.
-        const int64_t ahead_bytes = tiles == 1           ? rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES
-                                    : tile + 1 == tiles ? num_words * PANEL * int64_t(sizeof(uint32_t))
-                                                        : 0;
-        multiply_rows<Element>(rows, input + first * stride_words, stride_words, panel, num_words, here + ahead_bytes, sums);
+        const Ahead ahead = Ahead::of(panel, num_words * PANEL * int64_t(sizeof(uint32_t)), tile, tiles, rows);
+        multiply_rows<Element>(rows, input + first * stride_words, stride_words, panel, num_words, ahead, sums);
         finish(first, rows, sums);
     }
 }

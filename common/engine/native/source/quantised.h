@@ -16,6 +16,7 @@ constexpr int GROUP = 64;
 constexpr int GROUP_WORDS = GROUP / 4;
 constexpr int64_t PANEL_GROUP_WORDS = PANEL + GROUP_WORDS * PANEL;  // of a panel, per group
 constexpr int QUANTISED_ROWS = LANES == 16 ? 14 : LANES == 8 ? 4 : 2;
+constexpr int RESIDENT_ROWS = QUANTISED_ROWS / 2;  // of a tile that needs no memory for its sums
 
 // sum + four products of unsigned weights and signed values, in every lane.
 inline Integers dot_bytes(Integers sum, Words weights, uint32_t values) {
@@ -78,11 +79,16 @@ struct QuantisedRows {
     }
 };
 
+// Low tiles hold a group's sums and the sums of all groups in registers, higher ones the latter in memory: the same operations in
+// the same order.
 template <int ROWS>
-void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int64_t groups, const uint32_t* panel,
-                             const char* ahead, PanelSums& sums) {
-    for (int row = 0; row < ROWS; ++row)
-        for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, Floats{});
+void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int64_t groups, const uint32_t* panel, Ahead ahead,
+                             PanelSums& sums) {
+    constexpr bool IN_REGISTERS = ROWS <= RESIDENT_ROWS;
+    Floats held[ROWS][VECTORS] = {};
+    if constexpr (!IN_REGISTERS)
+        for (int row = 0; row < ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, Floats{});
     for (int64_t group = 0; group < groups; ++group) {
         const uint32_t* weights = panel + group * PANEL_GROUP_WORDS;
         Integers total[ROWS][VECTORS];
@@ -91,13 +97,9 @@ void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int6
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v)
                 total[row][v] = Integers{} + input.offsets[size_t((first_row + row) * input.stride + group)];
-        __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
-        __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
-        ahead += PANEL * 4;
+        fetch<ROWS>(ahead);
         for (int64_t k = 0; k < GROUP_WORDS; ++k) {
-            __builtin_prefetch(ahead, 0, ROWS <= FEW_ROWS ? 3 : 2);
-            __builtin_prefetch(ahead + 64, 0, ROWS <= FEW_ROWS ? 3 : 2);
-            ahead += PANEL * 4;
+            fetch<ROWS>(ahead);
             Words word[VECTORS];
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) word[v] = load(weights + (1 + k) * PANEL + v * LANES);
@@ -113,36 +115,45 @@ void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int6
             const Floats scale = all(input.scales[size_t((first_row + row) * input.stride + group)]);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) {
-                float* sum = sums.of[row] + v * LANES;
                 const Floats weight_scale = load(reinterpret_cast<const float*>(weights) + v * LANES);
-                store(sum, fused(to_floats(total[row][v]) * scale, weight_scale, load(sum)));
+                const Floats scaled = to_floats(total[row][v]) * scale;
+                if constexpr (IN_REGISTERS) {
+                    held[row][v] = fused(scaled, weight_scale, held[row][v]);
+                } else {
+                    float* sum = sums.of[row] + v * LANES;
+                    store(sum, fused(scaled, weight_scale, load(sum)));
+                }
             }
         }
     }
+    if constexpr (IN_REGISTERS)
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, held[row][v]);
 }
 
 template <int ROWS = QUANTISED_ROWS>
 inline void multiply_quantised_rows(int64_t rows, const QuantisedRows& input, int64_t first_row, int64_t groups,
-                                    const uint32_t* panel, const char* ahead, PanelSums& sums) {
+                                    const uint32_t* panel, Ahead ahead, PanelSums& sums) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return multiply_quantised_rows<ROWS - 1>(rows, input, first_row, groups, panel, ahead, sums);
     }
     multiply_quantised_tile<ROWS>(input, first_row, groups, panel, ahead, sums);
 }
 
-// As multiply_panel.
+// As multiply_panel. More rows than fit a high tile are cut into low ones, which multiply faster; for fewer, one pass over the
+// weights is worth more.
 template <class Finish>
 inline void multiply_quantised_panel(int64_t num_rows, const QuantisedRows& input, int64_t groups, const uint32_t* panel,
                                      const Finish& finish) {
-    const int64_t tiles = (num_rows + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
-    const char* here = reinterpret_cast<const char*>(panel);
+    const int64_t height = num_rows > QUANTISED_ROWS ? RESIDENT_ROWS : QUANTISED_ROWS;
+    const int64_t tiles = (num_rows + height - 1) / height;
     PanelSums sums;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
-        const int64_t ahead_bytes = tiles == 1           ? rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES
-                                    : tile + 1 == tiles ? groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t))
-                                                        : 0;
-        multiply_quantised_rows(rows, input, first, groups, panel, here + ahead_bytes, sums);
+        const Ahead ahead = Ahead::of(panel, groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t)), tile, tiles, rows);
+        multiply_quantised_rows(rows, input, first, groups, panel, ahead, sums);
         finish(first, rows, sums);
     }
 }

@@ -93,6 +93,21 @@ inline Floats exponential(Floats x) {
     return x < lowest ? Floats{} : result;
 }
 
+// What decides about bits besides the source: lanes of a sum, which multiply-adds are one, whose order of adding up lanes.
+inline int64_t arithmetic() {
+    int64_t found = LANES;
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    found |= 0x100;
+#endif
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+    found |= 0x200;
+#endif
+#if defined(__clang__)
+    found |= 0x400;
+#endif
+    return found;
+}
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace pdserve

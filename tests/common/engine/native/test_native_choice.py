@@ -16,6 +16,7 @@ from common.engine.models.llama import LlamaModel
 from common.engine.native.build import build_library
 from common.engine.native.check import check_library
 from common.engine.native.choice import Successor
+from common.engine.native.library import Library
 from common.engine.native.model import NativeModel
 from common.errors import ConfigError
 from support.tiny_models import make_tiny_model
@@ -135,8 +136,47 @@ def test_a_damaged_library_in_the_cache_is_built_again(tiny: Path, home: Path) -
 
 
 def test_what_the_kernels_cannot_do_torch_does(tiny: Path) -> None:
-    for obstacle in ({"exact": True}, {"dtype": "float16"}):
-        assert isinstance(build(tiny, **obstacle).runner._model, LlamaModel)
-        with pytest.raises(ConfigError, match="native"):
-            build(tiny, kernels="native", **obstacle)
+    assert isinstance(build(tiny, dtype="float16").runner._model, LlamaModel)
+    with pytest.raises(ConfigError, match="native"):
+        build(tiny, kernels="native", dtype="float16")
     assert isinstance(build(tiny, kernels="torch").runner._model, LlamaModel)
+
+
+def test_exact_mode_compiles_before_it_serves_and_switches_nothing_later(tiny: Path, home: Path) -> None:
+    with capture_logs() as logs:
+        engine = build(tiny, exact=True)
+    assert isinstance(engine.runner._model, NativeModel)
+    assert engine.runner._successor is None
+    assert [entry["event"] for entry in logs] == ["native kernels compute"]
+
+
+def test_exact_mode_does_not_start_without_the_kernels_unless_torch_is_asked_for(
+    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker that computes by torch beside others that do not would change bits where a request moves."""
+    by_kernels = build(tiny, exact=True).layout
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PDSERVE_HOME", str(tmp_path / "empty"))
+    for kernels in ("auto", "native"):
+        with pytest.raises(ConfigError, match="no C\\+\\+ compiler") as refused:
+            build(tiny, exact=True, kernels=kernels)
+        assert refused.value.param == "engine.kernels"
+    by_torch = build(tiny, exact=True, kernels="torch")
+    assert isinstance(by_torch.runner._model, LlamaModel)
+    assert by_torch.layout.fingerprint != by_kernels.fingerprint
+
+
+def test_in_fast_mode_both_share_kv(tiny: Path) -> None:
+    assert build(tiny).layout.fingerprint == build(tiny, kernels="torch").layout.fingerprint
+
+
+def test_other_instructions_are_another_kind_of_exact(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = build(tiny, exact=True).layout
+    known = Library.__init__
+
+    def elsewhere(library: Library, path: Path) -> None:
+        known(library, path)
+        library.arithmetic = library.arithmetic.replace(" ", " f")
+
+    monkeypatch.setattr(Library, "__init__", elsewhere)
+    assert build(tiny, exact=True).layout.fingerprint != here.fingerprint

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from common.blocks import num_blocks
 from common.config import pdserve_home
 from common.engine.attention import create_attention
 from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.block_matrix import BlockKind, BlockMatrix, Weight
 from common.engine.kv_pool import FIRST_BLOCK, NULL_BLOCK, KVPool
 from common.engine.loader import Llama3RopeScaling, ModelArchitecture
 from common.engine.models import Model, create_model
@@ -28,6 +31,7 @@ from common.engine.native.panels import ModelPanels
 from common.engine.numerics import FastNumerics, Numerics
 from common.engine.packed_matrix import Product
 from common.engine.quantisation import WeightFormat
+from common.engine.rounded_rows import round_rows
 from common.engine.step_input import StepBuffers
 from common.errors import EngineFailure
 from common.types import KVLayout
@@ -89,21 +93,38 @@ def cases(draw: st.DrawFn) -> Case:
 class World:
     """Weights, and pools whose sequences have random KV before their first row; every call begins with the same pool."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, weight_format: WeightFormat = WeightFormat.MODEL) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype = torch.float32,
+        weight_format: WeightFormat = WeightFormat.MODEL,
+        *,
+        blocks: BlockKind | None = None,  # of matrices that the native model holds; torch has the same weights in full
+        rounded_kv: bool = False,
+    ) -> None:
         self.case, self.dtype, self.format = case, dtype, weight_format
         shape, generator = case.architecture, torch.Generator().manual_seed(case.seed)
         self.weights = {
             name: (torch.randn(size, generator=generator) * (1.5 * size[-1] ** -0.5 if len(size) == 2 else 1.0)).to(dtype)
             for name, size in shape.tensor_shapes().items()
         }
+        self.stored: dict[str, Weight] = dict(self.weights)
+        if blocks is not None:
+            for name, weight in self.weights.items():
+                if weight.dim() == 2:
+                    self.stored[name] = matrix = in_blocks(blocks, weight)
+                    self.weights[name] = matrix.dequantised().to(dtype)
         counts = [num_blocks(start + rows, case.block_tokens) for start, rows in case.sequences]
         order = (torch.randperm(sum(counts), generator=generator) + FIRST_BLOCK).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in counts]
         self.tokens = [torch.randint(0, shape.vocab_size, (rows,), generator=generator).tolist() for _, rows in case.sequences]
-        name = str(dtype).removeprefix("torch.")
+        name = ("int8-" if rounded_kv else "") + str(dtype).removeprefix("torch.")
         self.layout = KVLayout("", "", shape.num_layers, shape.num_kv_heads, shape.head_dim, case.block_tokens, name, False)
         self.num_blocks = FIRST_BLOCK + sum(counts)
-        self.memory = torch.randn(self.pool().tensor.shape, generator=generator).to(dtype)
+        shape_of_values = (*self.pool().tensor.shape[:-1], shape.head_dim)
+        self.memory = torch.randn(shape_of_values, generator=generator).to(dtype)
+        if rounded_kv:
+            self.memory = round_rows(self.memory)
         self.memory[NULL_BLOCK] = 0
 
     def pool(self) -> KVPool:
@@ -114,7 +135,7 @@ class World:
         return create_model(self.case.architecture, weights, numerics or FastNumerics(), CONTEXT)
 
     def native_model(self, library: Library, pool: KVPool, threads: int = 1) -> NativeModel:
-        panels = ModelPanels.of(self.case.architecture, dict(self.weights), self.format)
+        panels = ModelPanels.of(self.case.architecture, self.stored, self.format, self.dtype)
         return NativeModel(library, self.case.architecture, panels, pool, CONTEXT, threads)
 
     @torch.inference_mode()
@@ -144,6 +165,20 @@ class World:
             for index, first, end in shares:
                 found.update({(index, row): next(logits) for row in range(first, end)})
         return torch.stack([found[key] for key in sorted(found)])
+
+
+def in_blocks(kind: BlockKind, matrix: torch.Tensor) -> BlockMatrix:
+    """As a file would have it, by the gguf package; of matrices whose rows are no whole blocks, nothing but zeros is added."""
+    wide = torch.nn.functional.pad(matrix.float(), (0, -matrix.shape[1] % 32))
+    return BlockMatrix(kind, torch.from_numpy(quantize(wide.numpy(), GGMLQuantizationType[kind.value])), matrix.shape[1])
+
+
+def values_of(pool: KVPool) -> torch.Tensor:
+    """Of a pool whose rows may be rounded: byte by byte as `KVLayout` states it."""
+    if not pool.layout.is_rounded:
+        return pool.tensor
+    scales = pool.tensor[..., -4:].contiguous().view(torch.float32)
+    return pool.tensor[..., : pool.layout.head_dim].float() * scales
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -180,12 +215,12 @@ def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Librar
     assert native_error <= 1.3 * torch_error + 1e-3
 
 
-def in_eight_bits(values: torch.Tensor) -> torch.Tensor:
-    """Each run of 64 values of a row rounded to 255 steps of its own: written down anew, value by value, in fp64."""
+def in_eight_bits(values: torch.Tensor, run: int = 64) -> torch.Tensor:
+    """Each run of values of a row rounded to 255 steps of its own: written down anew, value by value, in fp64."""
     rounded = values.double().clone()
     for row in rounded:
-        for first in range(0, len(row), 64):
-            part = row[first : first + 64]
+        for first in range(0, len(row), run):
+            part = row[first : first + run]
             most = float(part.abs().max())
             if most > 0:
                 part.copy_((part * (127 / most)).round() * (most / 127))
@@ -234,6 +269,54 @@ def test_eight_bits_are_rounded_as_they_should_be(library: Library, case: Case) 
     assert error(native_pool.tensor, rounded_pool.tensor) <= 0.9 * error(plain_pool.tensor, rounded_pool.tensor) + 1e-3
 
 
+class RowsInEightBits(FastNumerics):
+    """The plainest products of rounded rows, 32 values to a scale, and weights as they are given."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        def product(rows: torch.Tensor) -> torch.Tensor:
+            return (in_eight_bits(rows, 32) @ weight.double().T).float() + (0 if bias is None else bias.float())
+
+        return product
+
+    def plain_linear(self, weight: torch.Tensor) -> Product:
+        return self.linear(weight, None)
+
+
+@pytest.mark.parametrize("kind", BlockKind)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases().map(widened))
+def test_blocks_of_a_file_are_multiplied_by_rounded_rows(library: Library, case: Case, kind: BlockKind) -> None:
+    """As above: other weights than the file's, or other runs, would be further away."""
+    world = World(case, weight_format=WeightFormat.FILE, blocks=kind)
+    plain_pool, rounded_pool, native_pool = world.pool(), world.pool(), world.pool()
+    plain = world.run(world.torch_model(), plain_pool)
+    rounded = world.run(world.torch_model(numerics=RowsInEightBits()), rounded_pool)
+    got = world.run(world.native_model(library, native_pool), native_pool)
+    assert torch.isfinite(got).all()
+
+    def error(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).square().mean().sqrt())
+
+    assert error(got, rounded) <= 0.9 * error(plain, rounded) + 1e-3
+    assert error(native_pool.tensor, rounded_pool.tensor) <= 0.9 * error(plain_pool.tensor, rounded_pool.tensor) + 1e-3
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_rounded_keys_and_values_are_those_of_torch(library: Library, case: Case) -> None:
+    """Rows that both rounded alike, but for values in the middle between two steps."""
+    world = World(case, rounded_kv=True)
+    torch_pool, native_pool = world.pool(), world.pool()
+    expected = world.run(world.torch_model(), torch_pool)
+    got = world.run(world.native_model(library, native_pool), native_pool)
+    assert_near(got, expected, 0.05)
+    values, by_torch = values_of(native_pool), values_of(torch_pool)
+    scales = torch_pool.tensor[..., -4:].contiguous().view(torch.float32)
+    assert ((values - by_torch).abs() <= 1.01 * scales + 1e-4).all()
+    assert float((values - by_torch).square().mean().sqrt()) <= 0.1 * float(scales.square().mean().sqrt()) + 1e-4
+    assert not native_pool.tensor[NULL_BLOCK].any()
+
+
 BUSY = Case(
     architecture(hidden=72, heads=9, kv_heads=3, head_dim=24, biased=True),
     block_tokens=7,
@@ -254,10 +337,31 @@ def in_rounds(case: Case) -> list[list[tuple[int, int, int]]]:
     ]
 
 
-@pytest.mark.parametrize("weight_format", WeightFormat)
+@dataclass(frozen=True)
+class Way:
+    """In which weights and KV may be held."""
+
+    format: WeightFormat = WeightFormat.MODEL
+    blocks: BlockKind | None = None
+    rounded_kv: bool = False
+
+    def world(self, dtype: torch.dtype) -> World:
+        return World(BUSY, dtype, self.format, blocks=self.blocks, rounded_kv=self.rounded_kv)
+
+
+WAYS = {
+    "model": Way(),
+    "int8": Way(WeightFormat.INT8),
+    "int4, int8 KV": Way(WeightFormat.INT4_BLOCKS, rounded_kv=True),
+    "int8 KV": Way(rounded_kv=True),
+    **{kind.value: Way(WeightFormat.FILE, kind) for kind in BlockKind},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dtype, weight_format: WeightFormat) -> None:
-    world = World(BUSY, dtype, weight_format)
+def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dtype, way: str) -> None:
+    world = WAYS[way].world(dtype)
     pool = world.pool()
     model = world.native_model(library, pool)
     expected, memory = world.run(model, pool), pool.tensor.clone()
@@ -267,10 +371,10 @@ def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dt
         assert torch.equal(pool.tensor, memory)
 
 
-@pytest.mark.parametrize("weight_format", WeightFormat)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_no_bit(library: Library, threads: int, weight_format: WeightFormat) -> None:
-    world = World(BUSY, torch.bfloat16, weight_format)
+def test_threads_change_no_bit(library: Library, threads: int, way: str) -> None:
+    world = WAYS[way].world(torch.bfloat16)
     pool = world.pool()
     expected = world.run(world.native_model(library, pool), pool)
     memory = pool.tensor.clone()
@@ -373,10 +477,12 @@ def test_narrower_machines_compute_the_same(tmp_path: Path, monkeypatch: pytest.
         (torch.float32, WeightFormat.MODEL, 1e-4),
         (torch.bfloat16, WeightFormat.MODEL, 0.1),
         (torch.float32, WeightFormat.INT8, 0.05),
+        (torch.float32, WeightFormat.FILE, 0.05),
     ):
-        world = World(BUSY, dtype, weight_format)
+        blocks = BlockKind.Q4_MINIMA if weight_format is WeightFormat.FILE else None
+        world = World(BUSY, dtype, weight_format, blocks=blocks, rounded_kv=blocks is not None)
         torch_pool, pool = world.pool(), world.pool()
-        numerics = EightBits() if weight_format is WeightFormat.INT8 else None
+        numerics = {WeightFormat.INT8: EightBits(), WeightFormat.FILE: RowsInEightBits()}.get(weight_format)
         expected = world.run(world.torch_model(numerics=numerics), torch_pool)
         model = world.native_model(narrow, pool)
         got = world.run(model, pool)

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.config import ParallelConfig
+from common.engine.block_matrix import BlockMatrix
 from common.engine.loader import ModelArchitecture
 from common.engine.parallel.share import Share, divide, shares_of
 from common.errors import ConfigError
@@ -82,6 +83,20 @@ def test_the_shares_put_together_are_the_model(whole: ModelArchitecture, tensor:
                 assert torch.equal(torch.cat(parts, dim), tensor_)
     head = tensors["model.embed_tokens.weight" if whole.tie_embeddings else "lm_head.weight"]
     assert torch.equal(torch.cat([held[share.rank]["lm_head.weight"] for share in shares if share.is_last]), head)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3])
+def test_blocks_of_weights_are_divided_like_the_weights(tensor: int) -> None:
+    whole = ModelArchitecture("llama", 1, 192, 6, 3, 64, 192, 130, 10_000.0, None, 1e-5, 128, True, False)
+    for share in shares_of(whole, degrees(tensor, 1)):
+        for name, shape in whole.tensor_shapes().items():
+            if len(shape) == 2:
+                matrix = BlockMatrix.rounded(torch.randn(shape, generator=torch.Generator().manual_seed(len(name))))
+                kept = share.keep(whole, name, matrix)
+                expected = share.keep(whole, name, matrix.dequantised())
+                assert kept.keys() == expected.keys()
+                for part in kept:
+                    assert torch.equal(kept[part].dequantised(), expected[part])
 
 
 def _has(share: Share, name: str) -> bool:

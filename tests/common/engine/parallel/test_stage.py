@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from common.config import EngineConfig, ParallelConfig, pdserve_home
 from common.engine.batch import ScheduledBatch, SequenceSlice
@@ -18,6 +19,7 @@ from common.engine.loader import load_architecture
 from common.engine.native.choice import choose_library
 from support.ranks import thread_group
 from support.tiny_gemma import make_tiny_gemma
+from support.tiny_gguf import make_tiny_gguf
 from support.tiny_models import make_tiny_model
 
 TOKENS = torch.randint(3, 380, (90,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -36,6 +38,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("wide"), seed=6, layers=4, heads=6, kv_heads=3, head_dim=64, ffn=200)
+
+
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blocks")
+    whole = make_tiny_model(folder / "whole", seed=6, layers=4, heads=6, kv_heads=3, head_dim=64, ffn=192, tie_embeddings=True)
+    return make_tiny_gguf(whole, folder / "model.gguf", quantisation=GGMLQuantizationType.Q4_1)
 
 
 def settings(**changes: object) -> EngineConfig:
@@ -80,9 +89,16 @@ def test_shares_compute_what_the_whole_does(llama: Path, tensor: int, pipeline: 
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
-def test_in_exact_mode_a_degree_gives_the_same_bits_however_work_is_cut(llama: Path, tensor: int, pipeline: int) -> None:
+@pytest.mark.parametrize(("kernels", "weights"), [("torch", "model"), ("native", "model"), ("native", "int8")])
+def test_in_exact_mode_a_degree_gives_the_same_bits_however_work_is_cut(
+    wide: Path, llama: Path, tensor: int, pipeline: int, kernels: str, weights: str
+) -> None:
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
-    with thread_group(llama, parallel, settings(exact=True)) as group:
+    config = settings(exact=True, kernels=kernels, weights=weights)
+    path = llama if weights == "model" else wide  # whose groups of 64 are not divided
+    library = choose_library(config, load_architecture(path), "cpu", torch.float32, pdserve_home() / "kernels")
+    assert bool(library) == (kernels == "native")
+    with thread_group(path, parallel, config, library=library) as group:
         whole = group.all_logits(ScheduledBatch((SequenceSlice(TOKENS, 0, range(1, 7)),)))
         kv = group.kv[1:7].clone()
         rows = []
@@ -100,7 +116,7 @@ def test_native_shares_compute_what_the_native_whole_does(
 ) -> None:
     """In 8 bits too, whose groups of 64 inputs are never divided; there a last bit may move a rounding."""
     config = settings(kernels="native", dtype=dtype, weights=weights)
-    library = choose_library(config, load_architecture(wide), dtype, pdserve_home() / "kernels", whole_groups=True)
+    library = choose_library(config, load_architecture(wide), "cpu", getattr(torch, dtype), pdserve_home() / "kernels")
     alone = one_process(wide, config)
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
     with thread_group(wide, parallel, config, library=library) as group:
@@ -111,6 +127,25 @@ def test_native_shares_compute_what_the_native_whole_does(
                 assert torch.equal(got, expected)
             else:
                 torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_shares_of_a_files_blocks_with_rounded_kv(in_blocks: Path, tensor: int, pipeline: int) -> None:
+    config = settings(kernels="native", weights="file", kv_dtype="int8")
+    library = choose_library(config, load_architecture(in_blocks), "cpu", torch.float32, pdserve_home() / "kernels")
+    alone = one_process(in_blocks, config)
+    parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
+    with thread_group(in_blocks, parallel, config, library=library) as group:
+        for batch in steps():
+            expected = alone.runner.compute_all_logits(batch)
+            got = group.all_logits(batch)
+            if tensor == 1:
+                assert torch.equal(got, expected)
+            else:
+                # A last bit of a sum moves roundings of rows, as in 8 bits; other weights or KV would be as far as any answer.
+                assert float((got - expected).square().mean().sqrt()) < 0.15 * float(expected.square().mean().sqrt())
+        if tensor == 1:
+            assert torch.equal(group.kv, alone.pool.tensor)
 
 
 def test_gemma_divides_with_its_windows_and_norms(tmp_path: Path) -> None:
