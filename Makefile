@@ -18,7 +18,7 @@ TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromiu
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-autoscaler test-unit test-cluster test-clients chaos kill-sweep simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-autoscaler day-night test-unit test-cluster test-clients chaos kill-sweep simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ simulate: install-dev ## Ten thousand simulated clusters under faults, one per s
 
 test-autoscaler: install-dev ## Scale, flip, drain and roll a cluster under load for three minutes; every answer is checked (ARGS=)
 	$(BIN)/python tests/scaling/run.py $(ARGS)
+
+day-night: install-dev ## The autoscaler against every fixed split of three workers, on a load that turns; answers checked (9 min)
+	$(BIN)/python tests/scaling/day_night.py $(ARGS)
 
 check: install-dev ## Format, lint, types, floor plan, generated code: fails in about a minute
 	$(BIN)/ruff format --check

@@ -51,8 +51,8 @@ class WorkerServer(Protocol):
         """Loads the model, opens the ports; returns when requests can be served. Raises a StartupError."""
         ...
 
-    async def wait_failed(self) -> None:
-        """Returns when the worker can serve no more (its engine raised); until then it waits."""
+    async def wait_failed(self) -> str:
+        """Returns when the worker can serve no more (its engine raised), and says why; until then it waits."""
         ...
 
     async def stop(self, grace_s: float) -> None:

@@ -39,7 +39,7 @@ from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_p
 from deploy.head_services import HeadService, head_services
 from deploy.logs.runs import begin_run
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
-from deploy.pool_manager import HealthPolicy, ManagerSpec, ModelToServe
+from deploy.manager_spec import HealthPolicy, ManagerSpec, ModelToServe
 from deploy.ray_environment import CLUSTER_ID_VARIABLE, actor_environment, namespace_of
 from deploy.ray_host import answer
 from deploy.ray_start import LOOPBACK, join_ray, start_private_ray

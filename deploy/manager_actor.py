@@ -21,7 +21,8 @@ from common.metrics import ManagerMetrics, start_metrics_server
 from common.rpc import RpcServer
 from deploy.autoscaler.loop import Autoscaler
 from deploy.control import serve_manager
-from deploy.pool_manager import ManagerSpec, PoolManager
+from deploy.manager_spec import ManagerSpec
+from deploy.pool_manager import PoolManager
 from deploy.ray_host import RayHost
 from deploy.worker_host import WorkerFactory
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from common.codec import role_to_wire
 from common.types import Role, WorkerState
@@ -35,6 +35,7 @@ class ServedModel:
     name: str
     path: str
     created_s: int
+    degrees: Mapping[Role, tuple[int, int]] = field(default_factory=dict)  # of a worker: tensor parallel, pipeline parallel
 
 
 class Membership:
@@ -43,6 +44,7 @@ class Membership:
         self.waking = frozenset[str]()  # models that get workers when somebody asks for them; likewise
         self._cluster = cluster
         self._models = tuple(models)
+        self._degrees = {Pool(model.name, role): degree for model in models for role, degree in model.degrees.items()}
         self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
         self._given_up: set[tuple[str, int]] = set()  # by worker id and incarnation: lost, and not gone yet
         self._known: dict[str, tuple[int, str]] = {}  # model -> (longest request, layout) as last reported
@@ -109,6 +111,8 @@ class Membership:
         info.worker_id, info.incarnation = replica.worker_id, replica.incarnation
         info.role, info.model = role_to_wire(replica.pool.role), replica.pool.model
         info.state, info.failure = state.value, replica.failure
+        if not info.tensor_parallel:  # it has not reported yet
+            info.tensor_parallel, info.pipeline_parallel = self._degrees.get(replica.pool, (1, 1))
         return info
 
     def _learn(self, workers: Sequence[InfoReply]) -> None:

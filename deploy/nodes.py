@@ -36,12 +36,18 @@ def nodes_of(listed: Iterable[Mapping[str, Any]]) -> list[Node]:
     ]
 
 
+def slots_of(nodes: Iterable[Node]) -> dict[Role, int]:
+    """How many workers of each role the nodes that are alive take, whoever is there now."""
+    alive = [node for node in nodes if node.alive]
+    return {role: sum(int(node.slots[role]) for node in alive) for role in Role}
+
+
 def resources_of(role: Role, *, slots: bool) -> dict[str, float]:
-    """What a worker of this role takes of its node, beyond CPUs."""
+    """What a worker takes of its node beyond CPUs, if it is given a slot of this role."""
     return {role.value: 1.0} if slots else {}
 
 
 def threads_of_slot(nodes: Iterable[Node], role: Role) -> int:
-    """CPU threads of a worker that takes a slot: its part of the smallest node that it may be placed on."""
+    """CPU threads of a worker that takes a slot of this role: its part of the smallest node that it may be placed on."""
     shares = [node.cpus / sum(node.slots.values()) for node in nodes if node.alive and node.slots[role] >= 1]
     return max(1, int(min(shares, default=1.0)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -29,9 +29,10 @@ from common.logs import get_logger
 from common.types import WorkerRef
 from common.worker import WorkerSpec
 from deploy.node_keeper import NodeKeeper
-from deploy.nodes import nodes_of, resources_of, threads_of_slot
+from deploy.nodes import nodes_of, resources_of, slots_of, threads_of_slot
 from deploy.process_watch import ProcessWatch
 from deploy.ray_environment import actor_environment, namespace_of
+from deploy.slots import Place, SlotBook
 from deploy.worker_actor import WorkerActor
 from deploy.worker_host import WorkerFactory, WorkerProcess
 
@@ -66,16 +67,28 @@ class RayHost:
         self._factory = factory
         self._node_id = ray.get_runtime_context().get_node_id()
         self._keepers: dict[str, ActorHandle] = {}  # by node
+        self._book = SlotBook()
 
     async def launch(self, spec: WorkerSpec) -> WorkerProcess:
+        nodes = nodes_of(await asyncio.to_thread(ray.nodes)) if self._rooms.slots else []
+        place = self._book.take(spec.role, spec.parallel.num_ranks, slots_of(nodes))
         if self._rooms.slots and spec.model.engine.threads is None:
-            spec = replace(spec, threads=threads_of_slot(nodes_of(await asyncio.to_thread(ray.nodes)), spec.role))
+            spec = replace(spec, threads=threads_of_slot(nodes, place.slot))
+        process: WorkerProcess | None = None
+        try:
+            process = await self._launch(spec, place)
+        finally:
+            if process is None:
+                place.leave()
+        return process
+
+    async def _launch(self, spec: WorkerSpec, place: Place) -> WorkerProcess:
         options = {
             "name": f"{spec.worker_id}#{spec.incarnation}",
             "namespace": self._namespace,
             # The other ranks are children of this process, on its node.
             "num_cpus": self._rooms.num_cpus_per_worker * spec.parallel.num_ranks,
-            "resources": resources_of(spec.role, slots=self._rooms.slots),
+            "resources": resources_of(place.slot, slots=self._rooms.slots),
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": actor_environment(self._cluster_id, threads=spec.threads),
@@ -90,14 +103,14 @@ class RayHost:
         except (RayError, ValueError) as error:
             raise ClusterError(_short(f"Ray did not start {spec.worker_id}: {error}")) from error
         except TimeoutError as error:
-            what = f"a free {spec.role} slot" if self._rooms.slots else "room"
+            what = f"a free {place.slot} slot" if self._rooms.slots else "room"
             raise ClusterError(f"Ray found no {what} for {spec.worker_id} within {self._rooms.room_timeout_s:g} s") from error
         finally:
             if actor is not None and not placed:
                 ray.kill(actor)
         if node_id == self._node_id:
-            return _LocalProcess(actor, ProcessWatch.of(pid))
-        return _RemoteProcess(actor, pid, started, self._keeper(node_id))
+            return _LocalProcess(actor, place, ProcessWatch.of(pid))
+        return _RemoteProcess(actor, place, pid, started, self._keeper(node_id))
 
     def _keeper(self, node_id: str) -> ActorHandle:
         keeper = self._keepers.get(node_id)
@@ -116,17 +129,19 @@ class RayHost:
             )
         return keeper
 
-    async def expect(self, num_workers: int) -> None:
+    async def expect(self, ranks: Sequence[int]) -> None:
         # Each request replaces the one before, of whoever made it: in a Ray cluster that others use too, it is for the
         # autoscaler of one pdserve cluster alone. A worker that waits for a slot is a request of its own.
         cpus = self._rooms.num_cpus_per_worker
         if cpus > 0 and not self._rooms.slots:
-            await asyncio.to_thread(request_resources, bundles=[{"CPU": cpus}] * num_workers)
+            bundles = [{"CPU": cpus * num_ranks} for num_ranks in self._book.asked_ranks(ranks)]
+            await asyncio.to_thread(request_resources, bundles=bundles)
 
 
 class _ActorProcess:
-    def __init__(self, actor: ActorHandle) -> None:
+    def __init__(self, actor: ActorHandle, place: Place) -> None:
         self._actor = actor
+        self._place = place
         self._killed = False
 
     async def start(self) -> WorkerRef:
@@ -139,6 +154,7 @@ class _ActorProcess:
             return error.message
 
     async def become(self, spec: WorkerSpec) -> WorkerRef:
+        self._place.becomes(spec.role, spec.parallel.num_ranks)
         return await answer(cast(Awaitable[WorkerRef], self._actor.become.remote(spec)))
 
     async def stop(self, grace_s: float) -> None:
@@ -155,13 +171,14 @@ class _ActorProcess:
 class _LocalProcess(_ActorProcess):
     """On the manager's own node."""
 
-    def __init__(self, actor: ActorHandle, watch: ProcessWatch | None) -> None:
-        super().__init__(actor)
+    def __init__(self, actor: ActorHandle, place: Place, watch: ProcessWatch | None) -> None:
+        super().__init__(actor, place)
         self._watch = watch  # None: it was gone before we looked
 
     async def kill(self) -> None:
         if self._watch is None:
             self._kill_actor()
+            self._place.leave()
             return
         # One that hears Ray is given the time to end as Ray expects, or Ray would report a crash.
         if self._kill_actor() and not await self._watch.wait(_KILL_PATIENCE_S):
@@ -169,13 +186,14 @@ class _LocalProcess(_ActorProcess):
         if not await self._watch.wait(_KILL_TIMEOUT_S):
             raise ClusterError(f"process {self._watch.pid} does not die")
         self._watch.close()
+        self._place.leave()
 
 
 class _RemoteProcess(_ActorProcess):
     """On another node."""
 
-    def __init__(self, actor: ActorHandle, pid: int, started: int, keeper: ActorHandle) -> None:
-        super().__init__(actor)
+    def __init__(self, actor: ActorHandle, place: Place, pid: int, started: int, keeper: ActorHandle) -> None:
+        super().__init__(actor, place)
         self._pid, self._started = pid, started
         self._keeper = keeper
         self._ending: asyncio.Task[bool] | None = None
@@ -190,6 +208,7 @@ class _RemoteProcess(_ActorProcess):
             log.warning("a host is not heard: its worker is taken for gone", pid=self._pid)
         elif not self._ending.result():
             raise ClusterError(f"process {self._pid} does not die")
+        self._place.leave()
 
     async def _end(self) -> bool:
         try:

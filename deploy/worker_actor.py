@@ -55,10 +55,11 @@ class WorkerActor:
     async def wait_failed(self) -> str:
         if self._server is None:
             raise EngineFailure("the worker was not started")
-        failed, replaced = (asyncio.ensure_future(one) for one in (self._server.wait_failed(), self._replaced.wait()))
+        failed = asyncio.ensure_future(self._server.wait_failed())
+        replaced = asyncio.ensure_future(self._replaced.wait())
         try:
             await asyncio.wait({failed, replaced}, return_when=asyncio.FIRST_COMPLETED)
-            return "the engine failed" if failed.done() else "another worker took its place"
+            return f"the engine failed: {failed.result()}" if failed.done() else "another worker took its place"
         finally:
             failed.cancel()
             replaced.cancel()

@@ -9,7 +9,7 @@ one event loop. What kind of worker a role means is looked up in `build_worker`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from common.types import Role, WorkerRef
@@ -46,8 +46,9 @@ class WorkerHost(Protocol):
         """Makes the process; the worker in it has not started yet. Raises ClusterError."""
         ...
 
-    async def expect(self, num_workers: int) -> None:
-        """There will be so many workers in all: the host may fetch machines for them ahead of the launches, or let some go."""
+    async def expect(self, ranks: Sequence[int]) -> None:
+        """These workers there will be in all, each of so many processes: the host may fetch machines for them ahead of the
+        launches, or let some go."""
         ...
 
 

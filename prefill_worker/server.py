@@ -76,8 +76,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         _log.info("ready", worker=ref.worker_id, incarnation=ref.incarnation, address=ref.address)
         return ref
 
-    async def wait_failed(self) -> None:
-        await self._host.wait_failed()
+    async def wait_failed(self) -> str:
+        return await self._host.wait_failed()
 
     async def stop(self, grace_s: float) -> None:
         await self._host.stop(grace_s)

@@ -293,8 +293,10 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
     def failed(self) -> bool:
         return self._failure.done()
 
-    async def wait_failed(self) -> None:
-        await asyncio.shield(self._failure)
+    async def wait_failed(self) -> str:
+        """Why the engine can compute no more."""
+        error = await asyncio.shield(self._failure)
+        return f"{error.code}: {error.message}" if isinstance(error, PdserveError) else type(error).__name__
 
     async def drain(self, timeout_s: float) -> bool:
         """Lets nobody in any more; whether all were through within the time."""

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from deploy.commands.figures import UNKNOWN, share, span
+from deploy.commands.figures import UNKNOWN, degree, share, span
 from deploy.commands.output import out
 
 STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "bold red"}
@@ -59,7 +59,8 @@ def _draw_models(described: dict[str, Any]) -> None:
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("worker", "state"):
+    groups = any(_degree(worker) for worker in workers)
+    for column in ("worker", "ranks", "state") if groups else ("worker", "state"):
         table.add_column(column, no_wrap=True)
     for column in ("up", "run", "wait", "served", "KV used"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -75,6 +76,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         used = f"{share((total - free) / total)} of {total:,}" if total else UNKNOWN
         row: list[Text | str] = [
             Text(worker["worker_id"]),
+            *([_degree(worker) or "1"] if groups else []),
             Text(worker["state"], style=STYLES.get(worker["state"], "default")),
             span(worker["up_s"]),
             str(worker["requests_running"]),
@@ -83,9 +85,18 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
             used,
         ]
         if wide:
-            row += [str(worker["incarnation"]), str(worker["leases_open"]), str(worker["pid"] or UNKNOWN)]
+            row += [str(worker["incarnation"]), str(worker["leases_open"]), _pids(worker)]
         if wider:
             computes = " ".join(part for part in (worker["device"], worker["dtype"], "exact" if worker["exact"] else "") if part)
             row += [computes or UNKNOWN, worker["address"] or UNKNOWN]
         table.add_row(*row)
     return table
+
+
+def _degree(worker: dict[str, Any]) -> str:
+    return degree(worker["tensor_parallel"], worker["pipeline_parallel"])
+
+
+def _pids(worker: dict[str, Any]) -> str:
+    """Of all its processes, rank 0 first."""
+    return ", ".join(str(pid) for pid in (worker["pid"], *worker["rank_pids"]) if pid) or UNKNOWN

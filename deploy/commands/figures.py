@@ -50,3 +50,9 @@ def size(number_bytes: float | None) -> str:
         if number_bytes >= scale:
             return f"{number_bytes / scale:.1f} {unit}"
     return f"{number_bytes:.0f} B"
+
+
+def degree(tensor_parallel: int, pipeline_parallel: int) -> str:
+    """Of a worker's processes: TP 2, PP 3, TP 2 x PP 3; nothing for a single one."""
+    parts = [f"{name} {number}" for name, number in (("TP", tensor_parallel), ("PP", pipeline_parallel)) if number > 1]
+    return " x ".join(parts)

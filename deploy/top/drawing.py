@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.commands.cluster_drawing import STYLES
-from deploy.commands.figures import UNKNOWN, rate, share, short_time, size, span
+from deploy.commands.figures import UNKNOWN, degree, rate, share, short_time, size, span
 from deploy.top.picture import EventRow, ModelRow, Picture, RouterRow, WorkerRow
 
 _WIDE, _WIDER = 104, 132
@@ -123,10 +123,14 @@ def _workers(workers: Sequence[WorkerRow], frame: Frame) -> Table:
         columns += [("PREFIX", True), ("MOVED/S", True)]
     if wider:
         columns += [("BROKEN", True), ("PREEMPTED", True), ("START", True)]
+    groups = any(_degree(worker) for worker in workers)
+    if groups:
+        columns[1:1] = [("RANKS", False)]
     table = _table(frame, *columns)
     for worker in workers:
         row: list[Text | str] = [
             worker.worker_id,
+            *([_degree(worker) or "1"] if groups else []),
             Text(worker.state, style=STYLES.get(worker.state, "default")),
             str(worker.running),
             _waiting(worker.waiting),
@@ -178,6 +182,10 @@ def _event(event: EventRow, now_s: float) -> Text:
 def _interest(worker: WorkerRow) -> tuple[bool, bool, int]:
     """The smaller, the more somebody wants to see it."""
     return worker.state == "ready", worker.answers, -(worker.running + worker.waiting)
+
+
+def _degree(worker: WorkerRow) -> str:
+    return degree(worker.tensor_parallel, worker.pipeline_parallel)
 
 
 def _pool(ready: int, desired: int) -> Text:

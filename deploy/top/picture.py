@@ -50,6 +50,8 @@ class WorkerRow:
     role: str
     state: str
     incarnation: int
+    tensor_parallel: int
+    pipeline_parallel: int
     running: int
     waiting: int
     tokens_per_s: float | None  # drawn by a decode worker, computed by a prefill worker
@@ -205,6 +207,8 @@ def _worker(worker: Mapping[str, Any], short: Change | None, long: Change | None
         role=worker["role"],
         state=worker["state"],
         incarnation=worker["incarnation"],
+        tensor_parallel=worker["tensor_parallel"],
+        pipeline_parallel=worker["pipeline_parallel"],
         running=worker["requests_running"],
         waiting=worker["requests_waiting"],
         tokens_per_s=tokens_per_s,

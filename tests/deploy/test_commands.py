@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -335,3 +336,20 @@ def test_colour_is_for_terminals_that_want_it(
         monkeypatch.setenv(name, value)
     Output(stderr=False).print("[red]x[/]")
     assert ("\x1b[31m" in capsys.readouterr().out) == coloured
+
+
+def test_status_draws_a_group_of_ranks_as_one_worker(cluster: Operated) -> None:
+    """Whole, and while its next incarnation starts because a rank died; where nobody has ranks there is no such column."""
+    assert "ranks" not in cluster.cli("status", width=200).stdout
+    whole = worker_info("tiny/decode/0", tensor_parallel=2, pipeline_parallel=3, rank_pids=[71, 72, 73, 74, 75])
+    dead = worker_info(
+        "tiny/prefill/0", state="starting", tensor_parallel=2, pipeline_parallel=1, pid=0, failure="rank 1 is gone"
+    )
+    del cluster.manager.snapshot.workers[:]
+    cluster.manager.snapshot.workers.extend([whole, dead])
+    lines = cluster.cli("status", width=200).stdout.splitlines()
+    (row,) = [line for line in lines if line.startswith("tiny/decode/0")]
+    assert re.search(r"tiny/decode/0 +TP 2 x PP 3 +ready .*, 71, 72, 73, 74, 75 ", row)
+    (row, told) = [line for line in lines if line.startswith("tiny/prefill/0")]
+    assert re.search(r"tiny/prefill/0 +TP 2 +starting ", row)
+    assert told == "tiny/prefill/0: restarted: rank 1 is gone"

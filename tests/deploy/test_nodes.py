@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.types import Role
-from deploy.nodes import nodes_of, resources_of, threads_of_slot
+from deploy.nodes import nodes_of, resources_of, slots_of, threads_of_slot
 
 
 def listed(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -22,6 +22,12 @@ def test_a_node_is_read_as_ray_lists_it() -> None:
 def test_a_worker_takes_one_slot_of_its_role_where_there_are_slots() -> None:
     assert resources_of(Role.DECODE, slots=True) == {"decode": 1.0}
     assert resources_of(Role.DECODE, slots=False) == {}
+
+
+def test_slots_are_those_of_the_nodes_that_are_alive() -> None:
+    nodes = nodes_of([listed("a", prefill=2.0), listed("b", prefill=1.0, decode=3.0), listed("c", alive=False, decode=9.0)])
+    assert slots_of(nodes) == {Role.PREFILL: 3, Role.DECODE: 3}
+    assert slots_of([]) == {Role.PREFILL: 0, Role.DECODE: 0}
 
 
 def test_workers_of_a_node_share_its_cpus_and_the_smallest_node_decides() -> None:

@@ -35,7 +35,8 @@ from common.wire.types_pb2 import ROLE_DECODE, ROLE_PREFILL
 from common.wire.worker_pb2 import WorkerPace
 from deploy.autoscaler.loop import Autoscaler
 from deploy.control import serve_manager
-from deploy.pool_manager import HealthPolicy, ManagerSpec, ModelToServe, PoolManager
+from deploy.manager_spec import HealthPolicy, ManagerSpec, ModelToServe
+from deploy.pool_manager import PoolManager
 from deploy.reconcile import RestartPolicy
 from support.fake_workers import FakeHost
 
@@ -458,3 +459,18 @@ async def test_a_model_that_may_not_sleep_is_not_woken() -> None:
         assert not (await cluster.registry.Demand(DemandRequest(model="m"), timeout=WAIT_S)).waking
         assert not cluster.manager.snapshot.models[0].wakes_on_demand
         assert not cluster.manager.snapshot.workers
+
+
+async def test_ranks_are_announced_to_the_host_and_shown_before_a_worker_says_so() -> None:
+    model = ModelConfig(name="m", source="s", prefill=PrefillConfig(tensor_parallel=2), decode=DecodeConfig(pipeline_parallel=3))
+    spec = replace(spec_of(), models=(ModelToServe(model, "/models/m", 7, threads=1),))
+    host = FakeHost(gates={DECODE: asyncio.Event()})
+    async with running(spec, host) as cluster:
+        snapshot = await cluster.until_states(prefill_0="ready", decode_0="starting")
+        (decode,) = [worker for worker in snapshot.workers if worker.worker_id == DECODE]
+        assert (decode.tensor_parallel, decode.pipeline_parallel) == (1, 3)
+        host.gates[DECODE].set()
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        assert host.expected[-1] == [2, 3]
+        await cluster.manager.scale("m", {Role.PREFILL: 2}, WAIT_S)
+        assert host.expected[-1] == [2, 2, 3]

@@ -6,15 +6,12 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from support.cluster import RunningCluster, launched
-from support.tiny_models import make_tiny_model
+from support.cluster import RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -25,14 +22,6 @@ BODY: dict[str, Any] = {
     "ignore_eos": True,
 }
 MANY = 20
-
-
-@pytest.fixture(scope="module")
-def caching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    folder: Path = tmp_path_factory.mktemp("cache")
-    model = make_tiny_model(folder / "tiny", seed=4)
-    with launched(folder, model_path=model, name="cache", settings={"cache": {"exact": {"enabled": True}}}) as running:
-        yield running
 
 
 async def stream(http: httpx.AsyncClient, body: dict[str, Any], begun: asyncio.Event) -> tuple[str, list[int]]:
@@ -47,11 +36,11 @@ async def stream(http: httpx.AsyncClient, body: dict[str, Any], begun: asyncio.E
     return reply.headers["x-cache"], tokens
 
 
-async def test_a_worker_killed_under_a_shared_answer_is_not_noticed(caching: RunningCluster) -> None:
+async def test_a_worker_killed_under_a_shared_answer_is_not_noticed(cluster: RunningCluster) -> None:
     body = BODY | {"temperature": 0.8, "seed": 5}
     limits = httpx.Limits(max_connections=2 * MANY)
-    async with httpx.AsyncClient(base_url=caching.base_url, trust_env=False, timeout=60.0, limits=limits) as http:
-        (worker,) = await asyncio.to_thread(caching.workers, "decode")
+    async with httpx.AsyncClient(base_url=cluster.base_url, trust_env=False, timeout=60.0, limits=limits) as http:
+        (worker,) = await asyncio.to_thread(cluster.workers, "decode")
         begun = [asyncio.Event() for _ in range(MANY)]
         asking = [asyncio.create_task(stream(http, body, begun[0]))]
         await begun[0].wait()

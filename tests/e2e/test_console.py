@@ -40,7 +40,9 @@ async def watch(page: Page, cluster: RunningCluster) -> None:
     (worker,) = cluster.workers("decode")
     os.kill(worker["pid"], signal.SIGKILL)
     await page.until(f"!({READY})")
-    await page.until(f"{READY} && document.querySelector('.pool-decode .node').innerText.includes('#2')", 60)
+    await page.until(
+        f"{READY} && document.querySelector('.pool-decode .node').innerText.includes('#{worker['incarnation'] + 1}')", 60
+    )
     await page.until("[...document.querySelectorAll('.events .kind')].some((kind) => kind.dataset.kind === 'bad')")
 
     await page.click("[data-action=scale]")
@@ -50,4 +52,6 @@ async def watch(page: Page, cluster: RunningCluster) -> None:
     await page.until("!document.querySelector('dialog')")
     await page.until(f"document.querySelectorAll('.pool-prefill .node').length === 2 && {READY}", 60)
     assert len(cluster.workers("prefill")) == 2
+    back = cluster.cli("scale", "tiny", "--prefill", "1", "--cluster", cluster.name)
+    assert back.returncode == 0, back.stderr
     assert page.complaints == []

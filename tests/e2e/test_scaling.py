@@ -57,20 +57,23 @@ def sizes(cluster: RunningCluster) -> tuple[int, int]:
     return len(cluster.workers("prefill")), len(cluster.workers("decode"))
 
 
-def test_scale_flip_and_roll_under_load_lose_no_request_and_change_no_token(cluster: RunningCluster) -> None:
+def test_scale_flip_drain_and_roll_under_load_lose_no_request_and_change_no_token(cluster: RunningCluster) -> None:
     load = ExactLoad(cluster.base_url, "tiny")
     load.expect([*PROMPTS, *OUTPUTS])
     before = {worker["pid"] for role in ("prefill", "decode") for worker in cluster.workers(role)}
     with load.asking([*PROMPTS, *OUTPUTS], clients=4):
-        order(cluster, "scale", "tiny", "--prefill", "2", "--decode", "2")
+        order(cluster, "scale", "tiny", "--prefill", "2")
         (flipped,) = [worker["pid"] for worker in cluster.workers("prefill") if worker["worker_id"] == "tiny/prefill/1"]
         order(cluster, "flip", "tiny/prefill/1", "decode")
-        assert sizes(cluster) == (1, 3)
+        assert sizes(cluster) == (1, 2)
         assert flipped in {worker["pid"] for worker in cluster.workers("decode")}
-        order(cluster, "flip", "tiny/decode/2", "prefill")
+        order(cluster, "flip", "tiny/decode/1", "prefill")
         assert flipped in {worker["pid"] for worker in cluster.workers("prefill")}
-        order(cluster, "roll", "tiny")
-        assert sizes(cluster) == (2, 2)
+        (drained,) = [worker["pid"] for worker in cluster.workers("decode")]
+        order(cluster, "drain", "tiny/decode/0")
+        assert drained not in {worker["pid"] for worker in cluster.workers("decode")}
+        order(cluster, "roll", "tiny", "--role", "prefill")
+        assert sizes(cluster) == (2, 1)
         after = {worker["pid"] for role in ("prefill", "decode") for worker in cluster.workers(role)}
         assert not after & (before | {flipped})
     assert load.wrong == []
@@ -81,7 +84,7 @@ def test_scale_flip_and_roll_under_load_lose_no_request_and_change_no_token(clus
 def test_the_autoscaler_follows_the_load_by_changing_roles(cluster: RunningCluster) -> None:
     load = ExactLoad(cluster.base_url, "tiny")
     load.expect([*PROMPTS, *OUTPUTS])
-    order(cluster, "scale", "tiny", "--prefill", "2", "--decode", "1")
+    assert sizes(cluster) == (2, 1)
     with load.asking(OUTPUTS, clients=6):
         order(cluster, "autoscaler", "tiny", "--mode", "on")
         cluster.wait_for("a second decode worker", lambda: sizes(cluster) == (1, 2), timeout_s=60.0)

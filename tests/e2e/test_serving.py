@@ -22,13 +22,16 @@ from support.steady_load import Question, ask
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 PROMPT = [(7 * index) % 370 + 3 for index in range(120)]
+FRESH = {"x-cache": "bypass"}  # an answer that is given again says nothing about workers
 MESSAGES = [{"role": "user", "content": "tell me of the word that they had for it"}]
 
 
 @pytest.fixture(scope="module")
 def client(cluster: RunningCluster) -> Iterator[openai.OpenAI]:
     http = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{cluster.base_url}/v1", api_key="unused", max_retries=0, http_client=http) as client:
+    with openai.OpenAI(
+        base_url=f"{cluster.base_url}/v1", api_key="unused", max_retries=0, http_client=http, default_headers=FRESH
+    ) as client:
         yield client
 
 
@@ -38,6 +41,7 @@ async def async_client(cluster: RunningCluster) -> openai.AsyncOpenAI:
         base_url=f"{cluster.base_url}/v1",
         api_key="unused",
         max_retries=0,
+        default_headers=FRESH,
         http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
     )
 
@@ -149,9 +153,10 @@ def test_an_operator_sees_a_request_in_top_and_logs(cluster: RunningCluster) -> 
     drawn = cluster.cli("top", "--once", "--cluster", cluster.name)
     assert "tiny/decode/0" in drawn.stdout
     lines = cluster.cli("logs", "--request", "watched", "--json", "--cluster", cluster.name).stdout.splitlines()
-    assert {json.loads(line)["process"] for line in lines} >= {"router", "tiny/decode/0#1"}
+    (decode,) = cluster.workers("decode")
+    assert {json.loads(line)["process"] for line in lines} >= {"router", f"tiny/decode/0#{decode['incarnation']}"}
     assert "cluster starting" in cluster.cli("logs", "launcher", "--cluster", cluster.name).stdout
-    status = cluster.status()
+    status = json.loads(cluster.cli("status", "--json", "--cluster", cluster.name).stdout)
     assert status["up_s"] > 0
     assert all(process["up_s"] > 0 for process in (*status["routers"], *status["workers"]))
 
@@ -163,7 +168,7 @@ def test_a_grpc_client_does_the_same(cluster: RunningCluster, client: openai.Ope
         assert [model.id for model in stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10).models] == ["tiny"]
         tokens = inference_pb2.TokenIds(ids=PROMPT)
         request = inference_pb2.InferenceRequest(model="tiny", prompt_token_ids=tokens, max_tokens=8, temperature=0)
-        events = list(stub.Generate(request, timeout=30))
+        events = list(stub.Generate(request, timeout=30, metadata=tuple(FRESH.items())))
         assert "".join(event.text for event in events) == expected
         assert events[-1].usage.completion_tokens == 8
         with pytest.raises(grpc.RpcError) as caught:
@@ -292,22 +297,34 @@ def test_a_killed_prefill_worker_is_not_noticed(cluster: RunningCluster, client:
     cluster.wait_for("clean pools", cluster.nothing_leaks, 10.0)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "seeded"])
-def test_a_killed_decode_worker_is_not_noticed(
-    cluster: RunningCluster, client: openai.OpenAI, sampling: dict[str, float]
-) -> None:
-    """There is but one: its answers wait for its next incarnation and go on there."""
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, **sampling}
-    unbroken = client.completions.create(**body)
-    old = cluster.workers("decode")[0]
-    text, finishes = "", []
-    for number, event in enumerate(client.completions.create(**body, stream=True)):
-        if number == 3:
-            os.kill(old["pid"], signal.SIGKILL)
-        text += event.choices[0].text
-        finishes += [event.choices[0].finish_reason] if event.choices[0].finish_reason else []
-    assert text == unbroken.choices[0].text
-    assert finishes == [unbroken.choices[0].finish_reason]
-    assert cluster.workers("decode")[0]["incarnation"] > old["incarnation"]
-    assert "pdserve_router_migrations_total" in httpx.get(f"{cluster.base_url}/metrics", trust_env=False).text
-    cluster.wait_for("clean pools", cluster.nothing_leaks, 10.0)
+async def test_a_killed_decode_worker_is_not_noticed(cluster: RunningCluster, async_client: openai.AsyncOpenAI) -> None:
+    """There is but one: its answers, a greedy and a drawn one, wait for its next incarnation and go on there."""
+    bodies = [
+        {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, **sampling}
+        for sampling in ({"temperature": 0}, {"temperature": 0.8, "seed": 5})
+    ]
+    unbroken = [await async_client.completions.create(**body) for body in bodies]
+    (old,) = await asyncio.to_thread(cluster.workers, "decode")
+    begun = [asyncio.Event() for _ in bodies]
+
+    async def hear(body: dict[str, object], begun: asyncio.Event) -> tuple[str, list[str]]:
+        text, finishes, heard = "", [], 0
+        async for event in await async_client.completions.create(**body, stream=True):
+            heard += 1
+            if heard == 3:
+                begun.set()
+            text += event.choices[0].text
+            finishes += [event.choices[0].finish_reason] if event.choices[0].finish_reason else []
+        return text, finishes
+
+    hearing = [asyncio.create_task(hear(body, event)) for body, event in zip(bodies, begun, strict=True)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    os.kill(old["pid"], signal.SIGKILL)
+    heard = await asyncio.gather(*hearing)
+    assert heard == [(one.choices[0].text, [one.choices[0].finish_reason]) for one in unbroken]
+    (new,) = await asyncio.to_thread(cluster.workers, "decode")
+    assert new["incarnation"] > old["incarnation"]
+    metrics = await asyncio.to_thread(lambda: httpx.get(f"{cluster.base_url}/metrics", trust_env=False).text)
+    assert "pdserve_router_migrations_total" in metrics
+    await async_client.close()
+    await asyncio.to_thread(cluster.wait_for, "clean pools", cluster.nothing_leaks, 10.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ class FakeHost:
     gates: dict[str, asyncio.Event] = field(default_factory=dict)  # a worker starts only when its gate is open
     flip_errors: dict[str, PdserveError] = field(default_factory=dict)  # by the id that the process would have
     drains_at_once: bool = False
-    expected: list[int] = field(default_factory=list)
+    expected: list[list[int]] = field(default_factory=list)
 
     undying: int = 0  # so many kills come to nothing
     may_launch: asyncio.Event = field(default_factory=asyncio.Event)  # there is room
@@ -142,8 +143,8 @@ class FakeHost:
         self.journal.append(("launch", spec.worker_id, spec.incarnation))
         return worker
 
-    async def expect(self, num_workers: int) -> None:
-        self.expected.append(num_workers)
+    async def expect(self, ranks: Sequence[int]) -> None:
+        self.expected.append(sorted(ranks))
 
     def gate_of(self, worker_id: str) -> asyncio.Event:
         if worker_id not in self.gates:

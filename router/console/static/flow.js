@@ -1,7 +1,7 @@
 // The picture at the top: prefill pool, links, decode pool. Workers are elements; links are drawn between them.
 
 import { attribute, h, keyed, s, text } from "./dom.js";
-import { bytes, count, duration, shortName } from "./format.js";
+import { bytes, count, degree, duration, shortName } from "./format.js";
 import { kvBar, updateKvBar } from "./kv_bar.js";
 
 const CROWD = 6; // workers in a pool, beyond which they are shown small
@@ -90,7 +90,7 @@ function drawNode(element, worker, atS) {
   attribute(element, "data-state", worker.suspect ? "suspect" : worker.state);
   text(head.children[1], shortName(worker.id, worker.model));
   const age = worker.started_s && worker.state === "ready" ? duration(atS - worker.started_s) : worker.state;
-  text(head.children[2], `#${worker.incarnation} · ${age}`);
+  text(head.children[2], [degree(worker), `#${worker.incarnation}`, age].filter(Boolean).join(" · "));
   text(rate.children[0], count(worker.role === "prefill" ? worker.rates.computed : worker.rates.generated));
   const waiting = worker.waiting ? ` · ${count(worker.waiting)} waiting` : "";
   text(load, worker.state === "ready" || worker.running ? `${count(worker.running)} running${waiting}` : worker.failure || "–");

@@ -51,6 +51,12 @@ export function clock(atS) {
   return new Date(atS * 1000).toLocaleTimeString([], { hour12: false });
 }
 
+// Of a worker's processes; empty for a single one.
+export function degree(worker) {
+  const parts = [["TP", worker.tensor_parallel], ["PP", worker.pipeline_parallel]];
+  return parts.filter(([, number]) => number > 1).map(([name, number]) => `${name}${THIN}${number}`).join(" × ");
+}
+
 // Without the model's name in front of it, which the heading says already.
 export function shortName(workerId, model) {
   return model && workerId.startsWith(`${model}/`) ? workerId.slice(model.length + 1) : workerId;

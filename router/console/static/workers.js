@@ -2,7 +2,7 @@
 
 import { confirmAction, showDetails } from "./dialogs.js";
 import { attribute, h, keyed, text } from "./dom.js";
-import { bytes, count, duration, percent, shortName } from "./format.js";
+import { bytes, count, degree, duration, percent, shortName } from "./format.js";
 import { describeKv, kvBar, kvLegend, kvShare, updateKvBar } from "./kv_bar.js";
 
 const COLUMNS = ["Worker", "State", "Running", "Waiting", "Tokens/s", "KV", "Prefix hits", "Guesses right", "Up", ""];
@@ -51,7 +51,7 @@ function drawRow(element, worker, atS) {
   const [name, state, running, waiting, rate, kv, prefix, guesses, up, actions] = element.children;
   attribute(element, "data-role", worker.role);
   text(name.children[0], shortName(worker.id, worker.model));
-  text(name.children[1], ` ${worker.model}`);
+  text(name.children[1], ` ${[worker.model, degree(worker)].filter(Boolean).join(" · ")}`);
   attribute(state.children[0], "data-state", worker.suspect ? "suspect" : worker.state);
   text(state.children[0], worker.suspect ? "silent" : worker.state);
   attribute(state.children[0], "title", worker.failure || null);
@@ -78,6 +78,7 @@ export function workerDetails(worker, links, atS) {
   const facts = [
     ["State", worker.state + (worker.failure ? `: ${worker.failure}` : "")],
     ["Incarnation", `#${worker.incarnation}, pid ${worker.pid}`],
+    ...(degree(worker) ? [["Ranks", `${degree(worker)}: pids ${[worker.pid, ...worker.rank_pids].join(", ")}`]] : []),
     ["Up", worker.started_s ? duration(atS - worker.started_s) : "–"],
     ["Address", worker.address || "–"],
     ["Engine", [worker.device, worker.dtype, worker.exact ? "exact" : "", `up to ${count(worker.max_model_tokens)} tokens`].filter(Boolean).join(", ")],

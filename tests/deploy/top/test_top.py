@@ -259,3 +259,18 @@ def test_one_look_at_nothing_is_a_failure(tmp_path: Path) -> None:
 )
 def test_figures_are_short(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "shown"), [(1, 1, ""), (0, 0, ""), (2, 1, "TP 2"), (1, 3, "PP 3"), (2, 3, "TP 2 x PP 3")]
+)
+def test_ranks_are_drawn_where_there_are_any(cluster: Operated, tensor: int, pipeline: int, shown: str) -> None:
+    changed = worker_info("tiny/decode/0", tensor_parallel=tensor, pipeline_parallel=pipeline)
+    changed.metrics_address = cluster.manager.snapshot.workers[1].metrics_address
+    cluster.manager.snapshot.workers[1].CopyFrom(changed)
+    drawn = cluster.cli("top", "--once", "--interval", "0.2", width=110).stdout
+    assert ("RANKS" in drawn) is bool(shown)
+    if shown:
+        rows = {line.split()[0]: line for line in drawn.splitlines() if line.startswith("tiny/")}
+        assert re.search(rf"tiny/decode/0 +{shown} +ready", rows["tiny/decode/0"])
+        assert re.search(r"tiny/prefill/0 +1 +ready", rows["tiny/prefill/0"])

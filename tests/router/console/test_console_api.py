@@ -49,6 +49,8 @@ def with_figures(snapshot: registry_pb2.ClusterSnapshot) -> registry_pb2.Cluster
     worker.blocks_in_transfer, worker.blocks_arriving = 5, 8
     worker.requests_running, worker.requests_waiting = 3, 2
     worker.pace.computed_tokens, worker.pace.generated_tokens = 1000, 500
+    worker.tensor_parallel, worker.pipeline_parallel = 2, 1
+    worker.rank_pids.append(4712)
     worker.links.append(
         worker_pb2.LinkUse(prefill_worker_id="tiny/prefill/0", prefill_incarnation=1, transport="shm", transfers=7, bytes=4096)
     )
@@ -67,6 +69,7 @@ async def test_the_cluster_as_json(cluster: FakeCluster, http: httpx.AsyncClient
     assert worker["kv"] == {"total": 100, "free": 40, "cached": 20, "used": 27, "arriving": 8, "quarantined": 5}
     assert sum(count for name, count in worker["kv"].items() if name != "total") == 100
     assert (worker["role"], worker["state"], worker["incarnation"], worker["pid"]) == ("decode", "ready", 1, 4711)
+    assert (worker["tensor_parallel"], worker["pipeline_parallel"], worker["rank_pids"]) == (2, 1, [4712])
     assert (worker["running"], worker["waiting"], worker["totals"]["generated"]) == (3, 2, 500)
     assert found["links"]["tiny/prefill/0 > tiny/decode/0"] == {
         "prefill": "tiny/prefill/0",

@@ -97,6 +97,8 @@ async def test_what_changes_is_seen_and_what_comes_from_outside_is_only_text(chr
         assert await page.text(".node-name") == "decode/0"
         snapshot = cluster.snapshot({"tiny/decode/0": "draining"}, prefill=("tiny/prefill/0", f"tiny/{HOSTILE}"))
         snapshot.workers[0].failure = HOSTILE
+        snapshot.workers[0].tensor_parallel, snapshot.workers[0].pipeline_parallel = 2, 3
+        snapshot.workers[0].rank_pids.extend([71, 72, 73, 74, 75])
         snapshot.events.add(sequence=1, at_s=1.0, kind="lost", worker_id=HOSTILE, text=HOSTILE)
         cluster.manager.publish(snapshot)
         await page.until(f"{ROWS} === 3 && document.querySelector('.state').innerText")
@@ -104,9 +106,13 @@ async def test_what_changes_is_seen_and_what_comes_from_outside_is_only_text(chr
         await page.until("document.querySelector('.events li')")
         assert HOSTILE in await page.text(".events li")
         assert HOSTILE in await page.text(".pool-prefill")
+        for place in (".pool-decode .node-age", "tr[data-worker='tiny/decode/0'] .c-name"):
+            assert "TP\u202f2 × PP\u202f3" in await page.text(place)
+        assert "TP" not in await page.text(".pool-prefill"), "nothing is said of a single process"
         await page.click(".pool-decode .node")
         await page.until("document.querySelector('dialog[open]')")
         assert HOSTILE in await page.text("dialog")
+        assert "71, 72, 73, 74, 75" in await page.text("dialog")
         assert await page.evaluate("[document.title, document.querySelectorAll('img').length]") == ["pdserve", 0]
 
 

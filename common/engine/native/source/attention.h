@@ -66,29 +66,10 @@ inline void turn(const uint32_t* const* tokens, int64_t num_words, uint32_t* pan
 #if defined(__AVX512F__)
     for (; word + 16 <= num_words; word += 16) {
         for (int half = 0; half < PANEL; half += 16) {
-            __m512i row[16], mixed[16];
+            __m512i row[16];
             for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(tokens[half + i] + word);
-            for (int i = 0; i < 16; i += 2) {
-                mixed[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-                mixed[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-            }
-            for (int i = 0; i < 16; i += 4) {
-                row[i] = _mm512_unpacklo_epi64(mixed[i], mixed[i + 2]);
-                row[i + 1] = _mm512_unpackhi_epi64(mixed[i], mixed[i + 2]);
-                row[i + 2] = _mm512_unpacklo_epi64(mixed[i + 1], mixed[i + 3]);
-                row[i + 3] = _mm512_unpackhi_epi64(mixed[i + 1], mixed[i + 3]);
-            }
-            for (int i = 0; i < 4; ++i) {
-                const __m512i even_low = _mm512_shuffle_i32x4(row[i], row[4 + i], 0x88);
-                const __m512i even_high = _mm512_shuffle_i32x4(row[8 + i], row[12 + i], 0x88);
-                const __m512i odd_low = _mm512_shuffle_i32x4(row[i], row[4 + i], 0xdd);
-                const __m512i odd_high = _mm512_shuffle_i32x4(row[8 + i], row[12 + i], 0xdd);
-                uint32_t* to = panel + (word + i) * PANEL + half;
-                _mm512_storeu_si512(to, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-                _mm512_storeu_si512(to + 4 * PANEL, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-                _mm512_storeu_si512(to + 8 * PANEL, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-                _mm512_storeu_si512(to + 12 * PANEL, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-            }
+            transpose(row);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (word + i) * PANEL + half, row[i]);
         }
     }
 #endif

@@ -30,15 +30,7 @@ struct BlockFormat {
     static constexpr int32_t ZERO = MINIMA ? 0 : BITS == 8 ? 128 : 8;
 };
 
-// Tiles of nearly equal height that cover `num_rows`.
-struct RowTiles {
-    int64_t num_rows, count;
-
-    explicit RowTiles(int64_t rows) : num_rows(rows), count((rows + BLOCK_ROWS - 1) / BLOCK_ROWS) {}
-    int64_t first(int64_t tile) const { return num_rows * tile / count; }
-    int64_t height(int64_t tile) const { return first(tile + 1) - first(tile); }
-    int64_t of_row(int64_t row) const { return ((row + 1) * count - 1) / num_rows; }
-};
+inline RowTiles block_tiles(int64_t num_rows) { return RowTiles(num_rows, BLOCK_ROWS); }
 
 // Rows in 8 bits, a scale for each 32 values.
 struct BlockRows {
@@ -54,7 +46,7 @@ struct BlockRows {
     // As QuantisedRows::set, of `num_rows` in all. `zero` is the weights' (BlockFormat::ZERO).
     template <class Element>
     void set(int64_t num_rows, int64_t row, const typename Element::Stored* from, int64_t width, int32_t zero) {
-        const RowTiles tiles(num_rows);
+        const RowTiles tiles = block_tiles(num_rows);
         const int64_t tile = tiles.of_row(row), height = tiles.height(tile), first_row = tiles.first(tile);
         const int64_t blocks = (width + BLOCK - 1) / BLOCK;
         uint32_t* to = &words[size_t(first_row * blocks * BLOCK_RECORD + row - first_row)];
@@ -152,7 +144,7 @@ inline void multiply_blocks_rows(int64_t height, const uint32_t* rows, int64_t b
 template <int BITS, bool MINIMA, class Finish>
 inline void multiply_blocks_panel(int64_t num_rows, const BlockRows& input, int64_t blocks, const uint32_t* matrix, int64_t index,
                                   const Finish& finish) {
-    const RowTiles tiles(num_rows);
+    const RowTiles tiles = block_tiles(num_rows);
     const int64_t panel_words = blocks * BlockFormat<BITS, MINIMA>::PANEL_WORDS;
     const uint32_t* panel = matrix + index * panel_words;
     PanelSums sums;

@@ -163,7 +163,7 @@ private:
         inner_.resize(size_t(num_rows * inner_stride_ / PER_WORD));
         int64_t widest = model_.hidden_size > attended_size_ ? model_.hidden_size : attended_size_;
         widest = widest > inner_size_ ? widest : inner_size_;
-        rounded_.reserve(num_rows, widest);
+        rows_.reserve(num_rows, widest);
         reserved_rows_ = num_rows;
     }
 
@@ -189,17 +189,18 @@ private:
     template <class Finish>
     void product(int member, int64_t num_rows, const std::vector<uint32_t>& input, int64_t stride, const Matrix& matrix,
                  int64_t width, int64_t num_outputs, const Finish& finish) {
-        if (matrix.held != PLAIN) {
-            const Stored* rows = reinterpret_cast<const Stored*>(input.data());
-            share_rows(member, num_rows,
-                       [&](int64_t row) { rounded_.set<Element>(matrix.held, num_rows, row, rows + row * stride, width); });
+        const int64_t parts = ProductRows::num_parts(matrix.held, num_rows), stride_words = stride / PER_WORD;
+        if (parts) {
+            share_rows(member, parts, [&](int64_t part) {
+                rows_.template prepare<Element>(matrix.held, num_rows, part, input.data(), stride_words, width);
+            });
             team_.barrier();
         }
         share_rows(member, (num_outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
             const auto finish_rows = [&](int64_t first, int64_t rows, const PanelSums& sums) {
                 for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
             };
-            multiply_any_panel<Element>(num_rows, input.data(), stride / PER_WORD, rounded_, matrix, width, panel, finish_rows);
+            multiply_any_panel<Element>(num_rows, input.data(), stride_words, rows_, matrix, width, panel, finish_rows);
         });
     }
 
@@ -348,7 +349,7 @@ private:
     int64_t reserved_rows_ = 0;
     std::vector<uint32_t> normed_, queries_, attended_, inner_;
     std::vector<float> qkv_;
-    RoundedRows rounded_;  // the input of the product that runs
+    ProductRows rows_;  // the input of the product that runs
 };
 
 }  // namespace pdserve

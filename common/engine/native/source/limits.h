@@ -65,7 +65,7 @@ Limits measure_limits(Team& team) {
         const double seconds = best_seconds(team, [&](int) {
             PanelSums sums;
             for (int64_t pass = 0; pass < PASSES; ++pass) {
-                multiply_quantised_tile<RESIDENT_ROWS>(rows, 0, GROUPS, panel.data(),
+                multiply_quantised_tile<RESIDENT_ROWS>(rows.of_tile(0, GROUPS), GROUPS, panel.data(),
                                                        Ahead{reinterpret_cast<const char*>(panel.data()), 0}, sums);
                 asm volatile("" : : "r"(&sums) : "memory");
             }

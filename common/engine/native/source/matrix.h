@@ -21,35 +21,56 @@ struct Matrix {
 inline int64_t num_blocks(int64_t width) { return (width + BLOCK - 1) / BLOCK; }
 inline int64_t num_groups(int64_t width) { return (width + GROUP - 1) / GROUP; }
 
-// The input of one product, rounded as its matrix wants it.
-class RoundedRows {
+// The input of one product as its matrix wants it: rounded, or for a plain one packed if there are several tiles of it.
+class ProductRows {
 public:
     void reserve(int64_t num_rows, int64_t widest) {
         groups_.reserve(num_rows, num_groups(widest));
         blocks_.reserve(num_rows, num_blocks(widest));
+        const size_t count = num_rows > TILE_ROWS ? size_t(num_rows * widest) : 0;  // words are no wider than values
+        if (packed_.size() < count) packed_.resize(count);
+    }
+
+    // How many parts there are to prepare, each by anybody, before anybody multiplies.
+    static int64_t num_parts(int64_t held, int64_t num_rows) {
+        if (held != PLAIN) return num_rows;
+        return num_rows > TILE_ROWS ? RowTiles(num_rows, TILE_ROWS).count : 0;
     }
 
     template <class Element>
-    void set(int64_t held, int64_t num_rows, int64_t row, const typename Element::Stored* from, int64_t width) {
+    void prepare(int64_t held, int64_t num_rows, int64_t part, const uint32_t* input, int64_t stride_words, int64_t width) {
+        if (held != PLAIN) {
+            const auto* row = reinterpret_cast<const typename Element::Stored*>(input + part * stride_words);
+            return round<Element>(held, num_rows, part, row, width);
+        }
+        const RowTiles tiles(num_rows, TILE_ROWS);
+        const int64_t num_words = (width + Element::PER_WORD - 1) / Element::PER_WORD, first = tiles.first(part);
+        pack_tile(input + first * stride_words, stride_words, tiles.height(part), num_words, packed_.data() + first * num_words);
+    }
+
+    const QuantisedRows& groups() const { return groups_; }
+    const BlockRows& blocks() const { return blocks_; }
+    const uint32_t* packed() const { return packed_.data(); }
+
+private:
+    template <class Element>
+    void round(int64_t held, int64_t num_rows, int64_t row, const typename Element::Stored* from, int64_t width) {
         switch (held) {
-            case GROUPS_8: return groups_.set<Element>(row, from, width);
+            case GROUPS_8: return groups_.set<Element>(num_rows, row, from, width);
             case BLOCKS_8: return blocks_.set<Element>(num_rows, row, from, width, BlockFormat<8, false>::ZERO);
             case BLOCKS_4: return blocks_.set<Element>(num_rows, row, from, width, BlockFormat<4, false>::ZERO);
             default: return blocks_.set<Element>(num_rows, row, from, width, BlockFormat<4, true>::ZERO);
         }
     }
 
-    const QuantisedRows& groups() const { return groups_; }
-    const BlockRows& blocks() const { return blocks_; }
-
-private:
     QuantisedRows groups_;
     BlockRows blocks_;
+    std::vector<uint32_t> packed_;
 };
 
-// As multiply_panel; `rows` hold the same as `input`, and only what the matrix needs of the two is looked at.
+// As multiply_panel; `rows` hold the same as `input` where they were prepared.
 template <class Element, class Finish>
-inline void multiply_any_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const RoundedRows& rows,
+inline void multiply_any_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const ProductRows& rows,
                                const Matrix& matrix, int64_t width, int64_t panel, const Finish& finish) {
     const int64_t blocks = num_blocks(width);
     switch (matrix.held) {
@@ -61,8 +82,10 @@ inline void multiply_any_panel(int64_t num_rows, const uint32_t* input, int64_t 
         case BLOCKS_4_MINIMA: return multiply_blocks_panel<4, true>(num_rows, rows.blocks(), blocks, matrix.panels, panel, finish);
         default: {
             const int64_t num_words = (width + Element::PER_WORD - 1) / Element::PER_WORD;
-            return multiply_panel<Element>(num_rows, input, stride_words, matrix.panels + panel * num_words * PANEL, num_words,
-                                           finish);
+            const uint32_t* weights = matrix.panels + panel * num_words * PANEL;
+            if (num_rows > TILE_ROWS)
+                return multiply_panel<Element, true>(num_rows, rows.packed(), 0, weights, num_words, finish);
+            return multiply_panel<Element>(num_rows, input, stride_words, weights, num_words, finish);
         }
     }
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "element.h"
+#include "rows.h"
 
 namespace pdserve {
 
@@ -22,7 +23,7 @@ constexpr int TILE_ROWS = LANES == 16 ? 14 : LANES == 8 ? 2 : 1;  // as many sum
 constexpr int FEW_ROWS = 4;
 constexpr int64_t AHEAD_OF_FEW_BYTES = 4096, AHEAD_OF_MANY_BYTES = 8192;
 
-// What a tile asks for while it computes: `step` bytes for each line of weights that it reads, beginning at `from`.
+// What a tile asks for while it computes: `step` bytes for each 128 of weights that it reads, beginning at `from`.
 struct Ahead {
     const char* from;
     int64_t step;
@@ -46,7 +47,8 @@ struct alignas(64) PanelSums {
     float of[14][PANEL];  // of the highest tile there is
 };
 
-template <class Element, int ROWS>
+// Rows of a packed tile are read from one stream; others are `stride_words` apart.
+template <class Element, int ROWS, bool PACKED = false>
 void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words, Ahead ahead,
                    PanelSums& sums) {
     Floats total[ROWS][VECTORS] = {};
@@ -57,7 +59,7 @@ void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* 
         for (int v = 0; v < VECTORS; ++v) weights[v] = load(panel + k * PANEL + v * LANES);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
-            const uint32_t word = input[row * stride_words + k];
+            const uint32_t word = PACKED ? input[k * ROWS + row] : input[row * stride_words + k];
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) total[row][v] = Element::dot(total[row][v], weights[v], word);
         }
@@ -69,25 +71,26 @@ void multiply_tile(const uint32_t* input, int64_t stride_words, const uint32_t* 
 }
 
 // Picks the tile of a height known only at run time.
-template <class Element, int ROWS = TILE_ROWS>
+template <class Element, bool PACKED = false, int ROWS = TILE_ROWS>
 inline void multiply_rows(int64_t rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel, int64_t num_words,
                           Ahead ahead, PanelSums& sums) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return multiply_rows<Element, ROWS - 1>(rows, input, stride_words, panel, num_words, ahead, sums);
+        if (rows < ROWS) return multiply_rows<Element, PACKED, ROWS - 1>(rows, input, stride_words, panel, num_words, ahead, sums);
     }
-    multiply_tile<Element, ROWS>(input, stride_words, panel, num_words, ahead, sums);
+    multiply_tile<Element, ROWS, PACKED>(input, stride_words, panel, num_words, ahead, sums);
 }
 
-// Calls finish(first row, rows, sums) for tiles of nearly equal height that cover `num_rows`.
-template <class Element, class Finish>
+// Calls finish(first row, rows, sums) for the tiles that cover `num_rows`.
+template <class Element, bool PACKED = false, class Finish>
 inline void multiply_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel,
                            int64_t num_words, const Finish& finish) {
-    const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const RowTiles tiles(num_rows, TILE_ROWS);
     PanelSums sums;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
-        const Ahead ahead = Ahead::of(panel, num_words * PANEL * int64_t(sizeof(uint32_t)), tile, tiles, rows);
-        multiply_rows<Element>(rows, input + first * stride_words, stride_words, panel, num_words, ahead, sums);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t first = tiles.first(tile), rows = tiles.height(tile);
+        const Ahead ahead = Ahead::of(panel, num_words * PANEL * int64_t(sizeof(uint32_t)), tile, tiles.count, rows);
+        multiply_rows<Element, PACKED>(rows, input + first * (PACKED ? num_words : stride_words), stride_words, panel, num_words,
+                                       ahead, sums);
         finish(first, rows, sums);
     }
 }

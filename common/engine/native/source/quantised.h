@@ -1,12 +1,14 @@
 // rows x matrix for matrices of 8-bit weights: groups of 64 inputs have a scale of their own, on either side.
 //
 //     panel     [group of the input][a scale per output: 32 fp32 | word k of 16: 32 outputs x 4 weights, each + 128]
-//     row       [word: 4 values of 8 bits], [group: scale], [group: -128 x the sum of its values]
+//     rows      in tiles: [tile][group][16 words of 4 values in 8 bits | scale | -128 x the sum of the values][row of the tile]
 //
 // A group's sum is exact in 32-bit integers; groups are added in fp32, in order. So a row's result does not depend on the rows
 // beside it, bit by bit, and its rounding to 8 bits depends on the row alone. Weights are unsigned because the machine's
 // multiply-add takes one unsigned side; what that adds is the same for all outputs and is taken off before a group's sum begins.
 #pragma once
+
+#include <vector>
 
 #include "product.h"
 
@@ -33,26 +35,32 @@ inline Integers dot_bytes(Integers sum, Words weights, uint32_t values) {
 
 inline Floats to_floats(Integers values) { return __builtin_convertvector(values, Floats); }
 
-// Rows in 8 bits. `stride` is the distance of rows in groups.
+constexpr int GROUP_RECORD = GROUP_WORDS + 2;  // words of a row, per group
+
+// Many rows are cut into low tiles, which multiply faster; few into one high tile, for one pass over the weights is worth more.
+inline RowTiles quantised_tiles(int64_t num_rows) {
+    return RowTiles(num_rows, num_rows > QUANTISED_ROWS ? RESIDENT_ROWS : QUANTISED_ROWS);
+}
+
+// Rows in 8 bits, a scale for each 64 values.
 struct QuantisedRows {
-    int64_t stride = 0;
     std::vector<uint32_t> words;
-    std::vector<float> scales;
-    std::vector<int32_t> offsets;
 
     void reserve(int64_t num_rows, int64_t groups) {
-        stride = groups;
-        const size_t count = size_t(num_rows * groups);
-        if (scales.size() >= count) return;
-        words.resize(count * GROUP_WORDS);
-        scales.resize(count);
-        offsets.resize(count);
+        const size_t count = size_t(num_rows * groups * GROUP_RECORD);
+        if (words.size() < count) words.resize(count);
     }
+
+    const uint32_t* of_tile(int64_t first_row, int64_t groups) const { return &words[size_t(first_row * groups * GROUP_RECORD)]; }
 
     // Rounds `width` values to the nearest of 255 steps per group; what is missing of the last group is zero.
     template <class Element>
-    void set(int64_t row, const typename Element::Stored* from, int64_t width) {
-        for (int64_t group = 0; group * GROUP < width; ++group) {
+    void set(int64_t num_rows, int64_t row, const typename Element::Stored* from, int64_t width) {
+        const RowTiles tiles = quantised_tiles(num_rows);
+        const int64_t tile = tiles.of_row(row), height = tiles.height(tile), first_row = tiles.first(tile);
+        const int64_t groups = (width + GROUP - 1) / GROUP;
+        uint32_t* to = &words[size_t(first_row * groups * GROUP_RECORD + row - first_row)];
+        for (int64_t group = 0; group < groups; ++group, to += GROUP_RECORD * height) {
             const int64_t first = group * GROUP, count = width - first < GROUP ? width - first : GROUP;
             float values[GROUP] = {};
             for (int64_t i = 0; i < count; ++i) values[i] = Element::widen(from[first + i]);
@@ -71,10 +79,10 @@ struct QuantisedRows {
                 rounded[i] = int8_t(__builtin_rintf(values[i] * inverse));
                 total += rounded[i];
             }
-            const int64_t place = row * stride + group;
-            memcpy(&words[size_t(place * GROUP_WORDS)], rounded, GROUP);
-            scales[size_t(place)] = finite ? highest / 127.0f : __builtin_nanf("");  // broken memory must not look like zeros
-            offsets[size_t(place)] = -128 * total;
+            for (int word = 0; word < GROUP_WORDS; ++word) memcpy(to + word * height, rounded + 4 * word, 4);
+            // Broken memory must not look like zeros.
+            to[GROUP_WORDS * height] = as_bits(finite ? highest / 127.0f : __builtin_nanf(""));
+            to[(GROUP_WORDS + 1) * height] = uint32_t(-128 * total);
         }
     }
 };
@@ -82,21 +90,21 @@ struct QuantisedRows {
 // Low tiles hold a group's sums and the sums of all groups in registers, higher ones the latter in memory: the same operations in
 // the same order.
 template <int ROWS>
-void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int64_t groups, const uint32_t* panel, Ahead ahead,
-                             PanelSums& sums) {
+void multiply_quantised_tile(const uint32_t* rows, int64_t groups, const uint32_t* panel, Ahead ahead, PanelSums& sums) {
     constexpr bool IN_REGISTERS = ROWS <= RESIDENT_ROWS;
     Floats held[ROWS][VECTORS] = {};
     if constexpr (!IN_REGISTERS)
         for (int row = 0; row < ROWS; ++row)
             for (int v = 0; v < VECTORS; ++v) store(sums.of[row] + v * LANES, Floats{});
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = 0; group < groups; ++group, rows += GROUP_RECORD * ROWS) {
         const uint32_t* weights = panel + group * PANEL_GROUP_WORDS;
+        const uint32_t *scales = rows + GROUP_WORDS * ROWS, *offsets = scales + ROWS;
         Integers total[ROWS][VECTORS];
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v)
-                total[row][v] = Integers{} + input.offsets[size_t((first_row + row) * input.stride + group)];
+                total[row][v] = Integers{} + int32_t(offsets[row]);
         fetch<ROWS>(ahead);
         for (int64_t k = 0; k < GROUP_WORDS; ++k) {
             fetch<ROWS>(ahead);
@@ -105,14 +113,14 @@ void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int6
             for (int v = 0; v < VECTORS; ++v) word[v] = load(weights + (1 + k) * PANEL + v * LANES);
 #pragma GCC unroll 16
             for (int row = 0; row < ROWS; ++row) {
-                const uint32_t values = input.words[size_t(((first_row + row) * input.stride + group) * GROUP_WORDS + k)];
+                const uint32_t values = rows[k * ROWS + row];
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v) total[row][v] = dot_bytes(total[row][v], word[v], values);
             }
         }
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
-            const Floats scale = all(input.scales[size_t((first_row + row) * input.stride + group)]);
+            const Floats scale = all(as_float(scales[row]));
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) {
                 const Floats weight_scale = load(reinterpret_cast<const float*>(weights) + v * LANES);
@@ -134,27 +142,25 @@ void multiply_quantised_tile(const QuantisedRows& input, int64_t first_row, int6
 }
 
 template <int ROWS = QUANTISED_ROWS>
-inline void multiply_quantised_rows(int64_t rows, const QuantisedRows& input, int64_t first_row, int64_t groups,
-                                    const uint32_t* panel, Ahead ahead, PanelSums& sums) {
+inline void multiply_quantised_rows(int64_t height, const uint32_t* rows, int64_t groups, const uint32_t* panel, Ahead ahead,
+                                    PanelSums& sums) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return multiply_quantised_rows<ROWS - 1>(rows, input, first_row, groups, panel, ahead, sums);
+        if (height < ROWS) return multiply_quantised_rows<ROWS - 1>(height, rows, groups, panel, ahead, sums);
     }
-    multiply_quantised_tile<ROWS>(input, first_row, groups, panel, ahead, sums);
+    multiply_quantised_tile<ROWS>(rows, groups, panel, ahead, sums);
 }
 
-// As multiply_panel. More rows than fit a high tile are cut into low ones, which multiply faster; for fewer, one pass over the
-// weights is worth more.
+// As multiply_panel.
 template <class Finish>
 inline void multiply_quantised_panel(int64_t num_rows, const QuantisedRows& input, int64_t groups, const uint32_t* panel,
                                      const Finish& finish) {
-    const int64_t height = num_rows > QUANTISED_ROWS ? RESIDENT_ROWS : QUANTISED_ROWS;
-    const int64_t tiles = (num_rows + height - 1) / height;
+    const RowTiles tiles = quantised_tiles(num_rows);
     PanelSums sums;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = num_rows * tile / tiles, rows = num_rows * (tile + 1) / tiles - first;
-        const Ahead ahead = Ahead::of(panel, groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t)), tile, tiles, rows);
-        multiply_quantised_rows(rows, input, first, groups, panel, ahead, sums);
-        finish(first, rows, sums);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t first = tiles.first(tile), height = tiles.height(tile);
+        const Ahead ahead = Ahead::of(panel, groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t)), tile, tiles.count, height);
+        multiply_quantised_rows(height, input.of_tile(first, groups), groups, panel, ahead, sums);
+        finish(first, height, sums);
     }
 }
 

@@ -371,6 +371,50 @@ def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dt
         assert torch.equal(pool.tensor, memory)
 
 
+@st.composite
+def cut_anyhow(draw: st.DrawFn) -> tuple[Case, list[list[tuple[int, int, int]]]]:
+    """A case, and steps that compute each of its rows once: any chunks, in any company, at any place of the batch."""
+    case = draw(cases())
+    done = [0] * len(case.sequences)
+    steps = []
+    while left := [index for index, (_, rows) in enumerate(case.sequences) if done[index] < rows]:
+        chosen = draw(st.lists(st.sampled_from(left), min_size=1, unique=True))
+        shares = []
+        for index in chosen:
+            rest = case.sequences[index][1] - done[index]
+            count = draw(st.one_of(st.just(1), st.integers(1, rest), st.just(rest)))
+            shares.append((index, done[index], done[index] + count))
+            done[index] += count
+        steps.append(shares)
+    return case, steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    work=cut_anyhow(),
+    format=st.sampled_from([WeightFormat.MODEL, WeightFormat.INT8, WeightFormat.INT4_BLOCKS]),
+    rounded_kv=st.booleans(),
+    threads=st.integers(1, 2),
+)
+def test_a_row_is_the_same_bits_however_work_is_cut(
+    library: Library,
+    dtype: torch.dtype,
+    work: tuple[Case, list[list[tuple[int, int, int]]]],
+    format: WeightFormat,
+    rounded_kv: bool,
+    threads: int,
+) -> None:
+    """What exact mode rests on, for any shape of model."""
+    case, steps = work
+    world = World(case, dtype, format, rounded_kv=rounded_kv)
+    pool = world.pool()
+    expected, memory = world.run(world.native_model(library, pool), pool), pool.tensor.clone()
+    model = world.native_model(library, pool, threads)
+    assert torch.equal(world.run(model, pool, steps), expected)
+    assert torch.equal(pool.tensor, memory)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_change_no_bit(library: Library, threads: int, way: str) -> None:
@@ -450,18 +494,24 @@ def test_another_pool_is_refused(library: Library) -> None:
         world.run(model, world.pool())
 
 
-@pytest.mark.parametrize("weight_format", WeightFormat)
-def test_broken_memory_shows(library: Library, weight_format: WeightFormat) -> None:
-    """A NaN in a key or a value that a row sees reaches its logits; one behind its end does not."""
+@pytest.mark.parametrize("way", WAYS)
+def test_broken_memory_shows(library: Library, way: str) -> None:
+    """A NaN in a key or a value that a row sees reaches its logits; one behind its end does not. In a rounded row it is its step
+    that may be none."""
+    case = Case(architecture(), 16, ((40, 1),))
     for dtype in (torch.float32, torch.bfloat16):
-        world = World(Case(architecture(), 16, ((40, 1),)), dtype, weight_format)
+        world = World(case, dtype, WAYS[way].format, blocks=WAYS[way].blocks, rounded_kv=WAYS[way].rounded_kv)
         pool = world.pool()
         model = world.native_model(library, pool)
+        memory = world.memory
+        if WAYS[way].rounded_kv:
+            memory = memory.view(torch.float32)  # of which the last of a row is its step
         for half in (0, 1):
-            world.memory[world.tables[0][1], 1, 1, half, 3, 5] = torch.nan
+            whole = memory[world.tables[0][1], 1, 1, half, 3, -1].clone()
+            memory[world.tables[0][1], 1, 1, half, 3, -1] = torch.nan
             assert not torch.isfinite(world.run(model, pool)).all()
-            world.memory[world.tables[0][1], 1, 1, half, 3, 5] = 1.0
-            world.memory[world.tables[0][2], :, :, half, 9:] = torch.nan
+            memory[world.tables[0][1], 1, 1, half, 3, -1] = whole
+            memory[world.tables[0][2], :, :, half, 9:] = torch.nan
             assert torch.isfinite(world.run(model, pool)).all()
 
 
