@@ -1,12 +1,15 @@
 """How much of a prompt's KV transfer a client waits for: groups of layers leave while later layers compute, against whole chunks.
 
-    python -m benchmarks.handoff [--prompt-tokens 1024] [--blocks 6] [--transport shm] [--json out.json]
+    python -m benchmarks.handoff [--prompt-tokens 1024] [--blocks 6] [--transport shm] [--prefill-block-tokens 32] [--json F]
 
 One decode worker and two prefill workers that differ in `prefill.layer_groups` alone, each a process of its own with one thread.
 Prompts are random, so no prefix is cached; the two take turns in ABBA order. From the worker's own stamps, per request:
 
     exposed = last layer of the last chunk computed, until every block was verified on the decode side
     total   = time during which blocks were being written, hidden or not
+
+With `--prefill-block-tokens` the prefill workers' blocks are not as the decode worker's (of 16), so KV is cut anew on its way,
+which counts as writing.
 
 What is reported is medians, and the median of the paired ratios of time to first token with its bootstrap interval.
 """
@@ -63,7 +66,9 @@ def spec_of(role: Role, index: int, path: Path, layer_groups: int, options: argp
             name="m",
             source=options.model,
             engine=EngineConfig(kv_pool_tokens=8192, prefix_cache=False),
-            prefill=PrefillConfig(layer_groups=layer_groups, chunk_tokens=options.chunk_tokens),
+            prefill=PrefillConfig(
+                layer_groups=layer_groups, chunk_tokens=options.chunk_tokens, block_tokens=options.prefill_block_tokens
+            ),
             decode=DecodeConfig(local_prefill="never"),
         ),
         model_path=str(path),
@@ -127,7 +132,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--layer-groups", type=int, default=PrefillConfig().layer_groups)
-    parser.add_argument("--transport", choices=("shm", "tcp", "nixl"), default="shm")
+    parser.add_argument("--transport", choices=("shm", "tcp", "tcp_int8", "nixl"), default="shm")
+    parser.add_argument("--prefill-block-tokens", type=int)
     parser.add_argument("--blocks", type=int, default=6, help="ABBA blocks, four requests each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

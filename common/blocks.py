@@ -17,6 +17,9 @@ from collections.abc import Iterable, Sequence
 BlockHash = bytes
 """32 bytes."""
 
+EXACT_TILE_TOKENS = 64
+"""Exact attention walks over keys in tiles of so many tokens, or of one block, if that is longer."""
+
 BlockKey = int
 """The first 60 bits of a block's hash: enough to guess where a block is, never enough to take its KV."""
 
@@ -28,6 +31,11 @@ def num_blocks(num_tokens: int, block_tokens: int) -> int:
 
 def num_full_blocks(num_tokens: int, block_tokens: int) -> int:
     return num_tokens // block_tokens
+
+
+def exact_tile_blocks(block_tokens: int) -> int:
+    """Blocks of a tile of exact attention. Where tiles have equally many tokens, so have equal prompts equal bits."""
+    return max(1, EXACT_TILE_TOKENS // block_tokens)
 
 
 def root_hash(layout_fingerprint: bytes, salt: str) -> BlockHash:

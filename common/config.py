@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from common.api_keys import entry_of
+from common.blocks import EXACT_TILE_TOKENS, exact_tile_blocks
 from common.config_file import ConfigSource, Problem, find_problems, in_order, keys_given_twice, read_source
 from common.errors import ConfigError
 from common.loopback import is_loopback
@@ -32,7 +33,7 @@ class _Part(BaseModel):
 
 
 class EngineConfig(_Part):
-    """How a worker's engine computes and how much it holds. Every worker of one model shares it."""
+    """How a worker's engine computes and how much it holds. Every worker of one model shares it, but for what its pool says."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where tensors live; auto takes CUDA if present.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -107,7 +108,23 @@ class ParallelConfig(_Part):
         return self.tensor_parallel * self.pipeline_parallel
 
 
-class PrefillConfig(ParallelConfig):
+class PoolConfig(ParallelConfig):
+    """What a pool of workers has of its own. KV is cut anew, and converted, on its way from one pool to the other."""
+
+    block_tokens: int | None = Field(
+        None, ge=1, le=256, description="Tokens per KV block in this pool; default is engine.block_tokens."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of weights and KV in this pool; default is engine.dtype. Not in exact mode."
+    )
+
+    def engine(self, shared: EngineConfig) -> EngineConfig:
+        """How this pool's engines compute, where the model's are to compute as `shared`."""
+        own = {"block_tokens": self.block_tokens, "dtype": self.dtype}
+        return shared.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
+class PrefillConfig(PoolConfig):
     replicas: int = Field(1, ge=0, description="Prefill workers of this model.")
     chunk_tokens: int = Field(512, ge=1, description="Most prompt tokens computed in one step.")
     max_running: int = Field(32, ge=1, description="Most prompts in progress at once.")
@@ -144,7 +161,7 @@ class SpeculationConfig(_Part):
         return self
 
 
-class DecodeConfig(ParallelConfig):
+class DecodeConfig(PoolConfig):
     replicas: int = Field(1, ge=0, description="Decode workers of this model.")
     max_running: int = Field(64, ge=1, description="Most sequences in one step.")
     step_tokens: int = Field(
@@ -244,15 +261,28 @@ class ModelConfig(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _exact_values_are_the_same_in_both_pools(self) -> ModelConfig:
+        here, there = self.prefill.engine(self.engine), self.decode.engine(self.engine)
+        if self.engine.exact and here.dtype != there.dtype:
+            raise ValueError("exact mode needs one dtype in both pools: converted KV has other bits")
+        tiles = {engine.block_tokens * exact_tile_blocks(engine.block_tokens) for engine in (here, there)}
+        if self.engine.exact and len(tiles) > 1:
+            raise ValueError(
+                f"exact mode needs block_tokens that divide {EXACT_TILE_TOKENS} where the pools' differ: attention walks in tiles"
+            )
+        return self
+
 
 class TransferConfig(_Part):
     """How KV travels from prefill to decode workers."""
 
-    transports: tuple[Literal["shm", "cuda_ipc", "tcp", "nixl"], ...] = Field(
+    transports: tuple[Literal["shm", "cuda_ipc", "tcp", "tcp_int8", "tcp_fp8", "nixl"], ...] = Field(
         ("cuda_ipc", "shm", "tcp"),
         min_length=1,
         description="Offered by decode workers, in order of preference, as far as their pool's memory can serve them: on a"
-        " GPU that is cuda_ipc, elsewhere the others. nixl needs pdserve[nixl].",
+        " GPU that is cuda_ipc, elsewhere the others. nixl needs pdserve[nixl]. tcp_int8 and tcp_fp8 send a byte a value, which"
+        " is lossy: for slow networks, not in exact mode.",
     )
     lease_s: float = Field(
         4.0, gt=0, description="A worker that is silent for so long during a transfer is given up by the other."

@@ -10,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.config import LoggingConfig, ModelConfig, ParallelConfig, TracingConfig, TransferConfig
+from common.config import (
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    PoolConfig,
+    TracingConfig,
+    TransferConfig,
+)
 from common.types import Role, WorkerRef
 
 
@@ -32,6 +40,15 @@ class WorkerSpec:
     @property
     def parallel(self) -> ParallelConfig:
         """Of the pool that this worker is in."""
+        return self._pool
+
+    @property
+    def engine(self) -> EngineConfig:
+        """Likewise."""
+        return self._pool.engine(self.model.engine)
+
+    @property
+    def _pool(self) -> PoolConfig:
         return self.model.prefill if self.role is Role.PREFILL else self.model.decode
 
 

@@ -1,7 +1,7 @@
 """Where the decode worker's engine meets KV transfer: reserved blocks are filled elsewhere, verified, and only then used.
 
     fetch(wanted, report):
-      1. handshake with the prefill worker, once per pair of incarnations: equal layouts, one data link
+      1. handshake with the prefill worker, once per pair of incarnations: layouts that go together, one data link
       2. open a transfer: a ticket for the reserved blocks
       3. Prefill.Run(request, ticket), raced against the transfer's own failure
       4. complete(seal): every block arrived and bears the digest that was sealed
@@ -45,7 +45,7 @@ from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
-from kvtransfer.transports import TRANSPORTS, create_transport
+from kvtransfer.transports import LOSSY, TRANSPORTS, create_transport
 from kvtransfer.transports.base import TransportOffer
 
 __all__ = ["DecodeHandoff", "MakeReceiver", "PoolMemory", "region_of_pool"]
@@ -215,7 +215,7 @@ class DecodeHandoff:
             return [PushReport(_seal(account), account.transfer_s) for account in reply.accounts]
 
         configured = self._config.transports
-        others = (kind for kind in TRANSPORTS if kind not in configured and kind != "inproc")
+        others = (kind for kind in TRANSPORTS if kind not in (*configured, "inproc", *LOSSY))
         # What this pool's memory rules out is never offered, so there is nothing to try.
         kinds = [kind for kind in (*configured, *others) if create_transport(kind).can_serve(self._region)]
         for link in await self._probes.measure(ref, kinds, self._spec.host, ask):

@@ -119,9 +119,11 @@ class Membership:
         for model in self._models:
             ready = [one for one in workers if one.model == model.name and one.state == WorkerState.READY and one.pid]
             longest = min((one.max_model_tokens for one in ready if one.max_model_tokens), default=None)
-            layout = next((one.layout_fingerprint for one in ready if one.layout_fingerprint), None)
             old_longest, old_layout = self._known.get(model.name, (0, ""))
-            self._known[model.name] = (longest or old_longest, layout or old_layout)
+            layouts = {one.role: one.layout_fingerprint for one in ready if one.layout_fingerprint}
+            # Where the pools' layouts differ, answers are those of the decode workers.
+            layout = layouts.get(role_to_wire(Role.DECODE)) or old_layout or next(iter(layouts.values()), "")
+            self._known[model.name] = (longest or old_longest, layout)
 
     def _model(self, model: ServedModel, state: PoolsState) -> ModelInfo:
         desired, prefill, decode = state.desired, Pool(model.name, Role.PREFILL), Pool(model.name, Role.DECODE)

@@ -3,7 +3,7 @@
     decode worker d: owns the pool                          prefill worker p: computes the prompt
     ------------------------------------------------        -----------------------------------------------------
     KVReceiver(...), start(kinds, host) -> offers            KVSender(...)
-    Prefill.Handshake(layout, offers) ------- gRPC -------->  layout.check_compatible; sender.connect(offers) -> kind
+    Prefill.Handshake(layout, offers) ------- gRPC -------->  sender.connect(offers, layout) -> kind; unlike: refused
        (the data link, authenticated both ways)  <---------   connects to one offer
     open(...) -> Incoming; blocks now have two owners
     Prefill.Run(request, incoming.ticket) --- gRPC -------->  sender.open(ticket) -> Outgoing
@@ -37,8 +37,9 @@ until that process goes on or dies; no timeout can change that.
 The design space: d pulls or p pushes; one-sided or two-sided; control inside or beside the data. Chosen: p pushes, so that
 transfer overlaps computation; permission is granted by the owner of the memory per nonce; logical block numbers travel, addresses
 and pool indices never do (the ticket holds the indices, under a MAC); control beside the data, on the workers' gRPC. Bytes are
-checked in full, always, on the side that will compute with them. Tensor layouts must be equal: how KV of one layout becomes KV of
-another is planned and executed by `reshard`, `gather` and `wire_dtype`, which no link uses yet.
+checked in full, always, on the side that will compute with them. What travels is in d's layout, so d need not know p's: where
+block size or dtype differ, p cuts its blocks anew (`recutting`, by `gather`, as `reshard` plans). Heads and layers need no
+cutting here: ranks of a worker share one pool. Two links for slow networks carry codes of a byte a value (`wire_dtype`).
 
 This package knows memory as regions of equal blocks and a `KVLayout`; it knows no engine, no tensor library, no gRPC.
 """

@@ -21,9 +21,9 @@ Range = tuple[int, int]
 
 
 class PeerMemory(Protocol):
-    def write(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copies (offset here, offset there, bytes) of our memory into the peer's, all of them; returns when they are there. The
-        device does other work meanwhile. Raises TransferBroken."""
+    def write(self, copies: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Copies (offset here, offset there, bytes) of our memory into the peer's, all of them; returns when they are there, with
+        the contents of each as they were read. The device does other work meanwhile. Raises TransferBroken."""
         ...
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class DeviceMemory(Protocol):
         ...
 
     def contents(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Of each range bytes that depend on every bit of it. Equal in every process."""
+        """The lane sums of each range: bytes that depend on every bit of it, and are the same in every process."""
         ...
 
     def open_peer(self, handle: bytes, size_bytes: int) -> PeerMemory:

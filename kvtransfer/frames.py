@@ -27,7 +27,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import TransferBroken
-from common.types import KVLayout
 from kvtransfer.digest import DIGEST_BYTES, NONCE_BYTES
 from kvtransfer.transports.base import PieceName, Written
 
@@ -96,17 +95,18 @@ def decode_header(header: bytes | bytearray | memoryview, *, block_bytes: int) -
     return Frame(known, nonce, count, amount)
 
 
-def decode_table(frame: Frame, table: bytes | bytearray | memoryview, layout: KVLayout) -> list[Written]:
-    """The pieces that `frame` announces. Raises TransferBroken if they cannot be of such blocks, or are not what it said."""
+def decode_table(frame: Frame, table: bytes | bytearray | memoryview, num_layers: int, layer_bytes: int) -> list[Written]:
+    """The pieces that `frame` announces, of blocks with so many layers of so many bytes on the wire. Raises TransferBroken if
+    they cannot be of such blocks, or are not what it said."""
     pieces = []
     layers = 0
-    for logical_block, first_layer, num_layers, digest in _DESCRIPTOR.iter_unpack(table):
-        if num_layers == 0 or first_layer + num_layers > layout.num_layers:
-            raise TransferBroken(f"a piece of the layers from {first_layer}, {num_layers} of them, is not in a block")
-        pieces.append(Written(PieceName(logical_block, first_layer, num_layers), digest, None))
-        layers += num_layers
+    for logical_block, first_layer, of_them, digest in _DESCRIPTOR.iter_unpack(table):
+        if of_them == 0 or first_layer + of_them > num_layers:
+            raise TransferBroken(f"a piece of the layers from {first_layer}, {of_them} of them, is not in a block")
+        pieces.append(Written(PieceName(logical_block, first_layer, of_them), digest, None))
+        layers += of_them
     if len(pieces) != frame.count:
         raise TransferBroken(f"a table of {len(pieces)} pieces where {frame.count} were announced")
-    if frame.kind is FrameKind.BLOCKS and layers * layout.block_bytes != frame.amount * layout.num_layers:
+    if frame.kind is FrameKind.BLOCKS and layers * layer_bytes != frame.amount:
         raise TransferBroken(f"{layers} layers do not have {frame.amount} bytes")
     return pieces

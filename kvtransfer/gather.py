@@ -35,8 +35,10 @@ def gather_piece(
     logical_block: int,
     layers: range,
     num_tokens: int,
+    into: memoryview | None = None,
 ) -> memoryview:
-    """Layers (of the model) of the destination rank's block `logical_block`, for a prompt of `num_tokens` tokens.
+    """Layers (of the model) of the destination rank's block `logical_block`, for a prompt of `num_tokens` tokens; in new memory,
+    or at the start of `into`.
 
     Raises TicketRefused if the block is not one of the prompt, or its tokens are not all in the source's table; HandshakeRefused
     if the source rank does not hold all heads and layers of the piece; HandoffError for a value that does not fit the dtype.
@@ -51,7 +53,10 @@ def gather_piece(
     if not wanted or plan.num_values != wanted:
         raise HandshakeRefused("the source rank does not hold all of the piece", param="tensor_parallel")
     before_bytes = (layers.start - destination.layers_of(rank.stage).start) * destination.layer_bytes
-    piece = memoryview(bytearray(len(layers) * destination.layer_bytes))
+    piece_bytes = len(layers) * destination.layer_bytes
+    piece = memoryview(bytearray(piece_bytes)) if into is None else into[:piece_bytes]
+    if into is not None and end_token - first_token < block_tokens:
+        piece[:] = bytes(piece_bytes)
     moved = (replace(item, destination_offset_bytes=item.destination_offset_bytes - before_bytes) for item in plan.strided)
     execute(replace(plan, destination_block_bytes=piece.nbytes, strided=tuple(moved)), pool, piece)
     return piece

@@ -1,6 +1,6 @@
 """One transfer as the prefill worker's hand-off sees it: push what was computed, then finish or abort.
 
-    push, push ... -- finish() -> TransferAccount      everything was written
+    push, push ... -- finish() -> TransferAccount      everything was written (`push_prompt`: for a peer with other blocks)
                   \\-- abort()                          nothing more will be written
 
 A task of its own (the pump) asks to be let in, writes what was pushed, in order, and says CLOSE, whatever happens. Callers wait
@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.clock import Clock
 from common.errors import (
@@ -34,6 +35,7 @@ from common.errors import (
 from common.types import Ticket
 from kvtransfer.digest import block_digest_of
 from kvtransfer.lease import PULSES_PER_LEASE, Lease
+from kvtransfer.recutting import Cut, Recutting
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName, SenderLink
 
@@ -64,6 +66,14 @@ class SourceSide:
     silent: Callable[[SenderLink], None]  # over this link the decode worker was not heard for the time of a lease
 
 
+class _Queued(NamedTuple):
+    """A piece as it lies in the pool, or one that is still to be made (`kvtransfer.recutting`)."""
+
+    size_bytes: int
+    piece: Piece | None
+    cut: Cut | None
+
+
 class _Phase(enum.Enum):
     PUSHING = "pushing"  # takes pushes
     FINISHING = "finishing"  # no more pushes; writes what is queued
@@ -77,14 +87,16 @@ Enter = Callable[["Outgoing"], Awaitable[SenderLink]]
 class Outgoing:
     """Made by `KVSender.open`; ended by `finish` or `abort`. To its link it is the `WriterNews`."""
 
-    def __init__(self, ticket: Ticket, side: SourceSide, enter: Enter) -> None:
+    def __init__(self, ticket: Ticket, side: SourceSide, enter: Enter, recutting: Recutting | None = None) -> None:
+        """`recutting`: the peer's blocks are not as ours."""
         self.ticket = ticket
         self.opened_s = side.clock.monotonic_s()
         self._side = side
         self._enter = enter
+        self._recutting = recutting
         self._phase = _Phase.PUSHING
         self._error: HandoffError | None = None
-        self._queue: deque[Piece] = deque()
+        self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
         self._all_layers = (1 << side.num_layers) - 1
@@ -112,19 +124,27 @@ class Outgoing:
         """Queues (logical block, source block) pairs, of each the layers from `layers[0]` up to, not including, `layers[1]`, or
         all; waits while too much is queued. Raises TicketRefused for a block that is not in the ticket and for layers that are
         not in a block or were pushed before, and whatever the transfer has failed with."""
-        self._raise_if_over()
-        if not blocks:
-            return
-        if self._phase is not _Phase.PUSHING:
-            raise IllegalTransition(f"push while {self._phase.value}")
-        pieces = self._pieces(blocks, *(layers or (0, self._side.num_layers)))
-        self._queue.extend(pieces)
-        self._queued_bytes += sum([piece.source.nbytes for piece in pieces])
-        self._changed.set()
-        if self._queued_bytes > MAX_QUEUED_BYTES:
-            self._room.clear()
-            await self._room.wait()
-            self._raise_if_over()
+        if self._recutting is not None:
+            raise IllegalTransition("the peer's blocks are not as ours: they have to be made")
+        if self._may_push(blocks):
+            await self._push(self._pieces(blocks, *(layers or (0, self._side.num_layers))))
+
+    async def push_prompt(self, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> None:
+        """As `push`, of blocks that are made of ours: `logical` are the peer's, `blocks` all of the prompt's here, in order. May
+        be used for any peer."""
+        if self._may_push(logical):
+            first, end = layers or (0, self._side.num_layers)
+            if self._recutting is None:
+                if logical.stop > len(blocks):
+                    raise TicketRefused(f"the prompt's blocks do not hold all of block {logical.stop - 1}", param="logical_block")
+                await self._push(self._pieces([(number, blocks[number]) for number in logical], first, end))
+            else:
+                await self._push(self._cuts(self._recutting, logical, blocks, first, end))
+
+    @property
+    def block_tokens(self) -> int | None:
+        """Of the peer's blocks; None = as ours."""
+        return None if self._recutting is None else self._recutting.layout.block_tokens
 
     async def finish(self) -> TransferAccount:
         """Returns when everything was written and CLOSE was said. Raises what the transfer has failed with, and SealMismatch if
@@ -201,32 +221,41 @@ class Outgoing:
             batch = self._next_batch()
             if batch:
                 started_s = self._side.clock.monotonic_s()
-                digests = await link.write(self.ticket.nonce, batch, self._stopping)
+                if self._recutting is None:
+                    await self._write(link, [queued.piece for queued in batch if queued.piece is not None])
+                else:
+                    cuts = [queued.cut for queued in batch if queued.cut is not None]
+                    async with self._recutting.made(cuts, self.ticket.num_tokens) as pieces:
+                        await self._write(link, pieces)
                 self._transfer_s += self._side.clock.monotonic_s() - started_s
-                for (name, _, source), digest in zip(batch, digests, strict=False):
-                    self._digests.setdefault(name.logical_block, []).append((name.first_layer, name.num_layers, digest))
-                    self._bytes += source.nbytes
-                if len(digests) < len(batch) and not self._stopping():
-                    raise TransferBroken("the link to the decode worker went away")
             if self._stopping() or (self._phase is _Phase.FINISHING and not self._queue):
                 return
             if not self._can_write():
                 self._changed.clear()
                 await self._changed.wait()  # bounded by the lease and by the ticket's time
 
-    def _can_write(self) -> bool:
-        return bool(self._queue) and self._queue[0].source.nbytes <= self._credit_bytes
+    async def _write(self, link: SenderLink, pieces: Sequence[Piece]) -> None:
+        digests = await link.write(self.ticket.nonce, pieces, self._stopping)
+        for (name, _, source), digest in zip(pieces, digests, strict=False):
+            self._digests.setdefault(name.logical_block, []).append((name.first_layer, name.num_layers, digest))
+            self._bytes += source.nbytes
+        if len(digests) < len(pieces) and not self._stopping():
+            raise TransferBroken("the link to the decode worker went away")
 
-    def _next_batch(self) -> list[Piece]:
-        batch: list[Piece] = []
+    def _can_write(self) -> bool:
+        return bool(self._queue) and self._queue[0].size_bytes <= self._credit_bytes
+
+    def _next_batch(self) -> list[_Queued]:
+        batch: list[_Queued] = []
         size_bytes = 0
-        queue, most_bytes = self._queue, min(BATCH_BYTES, self._credit_bytes)
-        while queue and size_bytes + queue[0].source.nbytes <= most_bytes:
+        largest_bytes = BATCH_BYTES if self._recutting is None else self._recutting.staging_bytes
+        queue, most_bytes = self._queue, min(largest_bytes, self._credit_bytes)
+        while queue and size_bytes + queue[0].size_bytes <= most_bytes:
             batch.append(queue.popleft())
-            size_bytes += batch[-1].source.nbytes
+            size_bytes += batch[-1].size_bytes
         if not batch and self._can_write():  # a piece that is larger than a batch goes by itself
             batch.append(queue.popleft())
-            size_bytes = batch[0].source.nbytes
+            size_bytes = batch[0].size_bytes
         self._credit_bytes -= size_bytes
         self._queued_bytes -= size_bytes
         if self._queued_bytes <= MAX_QUEUED_BYTES:
@@ -235,31 +264,71 @@ class Outgoing:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
-    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Piece]:
+    def _may_push(self, blocks: Sequence[object]) -> bool:
+        self._raise_if_over()
+        if blocks and self._phase is not _Phase.PUSHING:
+            raise IllegalTransition(f"push while {self._phase.value}")
+        return bool(blocks)
+
+    async def _push(self, queued: Sequence[_Queued]) -> None:
+        self._queue.extend(queued)
+        self._queued_bytes += sum([item.size_bytes for item in queued])
+        self._changed.set()
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            self._room.clear()
+            await self._room.wait()
+            self._raise_if_over()
+
+    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[_Queued]:
         """Checked in full before anything is noted down: a refused push leaves no trace."""
         region, ticket = self._side.region, self.ticket
-        if not 0 <= first < end <= self._side.num_layers:
-            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._side.num_layers}", param="layers")
-        layers = (1 << end) - (1 << first)
+        pushed = self._check_new([logical for logical, _ in blocks], first, end)
         layer_bytes = region.block_bytes // self._side.num_layers
         start_bytes, end_bytes = first * layer_bytes, end * layer_bytes
         buffer, block_bytes, first_block, destinations = region.buffer, region.block_bytes, ticket.first_block, ticket.blocks
-        pieces = []
-        pushed: dict[int, int] = {}
+        queued = []
         for logical, source in blocks:
-            if not 0 <= logical - first_block < len(destinations):
-                raise TicketRefused(f"logical block {logical} is not in the ticket", param="logical_block")
             if not 0 <= source < region.num_blocks:
                 raise IndexError(f"block {source} of {region.num_blocks}")
+            offset_bytes = destinations[logical - first_block] * block_bytes + start_bytes
+            content = buffer[source * block_bytes + start_bytes : source * block_bytes + end_bytes]
+            piece = Piece(PieceName(logical, first, end - first), offset_bytes, content)
+            queued.append(_Queued(end_bytes - start_bytes, piece, None))
+        self._pushed.update(pushed)
+        return queued
+
+    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[_Queued]:
+        """Likewise."""
+        ticket, block_bytes = self.ticket, recutting.layout.block_bytes
+        pushed = self._check_new(logical, first, end)
+        queued = []
+        for number in logical:
+            name = PieceName(number, first, end - first)
+            size_bytes = recutting.size_bytes(name)
+            offset_bytes = ticket.blocks[number - ticket.first_block] * block_bytes + first * (size_bytes // (end - first))
+            table = recutting.covering(number, blocks, ticket.num_tokens)
+            outside = next((block for block in table.blocks if block >= self._side.region.num_blocks), None)
+            if outside is not None:
+                raise IndexError(f"block {outside} of {self._side.region.num_blocks}")
+            queued.append(_Queued(size_bytes, None, Cut(name, offset_bytes, table)))
+        self._pushed.update(pushed)
+        return queued
+
+    def _check_new(self, logical_blocks: Iterable[int], first: int, end: int) -> dict[int, int]:
+        """What is pushed of each of these blocks once these layers are. Raises TicketRefused."""
+        if not 0 <= first < end <= self._side.num_layers:
+            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._side.num_layers}", param="layers")
+        layers = (1 << end) - (1 << first)
+        first_block, num_destinations = self.ticket.first_block, len(self.ticket.blocks)
+        pushed: dict[int, int] = {}
+        for logical in logical_blocks:
+            if not 0 <= logical - first_block < num_destinations:
+                raise TicketRefused(f"logical block {logical} is not in the ticket", param="logical_block")
             before = self._pushed.get(logical, 0)
             if before & layers or logical in pushed:
                 raise TicketRefused("a logical block was pushed twice", param="logical_block")
             pushed[logical] = before | layers
-            offset_bytes = destinations[logical - first_block] * block_bytes + start_bytes
-            content = buffer[source * block_bytes + start_bytes : source * block_bytes + end_bytes]
-            pieces.append(Piece(PieceName(logical, first, end - first), offset_bytes, content))
-        self._pushed.update(pushed)
-        return pieces
+        return pushed
 
     def _stopping(self) -> bool:
         return self._phase is _Phase.STOPPING

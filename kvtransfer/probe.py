@@ -18,6 +18,8 @@ import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from common.clock import Clock
 from common.errors import HandshakeRefused, PdserveError
 from common.types import KVLayout, Ticket, WorkerRef
@@ -180,6 +182,8 @@ class ProbeSource:
             self._offer = order.offer
             self._region = BlockRegion.create_shared(LAYOUT.block_bytes, NUM_BLOCKS)
             self._region.buffer[:] = os.urandom(self._region.buffer.nbytes)
+            upper_halves = np.frombuffer(self._region.buffer, np.uint8)[1::2]
+            upper_halves &= 0xBF  # small bfloat16 numbers, as KV is: some links carry only those
             self._sender = KVSender(self._region, LAYOUT, self._worker_id, self._incarnation, self._secret, self._clock)
         return self._sender
 

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.blocks import num_blocks
+from common.blocks import EXACT_TILE_TOKENS, exact_tile_blocks, num_blocks
 from common.errors import HandshakeRefused, TicketRefused
 from common.types import KVLayout
 from kvtransfer.float_bits import BITS, convert
@@ -221,6 +221,8 @@ class CopyPlan:
 
 def check_reshardable(source: KVLayout, destination: KVLayout) -> None:
     """Raises HandshakeRefused with the first field in which the two may not differ. Block size and dtype may."""
+    if source == destination:
+        return  # whatever is in such blocks, it need not be understood
     for field in _MUST_BE_EQUAL:
         ours, theirs = getattr(source, field), getattr(destination, field)
         if ours != theirs:
@@ -229,7 +231,21 @@ def check_reshardable(source: KVLayout, destination: KVLayout) -> None:
         if dtype not in BITS:
             raise HandshakeRefused(f"there is no conversion for KV of dtype {dtype!r}", param="dtype")
     if source.exact and source.dtype != destination.dtype:
-        raise HandshakeRefused("exact KV is not converted: the destination would have computed other bits", param="dtype")
+        raise HandshakeRefused(
+            f"dtype differs: {source.dtype} at the source, {destination.dtype} at the destination, which would compute other"
+            " bits: exact KV is not converted",
+            param="dtype",
+        )
+    if source.exact and _exact_tile_tokens(source) != _exact_tile_tokens(destination):
+        raise HandshakeRefused(
+            f"block_tokens differs: {source.block_tokens} at the source, {destination.block_tokens} at the destination; exact"
+            f" attention walks over both in the same tiles only if both divide {EXACT_TILE_TOKENS}",
+            param="block_tokens",
+        )
+
+
+def _exact_tile_tokens(layout: KVLayout) -> int:
+    return exact_tile_blocks(layout.block_tokens) * layout.block_tokens
 
 
 def pairs(source: ShardedLayout, destination: ShardedLayout, *, turn: int = 0) -> tuple[tuple[Rank, Rank], ...]:

@@ -19,6 +19,7 @@ from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
 from kvtransfer.lease import LEASE_S
 from kvtransfer.outgoing import Outgoing, SourceSide, TransferAccount
+from kvtransfer.recutting import Recutting, recutting_for
 from kvtransfer.region import BlockRegion
 from kvtransfer.ticket import verify
 from kvtransfer.transports import TRANSPORTS, create_transport
@@ -36,6 +37,8 @@ class _Peer:
     name: PeerName
     offers: tuple[TransportOffer, ...]
     pool_blocks: int
+    layout: KVLayout
+    recutting: Recutting | None  # its blocks are not as ours
     link: SenderLink | None = None
     connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -78,12 +81,19 @@ class KVSender:
         )
 
     async def connect(
-        self, peer_worker_id: str, peer_incarnation: int, offers: Sequence[TransportOffer], peer_pool_blocks: int
+        self,
+        peer_worker_id: str,
+        peer_incarnation: int,
+        offers: Sequence[TransportOffer],
+        peer_pool_blocks: int,
+        peer_layout: KVLayout | None = None,
     ) -> str:
         """Connects to the first offer that works and returns its kind; at once if there is a link to this incarnation already.
-        A later incarnation replaces an earlier one. Raises HandshakeRefused or TransferBroken."""
+        A later incarnation replaces an earlier one. `peer_layout` None = as ours. Raises HandshakeRefused or TransferBroken."""
         if self._closed:
             raise TransferBroken("this worker's KV transfer is closed")
+        layout = peer_layout or self._layout
+        recutting = recutting_for(self._side.region, self._layout, layout)
         name = PeerName(peer_worker_id, peer_incarnation)
         known = self._peers.get(peer_worker_id)
         if known is not None and known.name.incarnation > peer_incarnation:
@@ -91,7 +101,9 @@ class KVSender:
         if known is None or known.name != name:
             if known is not None:
                 self._retire(known, TransferBroken("a later incarnation of the decode worker took over"))
-            self._peers[peer_worker_id] = known = _Peer(name, tuple(offers), peer_pool_blocks)
+            self._peers[peer_worker_id] = known = _Peer(name, tuple(offers), peer_pool_blocks, layout, recutting)
+        elif known.layout != layout:
+            raise HandshakeRefused("this incarnation of the decode worker had another layout before", param="layout")
         elif known.link is None or known.link.lost is not None:
             known.offers, known.pool_blocks = tuple(offers), peer_pool_blocks
         return (await self._link_to(known)).kind
@@ -107,7 +119,7 @@ class KVSender:
         verify(
             ticket,
             self._secret,
-            layout=self._layout,
+            layout=peer.layout,
             prefill_worker_id=self._name.worker_id,
             prefill_incarnation=self._name.incarnation,
             decode_worker_id=peer.name.worker_id,
@@ -117,7 +129,7 @@ class KVSender:
         if ticket.nonce in self._spent:
             raise TicketRefused("the ticket was used or released before", param="nonce")
         self._spend(ticket.nonce)
-        outgoing = Outgoing(ticket, self._side, lambda outgoing: self._enter(outgoing, peer))
+        outgoing = Outgoing(ticket, self._side, lambda outgoing: self._enter(outgoing, peer), peer.recutting)
         self._outgoing[ticket.nonce] = outgoing
         return outgoing
 
@@ -179,7 +191,7 @@ class KVSender:
             return link
 
     async def _first_that_works(self, peer: _Peer) -> SenderLink:
-        credentials = LinkCredentials(self._name, self._layout.fingerprint, self._secret)
+        credentials = LinkCredentials(self._name, peer.layout.fingerprint, self._secret)
         failures: list[HandoffError] = [HandshakeRefused("the decode worker offers no transport", param="transports")]
         for offer in peer.offers:
             try:
@@ -188,7 +200,7 @@ class KVSender:
                     credentials,
                     peer.name,
                     pool_blocks=peer.pool_blocks,
-                    layout=self._layout,
+                    layout=peer.layout,
                     source=self._side.region,
                 )
             except HandoffError as failure:  # a kind unknown here, or out of reach (shm from another host): try the next

@@ -4,18 +4,21 @@
                           ├─ finish() -> the account for the seal
                           └─ abort(): nothing is read or written any more
 
-Only blocks that the ticket names travel: what the decode worker had already, it did not ask for. A block is final when it is
-full, or when the prompt is at its end. This file and its twin in `decode_worker` are the only ones that know both sides.
+Only blocks that the ticket names travel: what the decode worker had already, it did not ask for. They are numbered, and cut, as
+its pool is: a block is final when all its tokens were computed here, whatever the blocks here are. This file and its twin in
+`decode_worker` are the only ones that know both sides.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 from common.blocks import num_blocks, num_full_blocks
 from common.clock import Clock
 from common.codec import layout_from_wire, ticket_from_wire
+from common.config import pdserve_home
 from common.errors import HandshakeRefused
 from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
@@ -23,7 +26,7 @@ from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
-from kvtransfer.layout import check_compatible
+from kvtransfer.native.choice import prepare
 from kvtransfer.probe import ProbeOrder, ProbeSource
 from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.sender import KVSender, Outgoing, TransferAccount
@@ -71,18 +74,22 @@ class PrefillHandoff:
         """From any thread."""
         return self._sender.leases()
 
+    def prepare(self) -> None:
+        """Has the native library for copies ready before long, compiled if need be; transfers do not wait for it."""
+        threading.Thread(target=prepare, args=(pdserve_home() / "kernels",), name="kv-native", daemon=True).start()
+
     async def handshake(self, message: worker_pb2.HandshakeRequest) -> worker_pb2.HandshakeReply:
         """A decode worker introduces itself. Raises HandshakeRefused naming what differs, or what could not be reached."""
         if message.protocol_version != PROTOCOL_VERSION:
             raise HandshakeRefused(
                 f"transfer protocol {message.protocol_version} there, {PROTOCOL_VERSION} here", param="protocol_version"
             )
-        check_compatible(self._layout, layout_from_wire(message.layout))
         kind = await self._sender.connect(
             message.decode_worker_id,
             message.decode_incarnation,
             [TransportOffer(offer.kind, offer.address) for offer in message.offers],
             message.pool_blocks,
+            layout_from_wire(message.layout),
         )
         return worker_pb2.HandshakeReply(
             prefill_worker_id=self._spec.worker_id, prefill_incarnation=self._spec.incarnation, transport=kind
@@ -132,7 +139,7 @@ class Push:
     def __init__(self, outgoing: Outgoing, ticket: Ticket, layout: KVLayout) -> None:
         self._outgoing = outgoing
         self._ticket = ticket
-        self._block_tokens = layout.block_tokens
+        self._block_tokens = outgoing.block_tokens or layout.block_tokens  # of the blocks that are asked for
         self._num_layers = layout.num_layers
         self._next = ticket.first_block  # logical blocks below it have been pushed with all layers, or were not asked for
 
@@ -142,10 +149,10 @@ class Push:
         at_end = num_tokens == self._ticket.num_tokens
         final = num_blocks(num_tokens, self._block_tokens) if at_end else num_full_blocks(num_tokens, self._block_tokens)
         if final > self._next:
-            pairs = [(logical, blocks[logical]) for logical in range(self._next, final)]
+            asked = range(self._next, final)
             if end_layer == self._num_layers:
                 self._next = final
-            await self._outgoing.push(pairs, (first_layer, end_layer))
+            await self._outgoing.push_prompt(asked, blocks, (first_layer, end_layer))
 
     async def finish(self) -> TransferAccount:
         """Returns when all was written. Raises HandoffError."""

@@ -58,6 +58,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         )
         self._loop = EngineLoop[Event](core, name="engine")
         self._handoff = PrefillHandoff(self._spec, engine.layout, engine.device_memory or engine.pool.buffer, self._clock)
+        self._handoff.prepare()
         self._runs = PrefillRuns(
             self._scheduler,
             self._loop,

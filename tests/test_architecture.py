@@ -94,7 +94,6 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
             "common.engine.triton_kernels": When.ALWAYS,
             "kvtransfer": When.ALWAYS,
             "common": When.LAZILY,
-            "common/lane_sums.py": When.ALWAYS,  # itself imported lazily, where the sums of a GPU are checked
             "common/gguf_reader.py": When.ALWAYS,  # itself imported lazily, by whoever meets a GGUF file
             "router": When.LAZILY,
             "router.semantic": When.ALWAYS,  # itself imported lazily, by a router that has the semantic cache on

@@ -156,7 +156,7 @@ async def ask(control: Connection, order: object) -> Done:
 
 def pool_of(device: str, layout: KVLayout, blocks: int) -> tuple[BlockRegion, str]:
     if device == "cuda":
-        memory = DeviceAllocation(layout.block_bytes * blocks, layout.block_bytes // layout.num_layers, torch.device("cuda", 0))
+        memory = DeviceAllocation(layout.block_bytes * blocks, torch.device("cuda", 0))
         return region_of(memory, layout.block_bytes), "cuda_ipc"
     return BlockRegion.create_shared(layout.block_bytes, blocks), "shm"
 

@@ -2,7 +2,8 @@
 
     DeviceAllocation   one cudaMalloc of its own, for a handle names a whole allocation; torch gets a tensor over it
     handle             64 bytes of the driver's, the process and the GPU's UUID; opened by cudaIpcOpenMemHandle, once per link
-    write, contents    one launch each, on streams of their own beside the engine's, waited for by event
+    write, contents    one launch each, on streams of their own beside the engine's, waited for by event; what is written is
+                       summed in the same pass (`triton_kernels.move_pieces`)
 
 CUDA's runtime is the one that torch has loaded, called through ctypes: six functions, all documented. Nothing is unpickled. What
 a write reads must be on the device by then: the runner reports layers only when the device is through with them.
@@ -97,13 +98,12 @@ def _words_over(address: int, size_bytes: int, device: torch.device) -> torch.Te
 
 
 class DeviceAllocation:
-    def __init__(self, size_bytes: int, row_bytes: int, device: torch.device) -> None:
-        """Zeroed. Rows are what is copied and summed: a layer of a block. Raises StartupError."""
-        if row_bytes % WORD_BYTES or size_bytes % row_bytes:
-            raise StartupError(f"a pool of {size_bytes} bytes has no rows of {row_bytes}", param="engine.block_tokens")
+    def __init__(self, size_bytes: int, device: torch.device) -> None:
+        """Zeroed. Raises StartupError."""
+        if size_bytes % WORD_BYTES:
+            raise StartupError(f"a pool of {size_bytes} bytes is no whole number of words", param="engine.block_tokens")
         self.device = device
         self.size_bytes = size_bytes
-        self._row_bytes = row_bytes
         self._runtime = CudaRuntime()
         try:
             with torch.cuda.device(device):
@@ -120,14 +120,8 @@ class DeviceAllocation:
         return _HANDLE.pack(_MAGIC, os.getpid(), self._address, _gpu(self.device), driver)
 
     def contents(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """16 bytes for each row of a range."""
-        from common.engine.triton_kernels.byte_rows import sum_rows
-
-        return sums_of_ranges(
-            ranges,
-            self._row_bytes,
-            lambda rows: self._aside(lambda on_device: sum_rows(self.words, on_device, self._row_words), rows),
-        )
+        """Lane sums of each range."""
+        return summed(self.words, None, [(offset, offset, size) for offset, size in ranges], self._reading)
 
     def open_peer(self, handle: bytes, size_bytes: int) -> PeerAllocation:
         try:
@@ -146,18 +140,6 @@ class DeviceAllocation:
         close = (lambda: None) if own else (lambda: self._runtime.close_handle(address))
         return PeerAllocation(self, _words_over(address, size_bytes, self.device), close)
 
-    @property
-    def row_bytes(self) -> int:
-        return self._row_bytes
-
-    @property
-    def _row_words(self) -> int:
-        return self._row_bytes // WORD_BYTES
-
-    def _aside(self, launch: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._reading):
-            return launch(rows.to(self.device)).cpu()  # waits for this stream alone
-
 
 class PeerAllocation:
     """Used by one lane."""
@@ -167,21 +149,11 @@ class PeerAllocation:
         self._words: torch.Tensor | None = words
         self._close = close
         self._writing = torch.cuda.Stream(own.device)
-        self._done = torch.cuda.Event()
 
-    def write(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        from common.engine.triton_kernels.byte_rows import copy_rows
-
+    def write(self, copies: Sequence[tuple[int, int, int]]) -> list[bytes]:
         if self._words is None:
             raise TransferBroken("the decode worker's pool was let go")
-        row_bytes = self._own.row_bytes
-        sources = rows_of([(source, size) for source, _, size in copies], row_bytes)
-        destinations = rows_of([(destination, size) for _, destination, size in copies], row_bytes)
-        with torch.cuda.device(self._own.device), torch.cuda.stream(self._writing):
-            both = torch.tensor([sources, destinations]).to(self._own.device)
-            copy_rows(self._own.words, self._words, both[0], both[1], row_bytes // WORD_BYTES)
-            self._done.record(self._writing)
-        self._done.synchronize()
+        return summed(self._own.words, self._words, copies, self._writing)
 
     def close(self) -> None:
         if self._words is not None:
@@ -190,27 +162,21 @@ class PeerAllocation:
             self._close()
 
 
-def rows_of(ranges: Sequence[tuple[int, int]], row_bytes: int) -> list[int]:
-    """The numbers of the rows in ranges of bytes, one range after the other."""
-    rows: list[int] = []
-    for offset_bytes, size_bytes in ranges:
-        if offset_bytes % row_bytes or size_bytes % row_bytes:
-            raise EngineFailure(f"{size_bytes} bytes at {offset_bytes} are no rows of {row_bytes}")
-        rows.extend(range(offset_bytes // row_bytes, (offset_bytes + size_bytes) // row_bytes))
-    return rows
-
-
-def sums_of_ranges(
-    ranges: Sequence[tuple[int, int]], row_bytes: int, sum_rows: Callable[[torch.Tensor], torch.Tensor]
+def summed(
+    source: torch.Tensor, destination: torch.Tensor | None, copies: Sequence[tuple[int, int, int]], stream: torch.cuda.Stream
 ) -> list[bytes]:
-    """`sum_rows` gives int64 [rows, 2] on the host for numbers of rows; all ranges are summed by one call."""
-    data: bytes = sum_rows(torch.tensor(rows_of(ranges, row_bytes))).numpy().tobytes()
-    contents, start = [], 0
-    for _, size_bytes in ranges:
-        end = start + size_bytes // row_bytes * 2 * WORD_BYTES
-        contents.append(data[start:end])
-        start = end
-    return contents
+    """Copies (offset, offset there, bytes), if there is a destination, and gives the lane sums of each. Returns when the device
+    is through with it; only this thread waits."""
+    from common.engine.triton_kernels.move_pieces import move_pieces, sums_of_moves, words_of
+
+    with torch.cuda.device(source.device), torch.cuda.stream(stream):
+        sums = move_pieces(words_of(source), None if destination is None else words_of(destination), copies)
+        on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+        on_host.copy_(sums, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(stream)
+    done.synchronize()
+    return sums_of_moves(on_host.numpy(), copies)
 
 
 def _gpu(device: torch.device) -> bytes:

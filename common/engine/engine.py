@@ -75,6 +75,14 @@ class Engine:
         """Processes that divide a layer, and stages."""
         return (1, 1) if self.group is None else (self.group.parallel.tensor_parallel, self.group.parallel.pipeline_parallel)
 
+    def is_for(self, config: EngineSettings, parallel: ParallelConfig) -> bool:
+        """Whether a worker with this configuration, of the same model, would have an engine like this one."""
+        return (
+            self.degree == (parallel.tensor_parallel, parallel.pipeline_parallel)
+            and self.layout.block_tokens == config.block_tokens
+            and self.dtype == _dtype(config, self.device)
+        )
+
     def close(self) -> None:
         """Ends the other processes, if there are any. Blocking; the runner must not be used afterwards."""
         if self.group is not None:
@@ -162,7 +170,7 @@ def build_engine(
     pool_blocks = total_blocks + 1 if captures else total_blocks
     device_memory = None
     if device.type == "cuda":
-        device_memory = DeviceAllocation(layout.block_bytes * pool_blocks, layout.block_bytes // layout.num_layers, device)
+        device_memory = DeviceAllocation(layout.block_bytes * pool_blocks, device)
         pool = KVPool(layout, pool_blocks, device, device_memory.words)
     else:
         given_memory = None if memory is None else memory.allocate(layout.block_bytes, pool_blocks)

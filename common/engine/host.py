@@ -144,17 +144,17 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         if kept is not None:
             if not isinstance(kept, LoadedEngine) or not isinstance(kept.memory, type(memory)):
                 raise StartupError("what the last worker in this process kept is no engine")
-            if kept.engine.degree == (spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel):
+            if kept.engine.is_for(spec.engine, spec.parallel):
                 self._engine, self._grammars = kept.engine, kept.grammars
                 return kept
-            await asyncio.to_thread(kept.close)  # the other role has other ranks
+            await asyncio.to_thread(kept.close)  # the other role has other ranks, or other blocks
         path = Path(spec.model_path)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
 
         def build() -> Engine:
             return build_engine(
                 path,
-                spec.model.engine,
+                spec.engine,
                 threads=spec.threads,
                 model_digest=resolve(spec.model_path, home=pdserve_home()).digest(),
                 tokenizer_digest=tokenizer.digest,
@@ -365,6 +365,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             requests_served=self._served,
             device=str(engine.device),
             dtype=engine.layout.dtype,
+            block_tokens=engine.layout.block_tokens,
             exact=engine.layout.exact,
             layout_fingerprint=engine.layout.fingerprint.hex(),
             tensor_parallel=spec.parallel.tensor_parallel,

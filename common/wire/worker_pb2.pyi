@@ -252,7 +252,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint", "pace", "started_s", "blocks_cached", "blocks_arriving", "preemptions", "prefix_queries", "prefix_hits", "drafted_tokens", "accepted_tokens", "links", "tensor_parallel", "pipeline_parallel", "rank_pids")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "pid", "state", "address", "metrics_address", "blocks_total", "blocks_free", "blocks_in_transfer", "leases_open", "requests_running", "requests_waiting", "max_model_tokens", "requests_served", "device", "dtype", "exact", "failure", "layout_fingerprint", "pace", "started_s", "blocks_cached", "blocks_arriving", "preemptions", "prefix_queries", "prefix_hits", "drafted_tokens", "accepted_tokens", "links", "tensor_parallel", "pipeline_parallel", "block_tokens", "rank_pids")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +286,7 @@ class InfoReply(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RANK_PIDS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
@@ -320,8 +321,9 @@ class InfoReply(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[LinkUse]
     tensor_parallel: int
     pipeline_parallel: int
+    block_tokens: int
     rank_pids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., pace: _Optional[_Union[WorkerPace, _Mapping]] = ..., started_s: _Optional[float] = ..., blocks_cached: _Optional[int] = ..., blocks_arriving: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., rank_pids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[_types_pb2.Role, str]] = ..., model: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_in_transfer: _Optional[int] = ..., leases_open: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., requests_served: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., failure: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., pace: _Optional[_Union[WorkerPace, _Mapping]] = ..., started_s: _Optional[float] = ..., blocks_cached: _Optional[int] = ..., blocks_arriving: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., block_tokens: _Optional[int] = ..., rank_pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkUse(_message.Message):
     __slots__ = ("prefill_worker_id", "prefill_incarnation", "transport", "transfers", "failures", "bytes")

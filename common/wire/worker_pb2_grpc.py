@@ -178,8 +178,8 @@ class PrefillServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Handshake(self, request, context):
-        """Once per (decode incarnation, prefill incarnation), before the first Run: refuses unequal layouts with HandshakeRefused
-        and opens the data link to the decode worker.
+        """Once per (decode incarnation, prefill incarnation), before the first Run: refuses layouts between which
+        there is no way with HandshakeRefused, and opens the data link to the decode worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

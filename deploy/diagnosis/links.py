@@ -51,6 +51,7 @@ async def probe_links(state: ClusterState) -> tuple[list[LinkFinding], list[Find
         await channel.close(None)
     ready = [worker for worker in snapshot.workers if worker.state == WorkerState.READY]
     links: list[LinkFinding] = []
+    recut: list[Finding] = []
     problems = [_not_ready(worker) for worker in snapshot.workers if worker.state != WorkerState.READY]
     for decode in (worker for worker in ready if role_from_wire(worker.role) is Role.DECODE):
         prefill = [one for one in ready if role_from_wire(one.role) is Role.PREFILL and one.model == decode.model]
@@ -65,7 +66,9 @@ async def probe_links(state: ClusterState) -> tuple[list[LinkFinding], list[Find
                 why = f"{peer.refused.message} ({peer.refused.param or peer.refused.code})"
                 problems.append(_no_hand_off(f"{peer.prefill_worker_id} -> {decode.worker_id}", f"no hand-off: {why}"))
             links.extend(_link_finding(decode.worker_id, peer, link) for link in peer.links)
-    return links, problems + list(_of_links(links))
+        refused = {peer.prefill_worker_id for peer in reply.peers if peer.HasField("refused")}
+        recut.extend(found for one in prefill if one.worker_id not in refused for found in recutting(one, decode))
+    return links, problems + recut + list(_of_links(links))
 
 
 async def _probe(address: str, token: str, request: Any) -> Any:
@@ -93,6 +96,18 @@ def _not_ready(worker: Any) -> Finding:
 
 def _no_hand_off(whose: str, why: str) -> Finding:
     return Finding(_AREA, whose, why, Severity.FAILURE, "prompts are prefilled where they are decoded")
+
+
+def recutting(prefill: Any, decode: Any) -> Iterator[Finding]:
+    """Of two workers, as they describe themselves, between which hand-offs are not refused."""
+    if (prefill.block_tokens, prefill.dtype) == (decode.block_tokens, decode.dtype):
+        return
+    found = (
+        f"KV is cut anew: blocks of {prefill.block_tokens} tokens in {prefill.dtype} become blocks of {decode.block_tokens} in"
+        f" {decode.dtype}"
+    )
+    means = "one more copy on the way; each side caches prefixes under names of its own"
+    yield Finding(_AREA, f"{prefill.worker_id} -> {decode.worker_id}", found, Severity.NOTE, means)
 
 
 def _of_links(links: Sequence[LinkFinding]) -> Iterator[Finding]:

@@ -4,17 +4,15 @@
     abstract Unix socket (no file)           <-------------  connect, authenticate
     handle of the pool, its size             ------------->  open, or hang up: not this host, not this GPU
     pool  <========= one launch for a batch, own stream ===  source blocks
-    sums of what is in the pool == ?         <-- WRITTEN --  sums of the sources, many pieces in one frame
+    sums of what is in the pool == ?         <-- WRITTEN --  sums of what was copied, many pieces in one frame
 
 A handle is bytes of the driver's; it is neither an object nor code. Copies run on a stream of their own beside the steps of both
 engines. The lane waits for the event behind a batch and only then says WRITTEN: what is announced is there.
 
 As with shm the writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A link that is
-closed
-lets go of the pool first. A process that dies takes its work on the device along before its sockets end, which is the driver's
-doing;
-one that is stopped may have a batch in the device's queue, and that batch runs: no timeout makes such a block safe, and none is
-used.
+closed lets go of the pool first. A process that dies takes its work on the device along before its sockets end, which is the
+driver's doing; one that is stopped may have a batch in the device's queue, and that batch runs: no timeout makes such a block
+safe, and none is used.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from collections.abc import Callable, Sequence
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
-from kvtransfer.device import DeviceRegion, DeviceView, PeerMemory, read_contents
-from kvtransfer.digest import piece_digest
+from kvtransfer.device import DeviceRegion, DeviceView, PeerMemory
+from kvtransfer.digest import device_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
@@ -101,15 +99,17 @@ class DeviceWriter:
         self._pool_bytes = pool_bytes
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
-        """Frame by frame: the sums of its sources and its copies are one launch each."""
+        """Frame by frame, each one launch that copies and sums."""
         digests: list[bytes] = []
         for first in range(0, len(pieces), MAX_PIECES):
             if stop():
                 break
             frame = pieces[first : first + MAX_PIECES]
-            self._pool.write([self._copy_of(piece) for piece in frame])
-            read_contents([piece.source for piece in frame])
-            own = [piece_digest(piece.source, nonce, *piece.name) for piece in frame]
+            contents = self._pool.write([self._copy_of(piece) for piece in frame])
+            own = [
+                device_digest(content, piece.source.nbytes, nonce, *piece.name)
+                for piece, content in zip(frame, contents, strict=True)
+            ]
             table = encode_table([piece.name for piece in frame], own)
             send([Frame(FrameKind.WRITTEN, nonce, count=len(frame)).encode() + table])
             digests += own

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from common.errors import HandoffError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.frames import HEADER_BYTES, MAX_TABLE_BYTES, Frame, FrameKind, decode_header, decode_table
-from kvtransfer.layout import layer_bytes
+from kvtransfer.layout import layer_bytes as pool_layer_bytes
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import PoolShape, authenticate_as_decode
 from kvtransfer.transports.base import Landing, LinkCredentials, PeerName, Refusal, Written
@@ -53,6 +53,7 @@ class StreamReceiverLink:
         kind: str,
         data_kind: FrameKind,  # BLOCKS: payload comes over the socket; WRITTEN: the peer writes into the pool
         on_end: Callable[[StreamReceiverLink], None],
+        layer_bytes: int | None = None,  # on the wire; None = as in the pool
     ) -> None:
         self.kind = kind
         self.peer = peer
@@ -60,7 +61,7 @@ class StreamReceiverLink:
         self._sock = sock
         self._landing = landing
         self._layout = layout
-        self._layer_bytes = layer_bytes(layout)
+        self._layer_bytes = layer_bytes or pool_layer_bytes(layout)
         self._data_kinds = frozenset({data_kind})
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -169,7 +170,9 @@ class StreamReceiverLink:
         elif self._part is _Part.TABLE and self._filled == self._frame.table_bytes:
             self._filled = 0
             self._part = _Part.HEADER
-            self._table_received(decode_table(self._frame, self._table[: self._frame.table_bytes], self._layout))
+            self._table_received(
+                decode_table(self._frame, self._table[: self._frame.table_bytes], self._layout.num_layers, self._layer_bytes)
+            )
 
     def _header_received(self, frame: Frame) -> None:
         match frame.kind:
@@ -238,13 +241,16 @@ class StreamReceiverLink:
             self._next += 1
             written.append(piece._replace(dropped=self._scratch_for(piece_bytes)) if self._dropping else piece)
             self._dropping = False
-        if self._next == len(self._pieces):
-            self._part = _Part.HEADER
-            self._pieces = []
+        self._end_of_piece()
         if written:
             self._landing.pieces_written(self, nonce, written)
         else:
             self._landing.writer_alive(self, nonce)
+
+    def _end_of_piece(self) -> None:
+        if self._next == len(self._pieces):
+            self._part = _Part.HEADER
+            self._pieces = []
 
     def _condemn(self) -> None:
         if self.fences_locally:

@@ -3,14 +3,15 @@
     d                                                        p
     host, abstract Unix socket (no file)     <-------------  the same host? connect, authenticate
     the pool's descriptor (SCM_RIGHTS)       ------------->  mmap
-    pool  <========= one memcpy for each run of neighbours =  source blocks
+    pool  <========= one pass over each piece ============  source blocks
     digests of what is in the pool == ?      <-- WRITTEN --  digests of the sources, many pieces in one frame
 
 The writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A process that dies loses its
 mapping before its sockets, and a link that is closed unmaps first; a fork of p inherits no mapping.
 
-A large batch is copied by two threads, the lane and a helper; what is there is announced, and checked by d, while the rest is
-still being copied.
+What is there is announced, and checked by d, while the rest is still being copied; the last announcements are small, for they are
+checked when nothing else is left to do. Copies are digested in the same pass where there is a compiled library
+(`kvtransfer.native`); where there is none, or cores to spare, a large batch is copied by two threads, the lane and a helper.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
-from kvtransfer.digest import piece_digest
+from kvtransfer.digest import digest_of_content, piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.host_identity import this_host
+from kvtransfer.native.choice import piece_kernel
+from kvtransfer.native.kernel import PieceKernel
 from kvtransfer.region import BlockRegion, touch_all, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
@@ -38,8 +41,10 @@ from kvtransfer.transports.sending import Send, StreamSenderLink
 from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "shm"
-PART_BYTES = 256 * 1024  # copied and then digested while in a core's cache; a larger piece by itself
-FRAMES_A_BATCH = 4  # of two threads each announces twice: what is announced is checked while the rest is copied
+PART_BYTES = 256 * 1024  # copied at once, and digested while in a core's cache; a larger piece by itself
+ANNOUNCED_SHARE = 4  # of what is left, so much is announced at once, down to a part
+MAX_ANNOUNCED_BYTES = 2 * 1024 * 1024
+CORES = len(os.sched_getaffinity(0))
 WORTH_HELPING_BYTES = 1024 * 1024  # below it one thread is done before another one is awake
 LARGE_PIECE_BYTES = 64 * 1024  # below it there is more to do for the interpreter, which has one thread at a time
 _DESCRIPTOR_FOLLOWS = b"F"
@@ -116,12 +121,12 @@ class MappedWriter:
         self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy-shm")
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
-        """Two threads take parts in order, and finish what they take: so after a stop the first few pieces are written."""
+        """Parts are taken in order, and finished once they are taken: so after a stop the first few pieces are written."""
         if not pieces:
             return []
+        kernel = piece_kernel()
         piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
-        part = min(max(PART_BYTES // piece_bytes, 1), MAX_PIECES)  # pieces that one thread takes at once
-        frame = min(max(len(pieces) // FRAMES_A_BATCH, part), MAX_PIECES + 1 - part)  # pieces worth announcing
+        part = min(max(PART_BYTES // piece_bytes, 1), MAX_PIECES)  # pieces that are copied at once
         digests = [b""] * len(pieces)
         starts = iter(range(0, len(pieces), part))  # a step of it is one for the interpreter: no two threads get the same
         announcing = threading.Lock()
@@ -135,17 +140,22 @@ class MappedWriter:
             mine: list[int] = []  # written and not announced
             while not stop() and (start := next(starts, None)) is not None:
                 taken = pieces[start : start + part]
-                self._copy(taken)
-                for index, (name, _, source) in enumerate(taken, start):  # they are in this core's cache now
-                    digests[index] = piece_digest(source, nonce, *name)
+                for index, digest in enumerate(self._copy(taken, nonce, kernel), start):
+                    digests[index] = digest
                     mine.append(index)
-                if len(mine) >= frame:
+                worth = min(max((len(pieces) - start) // ANNOUNCED_SHARE, part), MAX_ANNOUNCED_BYTES // piece_bytes)
+                if len(mine) >= worth or len(mine) + part > MAX_PIECES:
                     announce(mine)
                     mine.clear()
             if mine:
                 announce(mine)
 
-        worth_helping = piece_bytes >= LARGE_PIECE_BYTES and piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+        # With the kernel one thread copies as fast as memory does, and the reader needs a core, too.
+        worth_helping = (
+            (kernel is None or CORES > 2)
+            and piece_bytes >= LARGE_PIECE_BYTES
+            and piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+        )
         helping = self._helper.submit(work) if worth_helping else None
         try:
             work()
@@ -154,12 +164,23 @@ class MappedWriter:
                 helping.result()  # only now are the sources not read any more
         return [digest for digest in digests if digest]
 
-    def _copy(self, pieces: Sequence[Piece]) -> None:
-        """With one memcpy, which lets go of the GIL, for each run of neighbours."""
-        for offset_bytes, address, size_bytes in _runs(pieces):
-            if not 0 <= offset_bytes <= self._pool_bytes - size_bytes:
-                raise IndexError(f"{size_bytes} bytes at {offset_bytes} of a pool of {self._pool_bytes}")
+    def _copy(self, pieces: Sequence[Piece], nonce: bytes, kernel: PieceKernel | None) -> list[bytes]:
+        """The pieces' digests. Copies without the GIL."""
+        if kernel is not None and all([piece.source.nbytes >= kernel.least_bytes for piece in pieces]):
+            moves = []
+            for _, offset_bytes, source in pieces:
+                self._check(offset_bytes, source.nbytes)
+                moves.append((_address_of(source), self._pool_address + offset_bytes, source.nbytes))
+            contents = kernel.copy(moves)
+            return [digest_of_content(content, nonce, *piece.name) for piece, content in zip(pieces, contents, strict=True)]
+        for offset_bytes, address, size_bytes in _runs(pieces):  # one memcpy for each run of neighbours
+            self._check(offset_bytes, size_bytes)
             ctypes.memmove(self._pool_address + offset_bytes, address, size_bytes)
+        return [piece_digest(source, nonce, *name) for name, _, source in pieces]  # they are in this core's cache now
+
+    def _check(self, offset_bytes: int, size_bytes: int) -> None:
+        if not 0 <= offset_bytes <= self._pool_bytes - size_bytes:
+            raise IndexError(f"{size_bytes} bytes at {offset_bytes} of a pool of {self._pool_bytes}")
 
     def close(self) -> None:
         self._helper.shutdown()

@@ -32,6 +32,11 @@ class Prompt:
     num_choices: int = 1
     block_tokens: int = 0  # 0 = not known, then there are no keys
     keys: Sequence[BlockKey] = ()  # of its full blocks, in order; perhaps only the first so many
+    elsewhere: Prompt | None = None  # the same prompt in blocks of the prefill pool, where those are not as the decode pool's
+
+    def at(self, role: Role) -> Prompt:
+        """As the workers of a pool cut and name it."""
+        return self if self.elsewhere is None or role is Role.DECODE else self.elsewhere
 
     def cached_tokens(self, num_blocks: int) -> int:
         """What a holder of so many blocks need not compute. The last token is always computed."""

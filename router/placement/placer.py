@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from common.blocks import block_key, hash_chain, root_hash
@@ -57,7 +57,7 @@ class Placer:
         self._clock = clock
         self._draw = draw or random.Random()
         self._ids = itertools.count(self._draw.getrandbits(31) << 32 | 1)
-        self._naming: dict[str, _Naming] = {}
+        self._naming: dict[tuple[str, Role], _Naming] = {}
         self._views: Sequence[WorkerView] = ()
         self.fleet = Fleet(max_blocks=config.index_blocks, speculative_ttl_s=config.speculative_ttl_s)
 
@@ -76,7 +76,7 @@ class Placer:
         """False: a report is missing before this one, so the watch has to begin anew."""
         worker = self.fleet.workers.get(ref)
         if worker is not None and report.shape is not None and report.shape.prefix_cache:
-            self._naming[worker.model] = _Naming(report.shape.layout_fingerprint, report.shape.block_tokens)
+            self._naming[worker.model, worker.role] = _Naming(report.shape.layout_fingerprint, report.shape.block_tokens)
         return self.fleet.report(ref, report, self._clock.monotonic_s())
 
     def break_off(self, ref: WorkerRef) -> None:
@@ -86,7 +86,13 @@ class Placer:
 
     def prompt_of(self, request: Request) -> Prompt:
         """A request as its blocks, named as the workers of its model name them; without names while none has reported."""
-        naming = self._naming.get(request.model)
+        here, there = (self._naming.get((request.model, role)) for role in (Role.DECODE, Role.PREFILL))
+        prompt = self._named(request, here or there)
+        return (
+            prompt if here is None or there is None or here == there else replace(prompt, elsewhere=self._named(request, there))
+        )
+
+    def _named(self, request: Request, naming: _Naming | None) -> Prompt:
         keys: tuple[int, ...] = ()
         if naming is not None and request.sampling.prompt_logprobs is None:  # those are computed with all their tokens
             root = root_hash(naming.layout_fingerprint, request.cache_salt)
@@ -106,10 +112,10 @@ class Placer:
         if not len(decode):
             raise NoWorkerAvailable(f"no worker can serve {model} at the moment", retry_after_s=1.0)
         now_s = self._clock.monotonic_s()
-        matches = self.fleet.index.match(prompt.keys, now_s) if prompt.keys else []
         policy = POLICIES.get(self._config.policy)
         if policy is None:
-            return self._predicted(model, prompt, matches, avoid, now_s)
+            return self._predicted(model, prompt, avoid, now_s)
+        matches = self._matches(prompt, now_s)
         (to, *_) = self._ranked(policy, decode, prompt, matches, avoid)
         prefill = self._ranked(policy, self.fleet.pool(model, Role.PREFILL), prompt, matches, avoid)
         return Placement(
@@ -133,8 +139,7 @@ class Placer:
     def forecast(self, model: str, prompt: Prompt) -> Forecast | None:
         """What would become of this prompt now; None if nobody could serve it. Decides nothing."""
         now_s = self._clock.monotonic_s()
-        matches = self.fleet.index.match(prompt.keys, now_s) if prompt.keys else []
-        ways = self._ways(model, prompt, matches, (), now_s)
+        ways = self._ways(model, prompt, (), now_s)
         if ways is None:
             return None
         worker = ways.decode.worker
@@ -155,10 +160,16 @@ class Placer:
 
     # -- within --------------------------------------------------------------------------------------------------------
 
-    def _predicted(
-        self, model: str, prompt: Prompt, matches: Sequence[Match], avoid: Collection[WorkerRef], now_s: float
-    ) -> Placement:
-        ways = self._ways(model, prompt, matches, avoid, now_s)
+    def _matches(self, prompt: Prompt, now_s: float) -> dict[Role, Sequence[Match]]:
+        """Who holds how many of its blocks, as each pool cuts them."""
+        here = self.fleet.index.match(prompt.keys, now_s) if prompt.keys else []
+        if prompt.elsewhere is None:
+            return {Role.DECODE: here, Role.PREFILL: here}
+        keys = prompt.elsewhere.keys
+        return {Role.DECODE: here, Role.PREFILL: self.fleet.index.match(keys, now_s) if keys else []}
+
+    def _predicted(self, model: str, prompt: Prompt, avoid: Collection[WorkerRef], now_s: float) -> Placement:
+        ways = self._ways(model, prompt, avoid, now_s)
         if ways is None:
             raise NoWorkerAvailable(f"no worker can serve {model} at the moment", retry_after_s=1.0)
         choice = PrefillChoice.WORKER
@@ -177,17 +188,21 @@ class Placer:
             reason=ways.reason,
         )
 
-    def _ways(
-        self, model: str, prompt: Prompt, matches: Sequence[Match], avoid: Collection[WorkerRef], now_s: float
-    ) -> _Ways | None:
+    def _ways(self, model: str, prompt: Prompt, avoid: Collection[WorkerRef], now_s: float) -> _Ways | None:
         """The better of prefilling there and here; None without a decode worker."""
+        matches = self._matches(prompt, now_s)
         externality = 0.0 if self._config.policy == "min_ttft" else self._config.externality
         handoff = self.fleet.handoff(model)
         prefill = prefill_options(
-            self.fleet.pool(model, Role.PREFILL), prompt, matches, now_s, externality=externality, avoid=avoid
+            self.fleet.pool(model, Role.PREFILL),
+            prompt.at(Role.PREFILL),
+            matches[Role.PREFILL],
+            now_s,
+            externality=externality,
+            avoid=avoid,
         )
         pool = self.fleet.pool(model, Role.DECODE)
-        found = decode_options(pool, prompt, matches, handoff, now_s, externality=externality, avoid=avoid)
+        found = decode_options(pool, prompt, matches[Role.DECODE], handoff, now_s, externality=externality, avoid=avoid)
         if found is None:
             return None
         remote, local = found
@@ -205,11 +220,17 @@ class Placer:
         return _Ways(remote, tuple(prefill), prefill[0].ttft_s + remote.ttft_s, False, learnt, reason)
 
     def _ranked(
-        self, policy: Policy, pool: Pool, prompt: Prompt, matches: Sequence[Match], avoid: Collection[WorkerRef]
+        self,
+        policy: Policy,
+        pool: Pool,
+        prompt: Prompt,
+        matches: Mapping[Role, Sequence[Match]],
+        avoid: Collection[WorkerRef],
     ) -> list[Candidate]:
         if not len(pool):
             return []
-        blocks = {slot: match.num_blocks for match in matches for slot in slots_of(match.slots & pool.bits)}
+        prompt = prompt.at(pool.role)
+        blocks = {slot: match.num_blocks for match in matches[pool.role] for slot in slots_of(match.slots & pool.bits)}
         candidates = [Candidate(one, prompt.cached_tokens(blocks.get(one.slot, 0))) for one in pool]
         costs = policy(candidates, prompt, self._draw.random)
         ranked = sorted(
@@ -251,15 +272,15 @@ class Dispatched:
         here = placement.choice is PrefillChoice.HERE or not placement.prefill
         work = Charge.for_prefill(new, prompt.num_tokens) if here else Charge()
         fleet.open(placement.decode, self.dispatch_id, replace(work, sequences=sequences, kv_tokens=kv_tokens), self._opened_s)
-        holders = [placement.decode]
+        holders = [(placement.decode, prompt.keys)]
         if not here:
             new = prompt.num_tokens - placement.prefill_cached_tokens
             fleet.open(placement.prefill[0], self.dispatch_id, Charge.for_prefill(new, prompt.num_tokens), self._opened_s)
-            holders.append(placement.prefill[0])
-        for ref in holders:
+            holders.append((placement.prefill[0], prompt.at(Role.PREFILL).keys))
+        for ref, keys in holders:
             worker = fleet.workers.get(ref)
-            if worker is not None and prompt.keys:
-                fleet.index.promise(worker.slot, prompt.keys, self._opened_s)
+            if worker is not None and keys:
+                fleet.index.promise(worker.slot, keys, self._opened_s)
 
     def started(self, started: Started) -> None:
         """The first token is there: the prompt has been computed."""

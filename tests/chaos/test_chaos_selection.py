@@ -42,7 +42,13 @@ class Bench:
     model_path: Path
 
     def rig(
-        self, transport: str, policy: Policy = Policy.AUTO, *, proxied: bool = False, sabotage: bool = False
+        self,
+        transport: str,
+        policy: Policy = Policy.AUTO,
+        *,
+        proxied: bool = False,
+        prefill_block_tokens: int | None = None,
+        sabotage: bool = False,
     ) -> AbstractAsyncContextManager[Rig]:
         return running_rig(
             self.zygote,
@@ -52,6 +58,7 @@ class Bench:
             local_prefill=policy.value,
             times=TIMES,
             proxied=proxied,
+            prefill_block_tokens=prefill_block_tokens,
             sabotage=sabotage,
         )
 
@@ -115,6 +122,17 @@ async def test_bad_memory_and_bad_writers_are_found_out(bench: Bench, transport:
             cell = without_problems(await transport_cell(rig, Policy.NEVER, fault, 24, 1))
             assert cell.faulted
             assert cell.undetected == 0
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_the_same_holds_where_blocks_are_cut_anew(bench: Bench, transport: str) -> None:
+    async with bench.rig(transport, Policy.NEVER, prefill_block_tokens=16) as rig:
+        for fault in (TransportFault.FLIPPED, TransportFault.WRITTEN_LATE):
+            cell = without_problems(await transport_cell(rig, Policy.NEVER, fault, 16, 1))
+            assert cell.faulted
+            assert cell.undetected == 0
+        cell = without_problems(await process_cell(rig, Policy.NEVER, PrefillStep.MID_WRITE, Signal.KILL, 0))
+        assert cell.outcomes[0].ending is Ending.ERROR, "the fault had no effect"
 
 
 async def test_lost_and_doubled_calls(bench: Bench) -> None:

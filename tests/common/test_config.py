@@ -125,6 +125,34 @@ def test_a_missing_file_and_a_missing_model_are_config_errors(tmp_path: Path, wr
         load(write(MINIMAL)).model_named("other")
 
 
+def test_a_pool_may_have_its_own_blocks_and_dtype(write) -> None:
+    given = ("models.0.prefill.block_tokens=64", "models.0.decode.dtype=bfloat16", "models.0.engine.dtype=float32")
+    model = load(write(MINIMAL), *given).models[0]
+    prefill, decode = model.prefill.engine(model.engine), model.decode.engine(model.engine)
+    assert (prefill.block_tokens, prefill.dtype) == (64, "float32")
+    assert (decode.block_tokens, decode.dtype) == (16, "bfloat16")
+    assert model.engine.model_copy(update={"block_tokens": 64}) == prefill, "nothing else changed"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("models.0.prefill.dtype=bfloat16", "one dtype in both pools"),
+        ("models.0.decode.block_tokens=24", "divide 64"),
+        ("models.0.decode.block_tokens=128", "divide 64"),
+        ("models.0.decode.block_tokens=32", ""),
+    ],
+)
+def test_exact_mode_wants_the_same_bits_in_both_pools(write, override: str, says: str) -> None:
+    given = ("models.0.engine.exact=true", "models.0.engine.dtype=float32", override)
+    if not says:
+        assert load(write(MINIMAL), *given).models[0].decode.block_tokens == 32
+        return
+    with pytest.raises(ConfigError, match=says):
+        load(write(MINIMAL), *given)
+    assert load(write(MINIMAL), override), "in fast mode it is no matter"
+
+
 def test_the_tree_is_frozen(write) -> None:
     config = load(write(MINIMAL))
     with pytest.raises(ValidationError):

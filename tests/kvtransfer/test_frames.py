@@ -60,7 +60,7 @@ def test_tables_survive_the_trip(pieces: list[tuple[PieceName, bytes]], kind: Fr
     frame = Frame(kind, bytes(16), len(pieces), payload_bytes if kind is FrameKind.BLOCKS else 0)
     table = encode_table([name for name, _ in pieces], [digest for _, digest in pieces])
     assert len(table) == frame.table_bytes
-    assert decode_table(frame, table, LAYOUT) == [Written(name, digest, None) for name, digest in pieces]
+    assert decode_table(frame, table, LAYOUT.num_layers, LAYER_BYTES) == [Written(name, digest, None) for name, digest in pieces]
 
 
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
@@ -120,9 +120,9 @@ def test_a_block_that_is_larger_than_other_frames_may_travel_alone() -> None:
 @pytest.mark.parametrize("wrong_bytes", [-LAYER_BYTES, -1, 1, LAYER_BYTES])
 def test_a_payload_that_is_not_the_sum_of_its_pieces_is_refused(wrong_bytes: int) -> None:
     table = encode_table([PieceName(0, 0, 2), PieceName(1, 3, 3)], [bytes(16)] * 2)
-    decode_table(Frame(FrameKind.BLOCKS, bytes(16), 2, 5 * LAYER_BYTES), table, LAYOUT)
+    decode_table(Frame(FrameKind.BLOCKS, bytes(16), 2, 5 * LAYER_BYTES), table, LAYOUT.num_layers, LAYER_BYTES)
     with pytest.raises(TransferBroken):
-        decode_table(Frame(FrameKind.BLOCKS, bytes(16), 2, 5 * LAYER_BYTES + wrong_bytes), table, LAYOUT)
+        decode_table(Frame(FrameKind.BLOCKS, bytes(16), 2, 5 * LAYER_BYTES + wrong_bytes), table, LAYOUT.num_layers, LAYER_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_layers_outside_a_block_are_refused(kind: FrameKind, first_layer: int, n
     table = encode_table([PieceName(0, first_layer, num_layers)], [bytes(16)])
     amount = num_layers * LAYER_BYTES if kind is FrameKind.BLOCKS else 0
     with pytest.raises(TransferBroken):
-        decode_table(Frame(kind, bytes(16), 1, amount), table, LAYOUT)
+        decode_table(Frame(kind, bytes(16), 1, amount), table, LAYOUT.num_layers, LAYER_BYTES)
 
 
 def test_a_table_of_another_length_is_refused() -> None:
     table = encode_table([PieceName(0, 0, 6)], [bytes(16)])
     with pytest.raises(TransferBroken):
-        decode_table(Frame(FrameKind.WRITTEN, bytes(16), 2), table, LAYOUT)
+        decode_table(Frame(FrameKind.WRITTEN, bytes(16), 2), table, LAYOUT.num_layers, LAYER_BYTES)

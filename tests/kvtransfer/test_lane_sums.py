@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from common.lane_sums import CHUNK_BYTES, KEY, LANES, lane_sums
-from kvtransfer.digest import DigestKind, piece_digest, piece_digest_of_sums
+from common.engine.lane_sums import CHUNK_BYTES, KEY, LANES, lane_sums
+from kvtransfer.digest import device_digest, piece_digest
 
 NONCE = bytes(16)
 
@@ -26,8 +26,8 @@ def by_definition(content: bytes) -> list[list[int]]:
     return sums
 
 
-def digest(content: bytes, kind: DigestKind = DigestKind.LANES) -> bytes:
-    return piece_digest(memoryview(content), NONCE, 3, 0, 2, kind)
+def digest(content: bytes) -> bytes:
+    return device_digest(lane_sums(memoryview(content)).tobytes(), len(content), NONCE, 3, 0, 2)
 
 
 @pytest.mark.parametrize("size", [0, 4, 4095, 4096, 4097, 12_000])
@@ -69,12 +69,11 @@ def test_every_accident_is_seen() -> None:
 
 def test_kinds_places_and_lengths_are_told_apart() -> None:
     content = bytes(range(200))
-    sums = memoryview(lane_sums(memoryview(content))).cast("B")
-    assert digest(content) == piece_digest_of_sums(sums, 200, NONCE, 3, 0, 2)
+    sums = lane_sums(memoryview(content)).tobytes()
     others = {
-        digest(content, DigestKind.BYTES),
-        piece_digest_of_sums(sums, 204, NONCE, 3, 0, 2),
-        piece_digest_of_sums(sums, 200, NONCE, 4, 0, 2),
-        piece_digest_of_sums(sums, 200, b"1" * 16, 3, 0, 2),
+        piece_digest(memoryview(content), NONCE, 3, 0, 2),
+        device_digest(sums, 204, NONCE, 3, 0, 2),
+        device_digest(sums, 200, NONCE, 4, 0, 2),
+        device_digest(sums, 200, b"1" * 16, 3, 0, 2),
     }
     assert len(others - {digest(content)}) == 4

@@ -362,7 +362,12 @@ def test_what_must_be_equal_is_refused_by_name(field: str, value: object) -> Non
 def test_block_size_may_differ_and_dtype_too_unless_exact() -> None:
     check_reshardable(MODEL, replace(MODEL, block_tokens=24, dtype="float32"))
     exact = replace(MODEL, exact=True)
-    check_reshardable(exact, replace(exact, block_tokens=24))
+    for block_tokens in (1, 8, 32, 64):  # 16 here: tiles of 64 tokens in either
+        check_reshardable(exact, replace(exact, block_tokens=block_tokens))
+    for block_tokens in (24, 48, 128):
+        with pytest.raises(HandshakeRefused) as refused:
+            check_reshardable(exact, replace(exact, block_tokens=block_tokens))
+        assert refused.value.param == "block_tokens"
     with pytest.raises(HandshakeRefused) as refused:
         check_reshardable(exact, replace(exact, dtype="float32"))
     assert refused.value.param == "dtype"

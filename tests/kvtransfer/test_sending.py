@@ -275,7 +275,8 @@ class Mapped:
 
 
 @pytest.fixture
-def mapped() -> AsyncIterator[Mapped]:
+def mapped(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mapped]:
+    monkeypatch.setattr(shm, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
     mapped = Mapped()
     yield mapped
     mapped.close()
@@ -305,7 +306,21 @@ def test_pieces_are_copied_as_if_one_by_one(
     assert digests == [piece_digest(content, NONCE, *name) for name, _, content in pieces]
     announced = [entry for group in mapped.announced for entry in group]
     assert sorted(announced) == sorted((name, digest) for (name, _, _), digest in zip(pieces, digests, strict=True))
-    assert len(mapped.announced) <= shm.FRAMES_A_BATCH + 2
+
+
+def test_the_last_announcements_are_small_and_there_are_few(
+    mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is announced last is checked when nothing else is left to do."""
+    monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES // LAYERS)
+    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1 << 30)
+    pieces = [piece(source, block, block, layer, 1) for block in range(BLOCKS) for layer in range(LAYERS)]
+    mapped.write(pieces)
+    sizes = [len(group) for group in mapped.announced]
+    assert sum(sizes) == len(pieces)
+    assert sizes[-1] == 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) < len(pieces) / 3
 
 
 def test_neighbours_are_one_copy(mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +389,7 @@ def test_two_threads_announce_one_after_the_other(mapped: Mapped, source: BlockR
     monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1)
     monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1)
-    monkeypatch.setattr(shm, "FRAMES_A_BATCH", BLOCKS)
+    monkeypatch.setattr(shm, "ANNOUNCED_SHARE", 1 << 30)
     sending, threads = threading.Lock(), set()
 
     def slow_send(buffers: object) -> None:

@@ -72,6 +72,7 @@ def moves() -> None:
     words = torch.empty(4096, dtype=torch.int32)
     move_pieces.move_pieces(words, words, [(0, 16, 8192)])
     move_pieces.move_pieces(words, words, [(0, 4, 8192)])
+    move_pieces.move_pieces(words, None, [(0, 0, 8192)])
 
 
 def rules() -> None:

@@ -10,7 +10,6 @@ import json
 import torch
 
 from common.engine.quantisation import quantise, quantise_fp8, quantise_int4
-from common.engine.triton_kernels.byte_rows import copy_rows, sum_rows
 from common.engine.triton_kernels.gemm_exact import exact_linear
 from common.engine.triton_kernels.gemm_fp8 import fp8
 from common.engine.triton_kernels.gemm_w4a16 import w4a16
@@ -29,11 +28,6 @@ def main() -> None:
             fp8(rows, *quantise_fp8(weight), None)
             exact_linear(rows, weight.bfloat16(), None)
         report(launches)
-    words, rows_of_words = torch.zeros(64, 8192, dtype=torch.int64), torch.arange(8)
-    with recorded_launches() as launches:
-        copy_rows(words, words, rows_of_words, rows_of_words, 8192)
-        sum_rows(words, rows_of_words, 8192)
-    report(launches)
     experts = torch.randn(8, 512, 1024, dtype=torch.bfloat16)
     for num_slots in (16, 512, 4096):
         tiling = tiling_for(num_slots, 8)

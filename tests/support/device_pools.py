@@ -7,7 +7,6 @@ Where there is a GPU, `VisibleRegion` is over its memory.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import threading
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from common.engine.lane_sums import lane_sums
 from common.errors import TransferBroken
 from kvtransfer.device import DeviceRegion, DeviceView
 from kvtransfer.region import BlockRegion
@@ -38,8 +38,17 @@ class HostMemory:
 
     def contents(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         self.num_content_calls += 1
-        buffer = self.shared.buffer
-        return [hashlib.sha256(buffer[offset : offset + size]).digest() for offset, size in ranges]
+        return self.sums(None, [(offset, offset, size) for offset, size in ranges])
+
+    def sums(self, destination: mmap.mmap | None, copies: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """What one launch does: copies, if there is a destination, and sums."""
+        found = []
+        for source, place, size in copies:
+            content = self.shared.buffer[source : source + size]
+            if destination is not None:
+                destination[place : place + size] = bytes(content)
+            found.append(lane_sums(content).tobytes())
+        return found
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         return bytes(self.shared.buffer[offset_bytes : offset_bytes + size_bytes])
@@ -67,12 +76,11 @@ class HostPeer:
         self._mapping = mapping
         own.open_peers += 1
 
-    def write(self, copies: Sequence[tuple[int, int, int]]) -> None:
+    def write(self, copies: Sequence[tuple[int, int, int]]) -> list[bytes]:
         self._own.writes.append(list(copies))
         if not self._own.go_on.wait(30):
             raise TransferBroken("the test did not let the write go on")
-        for source, destination, size in copies:
-            self._mapping[destination : destination + size] = bytes(self._own.shared.buffer[source : source + size])
+        return self._own.sums(self._mapping, copies)
 
     def close(self) -> None:
         self._mapping.close()
@@ -82,10 +90,10 @@ class HostPeer:
 class GpuMemory:
     """The engine's own, with what a test reads and writes. Both ends of a link may be in one process here."""
 
-    def __init__(self, block_bytes: int, num_blocks: int, num_layers: int) -> None:
+    def __init__(self, block_bytes: int, num_blocks: int) -> None:
         from common.engine.device_memory import DeviceAllocation
 
-        self._own = DeviceAllocation(block_bytes * num_blocks, block_bytes // num_layers, torch.device("cuda", 0))
+        self._own = DeviceAllocation(block_bytes * num_blocks, torch.device("cuda", 0))
         self.size_bytes = self._own.size_bytes
         self.handle, self.contents, self.open_peer = self._own.handle, self._own.contents, self._own.open_peer
         self._bytes = self._own.words.view(torch.uint8)
@@ -130,7 +138,7 @@ class VisibleRegion(DeviceRegion):
         self.memory: Any = HostMemory(block_bytes, num_blocks)
         if num_layers and torch.cuda.is_available():
             self.memory.close()
-            self.memory = GpuMemory(block_bytes, num_blocks, num_layers)
+            self.memory = GpuMemory(block_bytes, num_blocks)
         super().__init__(self.memory, block_bytes, num_blocks)
         self.buffer = cast(memoryview, VisibleView(self.memory, 0, block_bytes * num_blocks))
 

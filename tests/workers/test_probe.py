@@ -51,7 +51,7 @@ async def test_each_kind_is_measured_and_the_one_in_use_is_named(model_path: Pat
 
 
 async def test_unequal_layouts_and_dead_workers_are_named(model_path: Path) -> None:
-    other = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=1024, block_tokens=8)
+    other = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=1024, block_tokens=24)
     async with running_workers(
         model_path, engine=ENGINE, decode=DecodeConfig(local_prefill="auto"), prefill_engine=other
     ) as workers:

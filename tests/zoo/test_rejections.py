@@ -110,13 +110,37 @@ async def test_z03_without_digests_the_answer_is_wrong(
 # -- unequal workers ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("parallel", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["tensor", "pipeline"])
+async def test_z23_a_rejected_hand_off_takes_no_rank_down(
+    model_path: Path, oracle: Oracle, plants: Plants, parallel: dict[str, int]
+) -> None:
+    """Z23, sglang#16903. There: each rank polled its transfers, one failed poll cascaded over all ranks, and the decode worker
+    had to be restarted. Ours: one process of a worker knows of transfers, so a rejected one is one request's error; the ranks go
+    on, the same prompt is right when it is asked for again, and so is another."""
+    decode = REMOTE.model_copy(update=parallel)
+    async with running_workers(model_path, engine=ENGINE, decode=decode, prefill=PrefillConfig(**parallel)) as workers:
+        before = [list((await workers.info(ref.address)).rank_pids) for ref in (workers.decode_ref, *workers.prefill_refs)]
+        assert all(len(pids) == 1 for pids in before)
+        work = request(prompt_of(5 * BLOCK + 7, 40), request_id="spoiled", max_tokens=6)
+        spoiler = Spoiler(plants, work.request_id, 2)
+        assert isinstance(await ending(workers, work, workers.prefill_refs), DigestMismatch)
+        assert spoiler.spoiled
+        plants.arriving = None
+        for number in (40, 41):
+            item = request(prompt_of(5 * BLOCK + 7, number), max_tokens=6)
+            assert oracle.agrees(item, await workers.generate(item))
+        await workers.assert_nothing_leaks()
+        after = [list((await workers.info(ref.address)).rank_pids) for ref in (workers.decode_ref, *workers.prefill_refs)]
+        assert after == before
+
+
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("other"), seed=6)
 
 
 UNEQUAL = {
-    "block_tokens": {"block_tokens": 8},
+    "block_tokens": {"block_tokens": 24},  # exact attention walks over them in other tiles; 8 would be cut anew
     "dtype": {"dtype": "bfloat16"},
     "exact": {"exact": False},
     "model_digest": {},

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from common.blocks import exact_tile_blocks
 from common.engine.attention import Span
 from common.engine.kv_pool import KVPool
 
 _QUERY_TILE_ROWS = 16
-_KV_TILE_TOKENS = 64
 _WIDTH_MULTIPLE = 16
 """Matrix libraries have remainder kernels for narrow odd outputs, in which a row's place matters: heads are padded to this."""
 
@@ -51,11 +51,6 @@ def query_tile_tokens(heads_per_kv_head: int) -> int:
     return max(1, _QUERY_TILE_ROWS // heads_per_kv_head)
 
 
-def kv_tile_blocks(block_tokens: int) -> int:
-    """Blocks of a KV tile: as many as make 64 tokens, or one."""
-    return max(1, _KV_TILE_TOKENS // block_tokens)
-
-
 class TiledPlan:
     def __init__(self, groups: Sequence[TileGroup]) -> None:
         self._groups = groups
@@ -77,7 +72,7 @@ class TileGroup:
         self._heads_per_kv_head = num_heads // layout.num_kv_heads
         self._tile_tokens = tile_tokens
         self._scale = layout.head_dim**-0.5
-        tile_blocks = kv_tile_blocks(layout.block_tokens)
+        tile_blocks = exact_tile_blocks(layout.block_tokens)
         self._kv_tile_tokens = tile_blocks * layout.block_tokens
 
         tiles: list[tuple[int, int, int, int]] = []  # rows to see of KV, first row, rows, position of the first

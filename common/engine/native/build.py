@@ -1,23 +1,14 @@
-"""From C++ source to a shared library in the cache.
-
-    source, flags, compiler, CPU -> name of the library -> there? take it : compile beside it, then rename
-
-The library is made for the CPU that compiles it, so the CPU's features are part of the name: a cache on a shared disk serves
-different machines. One process compiles at a time; the others wait for the lock and find the result. Nothing is downloaded.
-"""
+"""The decoder's C++ source, and how it is compiled (`common.native_build`)."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import EngineFailure
+from common import native_build
+from common.native_build import COMPILERS, BuildError, NativeSource, find_compiler
+
+__all__ = ["COMPILERS", "BuildError", "build_library", "find_compiler", "find_library", "source_digest"]
 
 _SOURCE = Path(__file__).parent / "source"
 _FLAGS = (
@@ -31,21 +22,11 @@ _FLAGS = (
     "-shared",
     "-pthread",
 )
-COMPILERS = ("g++", "c++", "clang++")
-_TIMEOUT_S = 300.0
-
-
-class BuildError(EngineFailure):
-    """There will be no library: no compiler, or one that cannot compile it."""
 
 
 def find_library(cache: Path) -> Path | None:
     """The library for this machine, if it was built before."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    path = cache / _name(compiler)
-    return path if path.is_file() else None
+    return native_build.find_library(_source(), cache)
 
 
 def build_library(cache: Path, check: Callable[[Path], None]) -> Path:
@@ -53,72 +34,13 @@ def build_library(cache: Path, check: Callable[[Path], None]) -> Path:
 
     Raises BuildError, and what `check` raises.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError(f"no C++ compiler: looked for {', '.join(COMPILERS)}")
-    path = cache / _name(compiler)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                _compile(compiler, path, check)
-    except OSError as error:
-        raise BuildError(f"cannot write to {cache}: {error.strerror}") from error
-    return path
-
-
-def _compile(compiler: str, path: Path, check: Callable[[Path], None]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *_FLAGS, str(_SOURCE / "decoder.cpp"), "-o", str(unfinished)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise BuildError(f"{compiler} failed: {_first_error(done.stderr)}")
-        check(unfinished)
-        unfinished.replace(path)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took longer than {_TIMEOUT_S:.0f} s") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _first_error(output: str) -> str:
-    lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
-    return lines[0] if lines else "no message"
-
-
-def find_compiler() -> str | None:
-    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
-
-
-def _name(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for part in (*_FLAGS, compiler, _version(compiler), platform.machine(), _cpu_features(), source_digest()):
-        digest.update(part.encode() + b"\0")
-    return f"decoder-{digest.hexdigest()[:32]}.so"
+    return native_build.build_library(_source(), cache, check)
 
 
 def source_digest() -> str:
     """Of what is compiled."""
-    digest = hashlib.sha256()
-    for path in sorted(_SOURCE.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:32]
+    return _source().digest()[:32]
 
 
-def _version(compiler: str) -> str:
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout
-
-
-def _cpu_features() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+def _source() -> NativeSource:
+    return NativeSource("decoder", _SOURCE, "decoder.cpp", _FLAGS)

@@ -15,10 +15,11 @@ import yaml
 from typer.testing import CliRunner
 
 from common.config import Config, RedisConfig, RouterConfig
+from common.wire.worker_pb2 import InfoReply
 from deploy.app import app
 from deploy.diagnosis import machine, software
 from deploy.diagnosis.finding import Finding, Severity, exit_status
-from deploy.diagnosis.links import advise
+from deploy.diagnosis.links import advise, recutting
 from deploy.diagnosis.machine import check_machine, cpu_quota, memory_room_bytes
 from deploy.diagnosis.models import check_models
 from deploy.diagnosis.ports import check_ports, holder
@@ -216,6 +217,19 @@ def test_a_real_store_says_what_it_is() -> None:
 )
 def test_each_way_to_fail_has_advice(kind: str, code: str, param: str, expected: str) -> None:
     assert expected in advise(kind, code, param, "it failed")
+
+
+def test_pools_between_which_kv_is_cut_anew_are_named() -> None:
+    def worker(name: str, block_tokens: int, dtype: str) -> InfoReply:
+        return InfoReply(worker_id=name, block_tokens=block_tokens, dtype=dtype)
+
+    decode = worker("m/decode/0", 32, "bfloat16")
+    assert not list(recutting(worker("m/prefill/0", 32, "bfloat16"), decode))
+    for prefill in (worker("m/prefill/1", 16, "bfloat16"), worker("m/prefill/2", 32, "float32")):
+        (finding,) = recutting(prefill, decode)
+        assert finding.what == f"{prefill.worker_id} -> m/decode/0"
+        assert f"blocks of {prefill.block_tokens} tokens in {prefill.dtype} become blocks of 32 in bfloat16" in finding.found
+        assert exit_status([finding]) == 0, "it works"
 
 
 def doctor(home: Path, *arguments: str) -> dict:

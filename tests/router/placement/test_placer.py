@@ -33,7 +33,10 @@ ALL = (*DECODE, *PREFILL)
 class Rig:
     """A placer and the workers that report to it."""
 
-    def __init__(self, *views: WorkerView, policy: str = "predicted", externality: float = 0.7) -> None:
+    def __init__(
+        self, *views: WorkerView, policy: str = "predicted", externality: float = 0.7, prefill_block_tokens: int = 16
+    ) -> None:
+        self.prefill_block_tokens = prefill_block_tokens
         self.clock = ManualClock(100.0)
         config = PlacementConfig.model_validate({"policy": policy, "externality": externality})
         self.placer = Placer(config, clock=self.clock, draw=random.Random(1))
@@ -41,8 +44,9 @@ class Rig:
         self.sequences: dict[WorkerRef, int] = {}
         self.placer.sync(views)
 
-    def shape(self, local_prefill: str = "auto") -> WorkerShape:
-        return WorkerShape(16, b"f" * 32, 1000, 256, local_prefill)
+    def shape(self, name: str, local_prefill: str = "auto") -> WorkerShape:
+        longer = name[0] == "p" and self.prefill_block_tokens != 16
+        return WorkerShape(self.prefill_block_tokens if longer else 16, (b"g" if longer else b"f") * 32, 1000, 256, local_prefill)
 
     def report(
         self,
@@ -61,7 +65,7 @@ class Rig:
         report = WorkerReport(
             sequence=sequence,
             load=WorkerLoad(**load),  # type: ignore[arg-type]
-            shape=self.shape(local_prefill) if sequence == 1 else None,
+            shape=self.shape(name, local_prefill) if sequence == 1 else None,
             dispatches=dispatches,
             registered=registered,
             evicted=evicted,
@@ -154,6 +158,27 @@ def test_a_prompt_is_named_as_workers_name_it() -> None:
     assert (len(prompt.keys), prompt.block_tokens, prompt.num_tokens) == (2, 16, 37)
     whole = Request("r", "m", tokens, SamplingParams(max_tokens=5, seed=0, prompt_logprobs=1))
     assert rig.placer.prompt_of(whole).keys == ()
+
+
+def test_pools_whose_blocks_differ_name_a_prompt_each_for_itself() -> None:
+    rig = Rig(*ALL, prefill_block_tokens=64)
+    rig.learn(local_prefill="never")
+    tokens = tuple(range(3, 3 + 1030))
+    prompt = rig.placer.prompt_of(Request("r", "m", tokens, SamplingParams(max_tokens=5, seed=0)))
+    here, there = prompt.at(Role.DECODE), prompt.at(Role.PREFILL)
+    assert (here.block_tokens, len(here.keys)) == (16, 64)
+    assert there.keys == tuple(block_key(one) for one in hash_chain(root_hash(b"g" * 32, ""), tokens, 64))
+    rig.report("d1", registered=tuple(here.keys[:60]))
+    rig.report("p1", registered=tuple(there.keys[:8]))
+    placement = rig.placer.place("m", prompt)
+    assert (placement.decode.worker_id, placement.decode_cached_tokens) == ("d1", 960)
+    assert (placement.prefill[0].worker_id, placement.prefill_cached_tokens) == ("p1", 512)
+    rig.placer.open(placement, "m", prompt).close()
+    again = rig.placer.place("m", prompt)
+    assert (again.decode_cached_tokens, again.prefill_cached_tokens) == (1024, 1024), "promised to both, by their own names"
+    equal = Rig(*ALL)
+    equal.learn()
+    assert equal.placer.prompt_of(Request("r", "m", tokens, SamplingParams(max_tokens=5, seed=0))).elsewhere is None
 
 
 def test_the_holder_of_a_prefix_is_worth_some_wait_but_not_any() -> None:

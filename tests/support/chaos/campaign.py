@@ -4,6 +4,7 @@
     link         every fault that a network can do to a data link, on live workers under load (tcp)
     transport    every fault that a decorated link or memory can do, on live workers under load
     rpc          every control call lost, doubled, late
+    recut        the most telling of these with a prefill worker whose blocks are of another size
     healthy      a hundred thousand blocks and more per link with no fault at all
 
 `run` does it and returns a `Report`; `Report.markdown` is the file that stands beside the tests. Figures that depend on the
@@ -48,6 +49,16 @@ TIMES = Times(lease_s=1.0, ticket_ttl_s=2.5, handshake_timeout_s=1.0, release_ti
 CELL_DEADLINE_S = 60.0
 SETTLE_TIMEOUT_S = 6.0
 MAX_GROWTH = 16  # of descriptors, tasks or threads, over all cells that a worker lives through
+RECUT_BLOCK_TOKENS = 16  # of the prefill worker, where KV is cut anew; the decode worker's are half as long
+RECUT_STEPS: tuple[Step, ...] = (
+    DecodeStep.TICKET_MINTED,
+    DecodeStep.HALF_VERIFIED,
+    DecodeStep.SEAL_RECEIVED,
+    PrefillStep.MID_WRITE,
+    PrefillStep.AFTER_FIRST_WRITE,
+    PrefillStep.BEFORE_CLOSE,
+    PrefillStep.BEFORE_REPLY,
+)
 METHODS = ("Handshake", "Run", "Release", "Generate")
 STEPS: tuple[Step, ...] = (*DecodeStep, *PrefillStep)
 
@@ -61,6 +72,7 @@ class Size:
     link_requests: int = 80
     transport_requests: int = 80
     rpc_requests: int = 24
+    recut_requests: int = 40
     healthy_blocks: int = 102_400
     rigs_at_once: int = 3
 
@@ -163,6 +175,14 @@ class Report:
             *self._policies("rpc", list(dict.fromkeys(c.row for c in self.cells if c.section == "rpc")), list(self.transports)),
             "",
         ]
+        lines += [
+            "## The same where the prefill worker's blocks are twice as long, and KV is cut anew on its way",
+            "",
+            *self._policies(
+                "recut", list(dict.fromkeys(c.row for c in self.cells if c.section == "recut")), list(self.transports)
+            ),
+            "",
+        ]
         return "\n".join(lines)
 
     def _grid(self, section: str, rows: Sequence[str], columns: Sequence[str], corner: str) -> list[str]:
@@ -204,9 +224,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def installed_transports() -> tuple[str, ...]:
     """The links of this machine that two worker processes can use."""
-    from kvtransfer.transports import TRANSPORTS
+    from kvtransfer.transports import LOSSY, TRANSPORTS
 
-    kinds = [kind for kind in TRANSPORTS if kind != "inproc"]
+    kinds = [kind for kind in TRANSPORTS if kind not in ("inproc", "cuda_ipc", *LOSSY)]  # the workers' pools are in host memory
     if importlib.util.find_spec("nixl_cu13") is None:
         kinds = [kind for kind in kinds if kind != "nixl"]
     return tuple(kinds)
@@ -242,6 +262,7 @@ class _Campaign:
             "link": self.link,
             "transport": self.transport,
             "rpc": self.rpc,
+            "recut": self.recut,
             "healthy": self.healthy,
         }
 
@@ -295,6 +316,36 @@ class _Campaign:
         if "tcp" in self._report.transports:
             self._report.unreachable.append("'Release' over tcp: the decode worker fences a writer by itself")
 
+    async def recut(self) -> None:
+        def renamed(make: Callable[[Rig], Awaitable[CellResult]], kind: str, what: str) -> Callable[[Rig], Awaitable[CellResult]]:
+            async def cell(rig: Rig) -> CellResult:
+                made = await make(rig)
+                made.section, made.row, made.column = "recut", what, kind
+                return made
+
+            return cell
+
+        async def column(kind: str, policy: Policy) -> None:
+            cells = [
+                renamed(
+                    partial(transport_cell, policy=policy, fault=fault, count=self._size.recut_requests, seed=seed),
+                    kind,
+                    fault.value,
+                )
+                for seed, fault in enumerate(TransportFault)
+            ]
+            cells += [
+                renamed(
+                    partial(process_cell, policy=policy, step=step, signal_=signal_, number=number),
+                    kind,
+                    f"{'decode' if isinstance(step, DecodeStep) else 'prefill'}: {step.value}, {signal_.value}",
+                )
+                for number, (step, signal_) in enumerate(itertools.product(RECUT_STEPS, Signal))
+            ]
+            await self._cells(kind, policy, cells, proxied=False, prefill_block_tokens=RECUT_BLOCK_TOKENS)
+
+        await self._side_by_side(column)
+
     async def healthy(self) -> None:
         for kind in self._report.transports:
             moved = await move_blocks(self._zygote, kind, self._size.healthy_blocks)
@@ -311,7 +362,13 @@ class _Campaign:
         await asyncio.gather(*(gated(kind, policy) for kind in self._report.transports for policy in Policy))
 
     async def _cells(
-        self, kind: str, policy: Policy, cells: Sequence[Callable[[Rig], Awaitable[CellResult]]], *, proxied: bool
+        self,
+        kind: str,
+        policy: Policy,
+        cells: Sequence[Callable[[Rig], Awaitable[CellResult]]],
+        *,
+        proxied: bool,
+        prefill_block_tokens: int | None = None,
     ) -> None:
         """One after the other on one rig; a cell that has gone wrong gets the next one a new rig."""
         left = list(cells)
@@ -324,6 +381,7 @@ class _Campaign:
                 local_prefill=policy.value,
                 times=TIMES,
                 proxied=proxied,
+                prefill_block_tokens=prefill_block_tokens,
             ) as rig:
                 before: dict[tuple[int, str], int] = {}
                 while left:

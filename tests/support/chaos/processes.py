@@ -153,13 +153,14 @@ def make_order(
     local_prefill: str = "auto",
     times: Times,
     engine: EngineConfig = ENGINE,
+    prefill_block_tokens: int | None = None,
     sabotage: bool = False,
 ) -> dict[str, Any]:
     model = ModelConfig(
         name="tiny",
         source=str(model_path),
         engine=engine,
-        prefill=PrefillConfig(chunk_tokens=24, layer_groups=2),
+        prefill=PrefillConfig(chunk_tokens=24, layer_groups=2, block_tokens=prefill_block_tokens),
         decode=DecodeConfig(local_prefill=local_prefill, local_prefill_tokens=0),  # type: ignore[arg-type]
     )
     return {

@@ -76,6 +76,7 @@ class Rig:
         num_prefill: int,
         times: Times,
         proxied: bool,
+        prefill_block_tokens: int | None = None,
         sabotage: bool = False,
     ) -> None:
         self.transport = transport
@@ -89,6 +90,7 @@ class Rig:
         self._zygote, self.oracle, self._model_path = zygote, oracle, model_path
         self._num_prefill = num_prefill
         self._proxied = proxied
+        self._prefill_block_tokens = prefill_block_tokens
         self._sabotage = sabotage
         self._incarnation = itertools.count(1)
         self._serial = itertools.count()
@@ -133,6 +135,7 @@ class Rig:
             transports=(self.transport,),
             local_prefill=self.local_prefill,
             times=self.times,
+            prefill_block_tokens=self._prefill_block_tokens,
             sabotage=self._sabotage,
         )
         return WorkerProcess(self._zygote, order)
@@ -306,8 +309,10 @@ async def running_rig(
     num_prefill: int = 1,
     times: Times | None = None,
     proxied: bool = False,
+    prefill_block_tokens: int | None = None,
     sabotage: bool = False,
 ) -> AsyncIterator[Rig]:
+    """`prefill_block_tokens`: None = as the decode worker's, else KV is cut anew on its way."""
     rig = Rig(
         zygote,
         oracle,
@@ -317,6 +322,7 @@ async def running_rig(
         num_prefill=num_prefill,
         times=times or Times(),
         proxied=proxied,
+        prefill_block_tokens=prefill_block_tokens,
         sabotage=sabotage,
     )
     await rig.start()

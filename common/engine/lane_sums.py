@@ -1,4 +1,4 @@
-"""Sums of bytes that a GPU can make while it copies them, and a CPU just as well: the first level of a digest of KV.
+"""Sums of bytes that a GPU makes while it copies them: the first level of a digest of KV that never was in host memory.
 
     bytes   |  chunk of 4 KiB  |  chunk  | chunk, padded with zeros |
     sums    |  4 x 64 bits     |  4 x 64 |  4 x 64                  |        1/128 of the bytes; what is made of them:
@@ -36,7 +36,7 @@ def num_chunks(num_bytes: int) -> int:
 
 
 def lane_sums(content: memoryview) -> Sums:
-    """[chunks, 4]. The bytes are read once; numpy needs some hundred microseconds a megabyte."""
+    """[chunks, 4]: what the kernel's sums are held against."""
     whole = content.nbytes // CHUNK_BYTES
     flat = np.frombuffer(content, dtype=np.uint8)
     sums = np.empty((num_chunks(content.nbytes), LANES), dtype=np.uint64)

@@ -1,0 +1,42 @@
+"""Whether there is a library for this machine. A process asks for it once (`prepare`); until it is there, and where it cannot be
+had, pieces are copied and digested by what Python has, which is said once.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+from common.logs import get_logger
+from common.native_build import BuildError, NativeSource, build_library
+from kvtransfer.native.kernel import PieceKernel, check_kernel
+
+_SOURCE = NativeSource(
+    "pieces",
+    Path(__file__).parent / "source",
+    "pieces.cpp",
+    ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"),
+)
+_log = get_logger(__name__)
+_asked = threading.Lock()
+_kernel: PieceKernel | None = None
+
+
+def piece_kernel() -> PieceKernel | None:
+    """The library, once there is one."""
+    return _kernel
+
+
+def prepare(cache: Path) -> None:
+    """Has the library ready, compiled if need be, which takes seconds. Only the first call does anything; blocking."""
+    global _kernel
+    if not _asked.acquire(blocking=False):
+        return
+    if sys.byteorder != "little":
+        _log.warning("no native copies of KV on a big-endian machine")
+        return
+    try:
+        _kernel = PieceKernel(build_library(_SOURCE, cache, check_kernel))
+    except BuildError as error:
+        _log.warning("native copies of KV cannot be had; Python's serve", reason=str(error))
