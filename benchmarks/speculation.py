@@ -34,7 +34,8 @@ from common.errors import EngineFailure
 from common.model_store import pull
 from common.tokenizer import Tokenizer
 from common.types import Request, SamplingParams
-from decode_worker.scheduler import DecodeScheduler, Failed, Output
+from decode_worker.events import Failed, Output
+from decode_worker.scheduler import DecodeScheduler
 from decode_worker.speculation.choice import create_speculator
 from decode_worker.speculation.speculator import Speculator
 

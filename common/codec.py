@@ -9,6 +9,7 @@ from __future__ import annotations
 from common.errors import ERRORS_BY_CODE, InvalidRequest, PdserveError, error_from_code
 from common.load import StepSample, WorkerLoad, WorkerPace, WorkerReport, WorkerShape
 from common.types import (
+    LOWEST_PRIORITY,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -135,6 +136,7 @@ def request_to_wire(request: Request) -> pb.Request:
         first_choice=request.first_choice,
         num_resumed_tokens=request.num_resumed_tokens,
         dispatch_id=request.dispatch_id,
+        priority=request.priority,
     )
 
 
@@ -149,6 +151,8 @@ def request_from_wire(message: pb.Request) -> Request:
         raise InvalidRequest("more of the answer is there already than can be", param="num_resumed_tokens")
     if message.num_resumed_tokens and message.num_choices > 1:
         raise InvalidRequest("one choice at a time is resumed", param="num_choices")
+    if message.priority > LOWEST_PRIORITY:
+        raise InvalidRequest(f"priority must be 0 to {LOWEST_PRIORITY}", param="priority")
     return Request(
         request_id=message.request_id,
         model=message.model,
@@ -160,6 +164,7 @@ def request_from_wire(message: pb.Request) -> Request:
         first_choice=message.first_choice,
         num_resumed_tokens=message.num_resumed_tokens,
         dispatch_id=message.dispatch_id,
+        priority=message.priority,
     )
 
 

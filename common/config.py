@@ -175,8 +175,44 @@ class DecodeConfig(PoolConfig):
     local_prefill_tokens: int = Field(
         32, ge=0, description="auto prefills locally up to so many uncached prompt tokens, while the router has no forecast."
     )
-    watermark_blocks: int = Field(2, ge=0, description="Free blocks kept back for growth when a new request is admitted.")
+    watermark_blocks: int = Field(2, ge=0, description="Free blocks kept back, whatever runs, when a new request is admitted.")
+    growth_tokens: int = Field(
+        16,
+        ge=0,
+        description="A new request is admitted only if every answer in progress could still grow by so many tokens (less, where"
+        " max_tokens ends it sooner). More of it: fewer preemptions, and fewer answers at a time.",
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="The next step is prepared while one is computed; its tokens are read one step late. auto: on CUDA and where"
+        " the machine has cores that do not compute.",
+    )
+    preemption: Literal["auto", "recompute", "swap"] = Field(
+        "auto",
+        description="What becomes of an answer's KV when it loses its blocks. recompute: computed again. swap: kept in"
+        " host memory. auto: what is expected to take less time, as measured.",
+    )
+    swap_bytes: int = Field(
+        268_435_456, ge=0, description="Host memory for the KV of answers that lost their blocks, at most; 0 = none."
+    )
+    priority_aging_s: float = Field(
+        10.0,
+        gt=0,
+        description="So many seconds of waiting outweigh one band of priority: a background request (two bands down) goes before"
+        " an interactive one that comes 20 s later.",
+    )
+    max_overtaken: int = Field(
+        16,
+        ge=0,
+        description="A request that finds no room is overtaken by so many smaller ones, at most; then all wait until it fits.",
+    )
     speculation: SpeculationConfig = SpeculationConfig()
+
+    @model_validator(mode="after")
+    def _has_where_to_swap(self) -> DecodeConfig:
+        if self.preemption == "swap" and not self.swap_bytes:
+            raise ValueError("preemption swap needs swap_bytes")
+        return self
 
 
 class PoolAutoscalingConfig(_Part):

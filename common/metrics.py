@@ -509,6 +509,11 @@ class WorkerReadings:
     work_s: Mapping[str, float]  # time of steps, by what their rows were for
     masks: MaskReadings
     ranks: int = 1
+    steps_ahead: int = 0  # planned while another was computed
+    waits: Mapping[str, int] = field(default_factory=dict)  # steps that could not be, by the reason
+    surplus_rows: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
 
 
 class WorkerMetrics:
@@ -593,6 +598,10 @@ class WorkerMetrics:
             ("pdserve_kv_leases_expired", "Transfers whose ticket or lease ran out.", now.leases.expired),
             ("pdserve_grammar_masks", "Masks of grammars that were worked out.", now.masks.count),
             ("pdserve_grammar_mask_seconds", "Time that took, beside the model.", now.masks.seconds),
+            ("pdserve_steps_ahead", "Steps planned while the one before was computed.", now.steps_ahead),
+            ("pdserve_surplus_rows", "Rows of those for answers that had ended meanwhile.", now.surplus_rows),
+            ("pdserve_swapped_out", "Preempted sequences whose KV went to swap space.", now.swapped_out),
+            ("pdserve_swapped_in", "Sequences whose KV came back from there.", now.swapped_in),
             ("pdserve_speculation_wasted_rows", "Rows computed for wrong guesses.", now.drafted_tokens - now.accepted_tokens),
         ):
             counter = CounterMetricFamily(name, text, labels=("model_name", "engine"))
@@ -604,6 +613,14 @@ class WorkerMetrics:
         for part, seconds in now.work_s.items():
             work.add_metric((*self._values, part), seconds)
         yield work
+        waits = CounterMetricFamily(
+            "pdserve_step_waits",
+            "Steps that could not be planned before the one before was read, by the reason.",
+            labels=("model_name", "engine", "reason"),
+        )
+        for reason, count in now.waits.items():
+            waits.add_metric((*self._values, reason), count)
+        yield waits
         accepted = HistogramMetricFamily(
             "pdserve_speculation_accepted_tokens", "Right guesses in a step of one sequence.", labels=("model_name", "engine")
         )

@@ -111,6 +111,10 @@ class SamplingParams:
         return sum(token_id < vocab_size for token_id in away) < vocab_size
 
 
+LOWEST_PRIORITY = 7
+"""Of `Request.priority`; routers have three bands."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One validated unit of work: one prompt, `num_choices` continuations. Written once, by the router's validator.
@@ -128,6 +132,7 @@ class Request:
     first_choice: int = 0  # index of the first choice; with the seed it is the key of its randomness
     num_resumed_tokens: int = 0  # so many tokens at the end of the prompt are the beginning of the answer
     dispatch_id: int = 0  # router's dispatcher: names one try, so that load reports can say which tries they count; 0 = none
+    priority: int = 0  # rank of its band, 0 = the most urgent; written by the router's gate, decides about order alone
 
     @property
     def num_prompt_tokens(self) -> int:

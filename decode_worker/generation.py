@@ -6,7 +6,11 @@
        └── ...
 
     Choice:  WAITING -> RUNNING -> FINISHED        WAITING -> REMOTE -> RUNNING | WAITING
-                ^----------+ preempted: lost its blocks, will compute all its tokens again
+                ^----------+ preempted: lost its blocks. Its KV is computed again, or comes back from swap space (`swapped`)
+
+A choice may take part in two steps at a time: one that is computed, and the one planned behind it (`share` is the latter's part).
+What `..._ahead` says is how things stand when the steps under way are over. If the choice ends before that, the blocks that such
+a step still writes to stay with it (`retired`).
 
 Owned by the scheduler, on the engine's thread. It knows neither tensors nor transport.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.clock import Clock
 from common.engine.batch import SampleSpec
@@ -36,6 +41,12 @@ from common.types import (
     WorkerRef,
 )
 from decode_worker.speculation.proposer import ChoiceKey
+from decode_worker.swap_space import Swapped
+
+if TYPE_CHECKING:
+    from decode_worker.step_plan import Share
+
+_UNKNOWN = -1  # in place of a token that a step under way is to draw, while rules are asked that do not look at it
 
 
 class ChoiceState(enum.Enum):
@@ -62,12 +73,55 @@ class Choice:
         self.sequence = sequence
         self.num_generated = generation.request.num_resumed_tokens
         self.state = ChoiceState.WAITING
+        self.turn = (generation.turn_s, generation.serial, index)  # the order of admission, prefill and preemption
+        self.share: Share | None = None  # of the latest step that was planned, until it is accounted for
+        self.num_steps_under_way = 0
+        self.retired: list[int] = []  # blocks of a choice that has ended, until its steps under way have
+        self.swapped: Swapped | None = None  # where its KV is, while it waits, and until the copies back are ordered
+        self.num_overtaken = 0  # how many later ones found room while it did not
+        self.refused: tuple[int, int] | None = (
+            None  # blocks that were available, and choices that held some, when it last did not
+        )
         self._rules = TokenRules.of(generation.request, generation.grammar)
 
     def enter(self, state: ChoiceState) -> None:
         if state not in _LEGAL[self.state]:
             raise IllegalTransition(f"choice: {self.state.name} -> {state.name}")
         self.state = state
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a token's rules depend on the tokens before it."""
+        return self._rules is not None and self._rules.needs_tokens
+
+    @property
+    def under_way(self) -> int:
+        """Tokens that a step under way computes."""
+        return 0 if self.share is None else self.share.count
+
+    @property
+    def length_ahead(self) -> int:
+        return len(self.sequence.tokens) + (self.share is not None and self.share.draws)
+
+    @property
+    def remaining_ahead(self) -> int:
+        """Tokens that will be there and not in KV."""
+        return self.length_ahead - self.sequence.num_computed - self.under_way
+
+    @property
+    def prompt_in_kv_ahead(self) -> bool:
+        return self.generation.prompt_in_kv or (self.share is not None and self.share.is_prompt_end)
+
+    @property
+    def ends_ahead(self) -> bool:
+        """Whether the token under way is the last one for certain."""
+        most = self.generation.request.sampling.max_tokens
+        return self.share is not None and self.share.draws and self.num_generated + 1 >= most
+
+    @property
+    def most_length(self) -> int:
+        """Tokens that it can come to."""
+        return len(self.sequence.tokens) + self.generation.request.sampling.max_tokens - self.num_generated
 
     @property
     def key(self) -> ChoiceKey:
@@ -95,6 +149,16 @@ class Choice:
                 tokens.append(drafts[place])  # until all rules are known
         del tokens[num_known:]
         return tuple(specs)
+
+    def sample_ahead(self) -> tuple[SampleSpec, ...]:
+        """How to draw the token behind the one that a step under way draws. Not for a choice that `needs_tokens`."""
+        tokens, rules = self.sequence.tokens, None
+        if self._rules is not None:
+            tokens.append(_UNKNOWN)
+            rules = self._rules.for_next(tokens)
+            tokens.pop()
+        sampling = self.generation.request.sampling
+        return (SampleSpec.for_next_token(sampling, choice=self.index, position=len(tokens) + 1, rules=rules),)
 
     def accept(self, sampled: Sequence[SampledToken]) -> TokenChunk:
         """Appends sampled tokens and says what the client is to see of them. The caller acts on `finish_reason`."""
@@ -149,12 +213,18 @@ class Generation:
         clock: Clock,
         grammar: CompiledGrammar | None = None,
         prefill_choice: PrefillChoice = PrefillChoice.WORKER,
+        *,
+        serial: int = 0,
+        aging_s: float = 0.0,
     ) -> None:
+        """`serial` orders those that come at the same time; `aging_s` is what one band of priority is worth (`waiting_line`)."""
         self.request = request
         self.grammar = grammar  # the request's own, compiled
         self.prefill_choice = prefill_choice
         self.candidates = list(candidates)  # prefill workers still to try, best first
         self.lifecycle = Lifecycle(clock)
+        self.serial = serial
+        self.turn_s = self.lifecycle.stamps_s[Phase.RECEIVED] + request.priority * aging_s
         self.attempt = 0  # hand-offs begun; part of a ticket's identity
         self.prompt_in_kv = False
         self.cached_tokens = 0

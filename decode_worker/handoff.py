@@ -36,8 +36,8 @@ from common.tracing.span import Kind, Span, Value, current_span, within
 from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
+from decode_worker.events import RemotePrefill, RemotePrefillWanted
 from decode_worker.prefill_peer import ConnectPrefill, PrefillPeer
-from decode_worker.scheduler import RemotePrefill, RemotePrefillWanted
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport

@@ -1,4 +1,4 @@
-"""Who computes what in the next step: state in, data out. Continuous batching with admission and preemption by recompute.
+"""Who computes what in the next step: state in, data out. Continuous batching with admission, preemption and steps ahead.
 
     submit -> waiting --admit--> remote --remote_ready--> running --schedule/complete--> finished
                  ^        |        |                        ^ |
@@ -6,25 +6,30 @@
                  +---- remote_failed                          |
                  +----------------- preempted (no block left) +
 
-Order is by arrival throughout: the oldest is admitted first, the youngest is preempted first, and a preempted sequence waits at
-the head. A step takes one token of every decoding sequence, then chunks of prompts that are prefilled here, under one budget.
-What is left of it goes to drafts: guesses of what follows (`decode_worker.speculation`), which the step checks on the way. They
-take blocks only if nobody has to give any up for them, and give back at once what a wrong guess did not fill.
+Order is by turns throughout (`waiting_line`: arrival, put back by priority): the earliest is admitted first, the latest is
+preempted first. What a preempted sequence has in KV is computed again, or comes back from swap space (`swapping`). A step takes
+one token of every decoding sequence, then chunks of prompts that are prefilled here (`prompt_budget`), under one budget. What is
+left of it goes to drafts: guesses of what follows (`decode_worker.speculation`), which the step checks on the way. They take
+blocks only if nobody has to give any up for them, and give back at once what a wrong guess did not fill.
 
-`schedule` and `complete` alternate; everything else may be called between them. It owns the block manager's references of all
-its sequences. It knows no tensor, no socket, no peer; `StepPlan.copies` is what it asks of memory, `take_events` what it tells.
+*Steps.* `schedule` plans a step when none is under way. `schedule_ahead` plans the next one while one is, or says what has to be
+known first (`step_ahead`); the plan is the same, but for placeholders where tokens are not known, and nobody is preempted for it.
+Every plan that is not empty is completed, in order. Everything else may be called between these calls, also while a step is under
+way: whoever ends then leaves its blocks behind until that step was completed.
+
+It knows no tensor, no socket, no peer; a `StepPlan` is what it asks of memory and model, `take_events` what it tells.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from common.blocks import root_hash
 from common.clock import Clock
-from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
+from common.engine.batch import ForwardResult
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
 from common.engine.grammar import CompiledGrammar
@@ -32,26 +37,21 @@ from common.engine.sequence import PagedSequence
 from common.errors import NoWorkerAvailable, Overloaded, PdserveError
 from common.lifecycle import Phase
 from common.load import WorkerLoad, pairs
-from common.types import (
-    KVLayout,
-    PrefillChoice,
-    Request,
-    SampledToken,
-    StageTimings,
-    Started,
-    TokenChunk,
-    TokenLogprob,
-    WorkAccount,
-    WorkerRef,
-)
+from common.types import KVLayout, PrefillChoice, Request, SampledToken, Started, TokenChunk, TokenLogprob, WorkerRef
 from decode_worker.admission import LocalPrefill, PrefillPlace, choose_place
+from decode_worker.events import Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.generation import Choice, ChoiceState, Generation
-from decode_worker.speculation.proposer import Wanted
+from decode_worker.holdings import Holdings
 from decode_worker.speculation.speculator import Speculator
+from decode_worker.step_ahead import Wait
+from decode_worker.step_plan import Share, StepPlan
+from decode_worker.step_planner import StepPlanner
+from decode_worker.swapping import Swapping
+from decode_worker.waiting_line import WaitingLine
 
 
 class DecodeLimits(LocalPrefill, Protocol):
-    """Of `common.config.DecodeConfig`, what bounds a step."""
+    """Of `common.config.DecodeConfig`, what bounds a step and orders who is in it."""
 
     @property
     def max_running(self) -> int: ...
@@ -65,89 +65,46 @@ class DecodeLimits(LocalPrefill, Protocol):
     @property
     def watermark_blocks(self) -> int: ...
 
+    @property
+    def growth_tokens(self) -> int: ...
+
+    @property
+    def priority_aging_s(self) -> float: ...
+
+    @property
+    def max_overtaken(self) -> int: ...
+
 
 _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """News of a request for its stream. `done` = every choice has finished; nothing follows, and the account is there."""
-
-    request_id: str
-    started: Started | None
-    chunks: tuple[TokenChunk, ...]
-    done: bool
-    account: WorkAccount | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request ends in this error; nothing follows."""
-
-    request_id: str
-    error: PdserveError
-
-
-@dataclass(frozen=True, slots=True)
-class RemotePrefillWanted:
-    """Blocks are reserved; somebody is to have them written. Answered by remote_ready, or by remote_failed and drained."""
-
-    request: Request
-    prefill: WorkerRef
-    attempt: int
-    first_block: int
-    blocks: tuple[int, ...]
-
-
-Event = Output | Failed | RemotePrefillWanted
-
-
-@dataclass(frozen=True, slots=True)
-class RemotePrefill:
-    """A verified hand-off. Written by the hand-off; `timings` holds every stage but `decode_queue_s` and `activate_s`."""
-
-    first_tokens: tuple[SampledToken, ...]
-    prompt_logprobs: tuple[TokenLogprob, ...]
-    cached_tokens: int
-    timings: StageTimings
-    work_s: float = 0.0  # the prompt's share of steps elsewhere,
-    work_tokens: int = 0  # and how many tokens of it were computed there
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    choice: Choice
-    count: int
-    num_drafts: int
-    is_prompt_end: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: block copies to be made first, then the batch."""
-
-    copies: tuple[tuple[int, int], ...]
-    batch: ScheduledBatch
-    shares: tuple[_Share, ...]
-
-
 class DecodeScheduler:
     def __init__(
-        self, config: DecodeLimits, layout: KVLayout, blocks: BlockManager, clock: Clock, speculator: Speculator | None = None
+        self,
+        config: DecodeLimits,
+        layout: KVLayout,
+        blocks: BlockManager,
+        clock: Clock,
+        speculator: Speculator | None = None,
+        swapping: Swapping | None = None,
     ) -> None:
-        """`speculator` is None when nobody guesses."""
+        """`speculator` is None when nobody guesses, `swapping` when there is no swap space."""
         self._config = config
         self._layout = layout
         self._blocks = blocks
+        self._holdings = Holdings(
+            layout, blocks, swapping, watermark_blocks=config.watermark_blocks, growth_tokens=config.growth_tokens
+        )
         self._clock = clock
         self._speculator = speculator
-        self._step_started_s = 0.0
+        self._planner = StepPlanner(config, self._holdings, clock, speculator)
+        self._swapping = swapping
+        self._completed_s = 0.0  # when the last step was
         self._row_s = 0.0  # of the last step: its time per row
         self._generations: dict[str, Generation] = {}
-        self._waiting: deque[Choice] = deque()
+        self._waiting = WaitingLine(config.max_overtaken)
         self._remote: dict[str, Choice] = {}
-        self._running: list[Choice] = []  # in order of arrival
-        self._copies: list[tuple[int, int]] = []
+        self._running: list[Choice] = []  # in order of turns
         self._events: list[Event] = []
         self._dispatches: list[int] = []
         self.totals = SchedulerTotals()
@@ -209,8 +166,17 @@ class DecodeScheduler:
         """`grammar` is the request's own, compiled; `choice` is the router's."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         prompt = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
-        generation = Generation(request, candidates, prompt, self._clock, grammar, choice)
         self.totals.submitted += 1
+        generation = Generation(
+            request,
+            candidates,
+            prompt,
+            self._clock,
+            grammar,
+            choice,
+            serial=self.totals.submitted,
+            aging_s=self._config.priority_aging_s,
+        )
         if request.dispatch_id:
             self._dispatches.append(request.dispatch_id)
             del self._dispatches[:-_MAX_DISPATCHES]
@@ -219,7 +185,7 @@ class DecodeScheduler:
             return
         generation.lifecycle.enter(Phase.QUEUED)
         self._generations[request.request_id] = generation
-        self._waiting.append(generation.choices[0])
+        self._waiting.add(generation.choices[0])
 
     def remote_ready(self, request_id: str, result: RemotePrefill) -> None:
         """The prompt's KV is in our blocks and verified. Ignored if the request was aborted meanwhile."""
@@ -258,7 +224,7 @@ class DecodeScheduler:
             return
         choice.enter(ChoiceState.WAITING)
         generation.lifecycle.enter(Phase.QUEUED)
-        self._waiting.appendleft(choice)
+        self._waiting.add(choice)
 
     def drained(self, blocks: Sequence[int]) -> None:
         """No writer can reach these quarantined blocks any more."""
@@ -277,47 +243,51 @@ class DecodeScheduler:
     # A step.
 
     def schedule(self) -> StepPlan:
-        """The next step. Its batch is empty when nothing can be computed now."""
+        """The next step, when none is under way. Its batch is empty when nothing can be computed now."""
         self._admit()
-        budget = max(self._config.step_tokens, len(self._running))
-        counts: list[tuple[Choice, int]] = []
         for choice in list(self._running):
-            if choice.state is ChoiceState.RUNNING and choice.sequence.remaining == 1 and self._make_room(choice):
-                counts.append((choice, 1))
-                budget -= 1
-        for choice in self._running:
-            count = min(choice.sequence.remaining, budget)
-            if choice.sequence.remaining > 1 and count > 0:
-                counts.append((choice, count))
-                budget -= count
-        drafts = self._draft(counts, budget)
-        slices: list[SequenceSlice] = []
-        shares = [self._share(choice, count, drafts.get(choice, ()), slices) for choice, count in counts]
+            if choice.state is ChoiceState.RUNNING and choice.remaining_ahead == 1:
+                self._make_room(choice)
+        return self._planned(is_ahead=False)
 
-        new = (choice.generation for choice in self._waiting if not choice.generation.prompt_in_kv)
-        oldest = next(new, None)
-        self.waiting_since_s = None if oldest is None else oldest.lifecycle.stamps_s[Phase.RECEIVED]
-        copies, self._copies = tuple(self._copies), []
-        self._step_started_s = self._clock.monotonic_s()
-        return StepPlan(copies, ScheduledBatch(tuple(slices)), tuple(shares))
+    def schedule_ahead(self) -> StepPlan | Wait:
+        """The step behind the one that is under way, whose batch is not empty; or why it cannot be planned before that one was
+        completed."""
+        reason = self._planner.reason_to_wait(self._running)
+        if reason is None:
+            self._admit()
+            reason = self._planner.room_ahead(self._running)
+        if reason is None:
+            self.totals.steps_ahead += 1
+            return self._planned(is_ahead=True)
+        self.totals.waits[reason.value] = self.totals.waits.get(reason.value, 0) + 1
+        return reason
 
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
-        """Accounts for a computed step, in which every share of the plan is still running."""
-        rows, step_s = plan.batch.num_tokens, self._clock.monotonic_s() - self._step_started_s
+        """Accounts for a computed step. Whoever has ended since it was planned gets nothing of it."""
+        rows, now_s = plan.batch.num_tokens, self._clock.monotonic_s()
+        step_s = now_s - max(plan.started_s, self._completed_s)
+        self._completed_s = now_s
         if self._speculator is not None:
             self._speculator.observe_step(rows, step_s)
         self._row_s = step_s / max(1, rows)
-        prefill_rows, wasted_before = 0, self.totals.drafted_tokens - self.totals.accepted_tokens
+        prefill_rows = surplus_rows = 0
+        wasted_before = self.totals.drafted_tokens - self.totals.accepted_tokens
         outputs: dict[str, list[TokenChunk]] = {}
         for share, computed in zip(plan.shares, result.slices, strict=True):
             choice, generation = share.choice, share.choice.generation
+            choice.num_steps_under_way -= 1
+            if choice.share is share:
+                choice.share = None
+            if choice.state is ChoiceState.FINISHED:
+                self._holdings.let_go(choice)
+                surplus_rows += share.count + share.num_drafts
+                continue
             if share.count > 1 or not generation.prompt_in_kv:
                 prompt_rows = share.count - (generation.prompt_in_kv and bool(computed.tokens))
                 prefill_rows += prompt_rows
                 generation.work.prefill_s += prompt_rows * self._row_s
                 generation.work.prefill_tokens += prompt_rows
-            if generation.lifecycle.phase is Phase.FAILED:
-                continue  # by another choice, a moment ago
             if computed.error is not None:
                 self._end(generation, Phase.FAILED)
                 outputs.pop(generation.request.request_id, None)
@@ -332,51 +302,51 @@ class DecodeScheduler:
             elif computed.tokens:
                 chunk = self._accept(choice, computed.tokens, share)
                 outputs.setdefault(generation.request.request_id, []).append(chunk)
-        wasted_rows = self.totals.drafted_tokens - self.totals.accepted_tokens - wasted_before
+        self.totals.surplus_rows += surplus_rows
+        wasted_rows = self.totals.drafted_tokens - self.totals.accepted_tokens - wasted_before + surplus_rows
         self.totals.step_done(step_s, rows=rows, prefill_rows=prefill_rows, wasted_rows=wasted_rows)
+        if self._swapping is not None:
+            self._swapping.cost.observe_step(rows, prefill_rows, step_s)
         for request_id, chunks in outputs.items():
             self._emit(self._generations[request_id], None, chunks)
 
     # Parts of the above.
 
+    def _planned(self, *, is_ahead: bool) -> StepPlan:
+        new = (choice.generation for choice in self._waiting if not choice.generation.prompt_in_kv)
+        oldest = next(new, None)
+        self.waiting_since_s = None if oldest is None else oldest.lifecycle.stamps_s[Phase.RECEIVED]
+        return self._planner.plan(self._running, is_ahead=is_ahead)
+
     def _admit(self) -> None:
-        while self._waiting:
-            choice = self._waiting[0]
-            generation = choice.generation
-            width = 1 if generation.prompt_in_kv else generation.request.num_choices
-            if self.num_running + width > self._config.max_running and self.num_running > 0:
-                return
-            if not self._reserve(choice):
-                return
-            self._waiting.popleft()
-            if generation.prompt_in_kv:
-                choice.enter(ChoiceState.RUNNING)
-                self._enlist(choice)
-            else:
-                self._place_prompt(choice)
+        if self._waiting:
+            self._waiting.admit(self._reserve, self._begin)
 
     def _reserve(self, choice: Choice) -> bool:
-        """Gives the choice blocks for all its tokens, reusing cached ones for what can be reused."""
-        generation, sequence = choice.generation, choice.sequence
-        cached: list[int] = []
-        if generation.prompt_in_kv or not generation.wants_prompt_logprobs:
-            cached = self._blocks.match_prefix(
-                sequence.tokens, generation.request.cache_salt, max_tokens=len(sequence.tokens) - 1
-            )
-        self._blocks.acquire(cached)
-        missing = sequence.missing_blocks(len(sequence.tokens)) - len(cached)
-        keep_free = self._config.watermark_blocks if self.num_running else 0
-        if not self._blocks.can_allocate(missing, keep_free=keep_free):
-            self._blocks.release(cached)
+        """Gives the choice blocks for all its tokens, if it may run and there are any."""
+        generation = choice.generation
+        width = 1 if generation.prompt_in_kv else generation.request.num_choices
+        if self.num_running + width > self._config.max_running and self.num_running > 0:
             return False
-        cached_tokens = len(cached) * self._layout.block_tokens
-        sequence.attach([*cached, *self._blocks.allocate(missing)], 0)
-        sequence.advance(cached_tokens, self._blocks)
-        self.totals.prefix_queries += len(sequence.tokens)
+        comes_back = choice.swapped is not None
+        cached_tokens = self._holdings.reserve(choice, [*self._running, *self._remote.values()])
+        if cached_tokens is None:
+            return False
+        if comes_back:
+            self.totals.swapped_in += 1
+            return True
+        self.totals.prefix_queries += len(choice.sequence.tokens)
         self.totals.prefix_hits += cached_tokens
         if not generation.prompt_in_kv:
             generation.cached_tokens = cached_tokens
         return True
+
+    def _begin(self, choice: Choice) -> None:
+        if choice.generation.prompt_in_kv:
+            choice.enter(ChoiceState.RUNNING)
+            self._enlist(choice)
+        else:
+            self._place_prompt(choice)
 
     def _place_prompt(self, choice: Choice) -> None:
         generation = choice.generation
@@ -410,75 +380,24 @@ class DecodeScheduler:
             error = NoWorkerAvailable("no prefill worker can be reached", retry_after_s=1.0)
             self._events.append(Failed(generation.request.request_id, error))
 
-    def _draft(self, counts: Sequence[tuple[Choice, int]], spare_rows: int) -> dict[Choice, Sequence[int]]:
-        """Guesses for those that decode, as far as there are rows and blocks that nobody needs."""
-        decoding = [choice for choice, _ in counts if choice.sequence.remaining == 1 and choice.generation.prompt_in_kv]
-        if self._speculator is None or not decoding:
-            return {}
-        wanted = [
-            Wanted(choice.key, request.cache_salt, choice.sequence.tokens, request.sampling, choice.most_drafts)
-            for choice in decoding
-            for request in (choice.generation.request,)
-        ]
-        offered = self._speculator.draft(wanted, num_rows=sum(count for _, count in counts), most_rows=spare_rows)
-        drafts: dict[Choice, Sequence[int]] = {}
-        for choice, draft in zip(decoding, offered, strict=True):
-            taken = draft[: max(0, min(choice.most_drafts, spare_rows, self._room_for_drafts(choice)))]
-            if taken:
-                sequence = choice.sequence
-                missing = sequence.missing_blocks(len(sequence.tokens) + len(taken))
-                sequence.blocks.extend(self._blocks.allocate(missing))
-                drafts[choice] = taken
-                spare_rows -= len(taken)
-        return drafts
-
-    def _room_for_drafts(self, choice: Choice) -> int:
-        """Tokens that fit behind the choice's last one without taking a block from anybody."""
-        sequence = choice.sequence
-        spare = max(0, self._blocks.num_available - self._config.watermark_blocks)
-        return (len(sequence.blocks) + spare) * self._layout.block_tokens - len(sequence.tokens)
-
-    def _share(self, choice: Choice, count: int, drafts: Sequence[int], slices: list[SequenceSlice]) -> _Share:
-        generation, sequence = choice.generation, choice.sequence
-        if not generation.prompt_in_kv and generation.lifecycle.phase is Phase.RESERVED:
-            generation.lifecycle.enter(Phase.PREFILLING)
-        at_end = count == sequence.remaining
-        if generation.prompt_in_kv:
-            samples = choice.next_samples(drafts) if at_end else ()
-            drafts = drafts[: max(0, len(samples) - 1)]
-            slices.append(sequence.slice(count, samples, drafts=drafts))
-        else:
-            slices.append(
-                sequence.slice(
-                    count,
-                    first_samples(generation.request, generation.grammar) if at_end else (),
-                    prompt_logprobs=generation.request.sampling.prompt_logprobs,
-                )
-            )
-        return _Share(choice, count, len(drafts), is_prompt_end=at_end and not generation.prompt_in_kv)
-
-    def _make_room(self, choice: Choice) -> bool:
-        """A block for the choice's next token, at the cost of younger ones. False: the choice itself was preempted."""
-        while choice.sequence.missing_blocks(len(choice.sequence.tokens)):
-            if self._blocks.can_allocate(1):
-                choice.sequence.blocks.extend(self._blocks.allocate(1))
-                break
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is choice:
-                return False
-        return True
+    def _make_room(self, choice: Choice) -> None:
+        """A block for the choice's next token, at the cost of later turns; its own, in the end."""
+        while choice.state is ChoiceState.RUNNING and not self._holdings.grow(choice):
+            self._preempt(self._running[-1])
 
     def _preempt(self, choice: Choice) -> None:
         self.totals.preemptions += 1
         self._running.remove(choice)
-        self._give_back(choice)
+        if self._holdings.put_out(choice):
+            self.totals.swapped_out += 1
+        else:
+            self._holdings.give_back(choice)
         choice.enter(ChoiceState.WAITING)
         generation = choice.generation
         if not generation.prompt_in_kv:
             generation.prompt_logprobs.clear()
             generation.lifecycle.enter(Phase.QUEUED)
-        self._waiting.appendleft(choice)
+        self._waiting.add(choice)
 
     def _begin_decoding(self, generation: Generation, first_tokens: Sequence[SampledToken]) -> None:
         """The prompt is in KV and each choice's first token is drawn."""
@@ -501,38 +420,27 @@ class DecodeScheduler:
         self._emit(generation, Started(generation.timings, generation.cached_tokens, reported), chunks)
 
     def _fork(self, generation: Generation) -> None:
-        """Further choices share the prompt's full blocks; a partly filled one is copied, for each will write to it."""
-        prompt = generation.choices[0].sequence
-        num_tokens = prompt.num_computed
-        num_full = num_tokens // self._layout.block_tokens
-        has_partial = num_tokens % self._layout.block_tokens != 0
+        """Further choices go on from the prompt's KV."""
+        prompt = generation.choices[0]
         root = root_hash(self._layout.fingerprint, generation.request.cache_salt)
         for index in range(1, generation.request.num_choices):
-            choice = Choice(
-                generation, generation.request.first_choice + index, PagedSequence(prompt.tokens, root, self._layout.block_tokens)
-            )
+            sequence = PagedSequence(prompt.sequence.tokens, root, self._layout.block_tokens)
+            choice = Choice(generation, generation.request.first_choice + index, sequence)
             generation.choices.append(choice)
-            if has_partial and not self._blocks.can_allocate(1):
-                self._waiting.appendleft(choice)  # as if preempted: it computes the prompt again when there is room
-                continue
-            shared = prompt.blocks[:num_full]
-            self._blocks.share(shared)
-            own = self._blocks.allocate(1) if has_partial else []
-            if has_partial:
-                self._copies.append((prompt.blocks[num_full], own[0]))
-            choice.sequence.attach([*shared, *own], 0)
-            choice.sequence.advance(num_tokens, self._blocks)
-            choice.enter(ChoiceState.RUNNING)
-            self._enlist(choice)
+            if self._holdings.fork(prompt, choice):
+                choice.enter(ChoiceState.RUNNING)
+                self._enlist(choice)
+            else:
+                self._waiting.add(choice)  # as if preempted: it computes the prompt again when there is room
 
     def _advance(self, choice: Choice, count: int) -> None:
         choice.sequence.advance(count, self._blocks)
         self.totals.computed_tokens += count
 
-    def _accept(self, choice: Choice, tokens: Sequence[SampledToken], share: _Share | None = None) -> TokenChunk:
+    def _accept(self, choice: Choice, tokens: Sequence[SampledToken], share: Share | None = None) -> TokenChunk:
         """What was drawn becomes part of the answer; `share` is the choice's part of the step, unless its prompt was computed."""
         chunk = choice.accept(tokens)
-        sequence, num_said = choice.sequence, len(chunk.token_ids)
+        num_said = len(chunk.token_ids)
         num_drawn = num_said + (chunk.stop_token_id is not None)
         self.totals.generated_tokens += num_drawn
         work = choice.generation.work
@@ -541,12 +449,12 @@ class DecodeScheduler:
             num_right = min(len(tokens) - 1, num_said)  # drafts that the sequence now has, and whose KV is in place
             self._advance(choice, share.count + num_right)
             work.decode_s += (1 + num_right) * self._row_s
-            self._blocks.release(sequence.trim(len(sequence.tokens)))
+            self._holdings.trim(choice)
             if share.num_drafts:
                 self.totals.drafted(share.num_drafts, num_right)
                 work.wasted_s += (share.num_drafts - num_right) * self._row_s
                 work.wasted_tokens += share.num_drafts - num_right
-            if self._speculator is not None:
+            if self._speculator is not None and not share.is_ahead:
                 self._speculator.settle(choice.key, [token.token_id for token in tokens])
         if chunk.finish_reason is not None:
             self._finish(choice)
@@ -560,12 +468,8 @@ class DecodeScheduler:
             self._end(generation, Phase.FINISHED)
 
     def _enlist(self, choice: Choice) -> None:
-        """Into the running list, behind all that arrived earlier."""
-        arrival = choice.generation.lifecycle.stamps_s[Phase.RECEIVED]
-        position = len(self._running)
-        while position and self._running[position - 1].generation.lifecycle.stamps_s[Phase.RECEIVED] > arrival:
-            position -= 1
-        self._running.insert(position, choice)
+        """Into the running list, in its turn."""
+        insort(self._running, choice, key=lambda running: running.turn)
 
     def _finish(self, choice: Choice) -> None:
         """Takes the choice out of wherever it is and gives its blocks back. Blocks in transfer were quarantined before."""
@@ -574,18 +478,12 @@ class DecodeScheduler:
         elif choice.state is ChoiceState.WAITING and choice in self._waiting:
             self._waiting.remove(choice)
         if choice.state is not ChoiceState.FINISHED:
-            self._give_back(choice)
+            self._holdings.give_back(choice)
             choice.enter(ChoiceState.FINISHED)
             if self._speculator is not None:
                 request = choice.generation.request
                 num_given = request.num_prompt_tokens - request.num_resumed_tokens
                 self._speculator.end(choice.key, request.cache_salt, choice.sequence.tokens, num_given)
-
-    def _give_back(self, choice: Choice) -> None:
-        """The choice's blocks, and with them the copies that were still to be made into them."""
-        blocks = choice.sequence.detach()
-        self._copies = [copy for copy in self._copies if copy[1] not in blocks]
-        self._blocks.release(blocks)
 
     def _end(self, generation: Generation, phase: Phase) -> None:
         for choice in generation.choices:

@@ -27,11 +27,14 @@ from common.tracing.tracer import header_of
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
+from decode_worker.events import Event
 from decode_worker.handoff import DecodeHandoff, PoolMemory, region_of_pool
 from decode_worker.prefill_peer import GrpcPrefillPeer
-from decode_worker.scheduler import DecodeScheduler, Event
+from decode_worker.scheduler import DecodeScheduler
 from decode_worker.speculation.choice import create_speculator
+from decode_worker.step_ahead import overlaps
 from decode_worker.streams import DecodeStreams
+from decode_worker.swapper import create_swapper
 
 _log = get_logger(__name__)
 
@@ -65,8 +68,25 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             threads=spec.threads,
             tokenizer_digest=engine.layout.tokenizer_digest,
         )
-        self._scheduler = scheduler = DecodeScheduler(spec.model.decode, engine.layout, engine.blocks, self._clock, speculator)
-        core = Core(engine, scheduler, host.metrics, self._clock, on_step=host.step_done)
+        swapper = await asyncio.to_thread(create_swapper, spec.model.decode, engine.pool)
+        self._scheduler = scheduler = DecodeScheduler(
+            spec.model.decode,
+            engine.layout,
+            engine.blocks,
+            self._clock,
+            speculator,
+            None if swapper is None else swapper.swapping,
+        )
+        overlap = overlaps(spec.model.decode.overlap, engine.device.type, threads=spec.threads)
+        core = Core(
+            engine,
+            scheduler,
+            host.metrics,
+            self._clock,
+            on_step=host.step_done,
+            before_step=None if swapper is None else swapper.move,
+            ahead=scheduler if overlap else None,
+        )
         self._loop = loop = EngineLoop[Event](core, name="engine")
         self._handoff = DecodeHandoff(
             spec,

@@ -25,8 +25,9 @@ from common.logs import get_logger
 from common.metrics import WorkerMetrics
 from common.tracing.span import Span, current_span, entered
 from common.types import PrefillChoice, Request, Started, WorkerRef
+from decode_worker.events import Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.handoff import DecodeHandoff
-from decode_worker.scheduler import DecodeScheduler, Event, Failed, Output, RemotePrefill, RemotePrefillWanted
+from decode_worker.scheduler import DecodeScheduler
 
 _log = get_logger(__name__)
 

@@ -29,8 +29,9 @@ from common.engine.loop import EngineLoop
 from common.errors import EngineFailure, PdserveError
 from common.metrics import WorkerMetrics, WorkerReadings
 from common.types import KVLayout, Request, SampledToken, SamplingParams, StageTimings, Ticket, WorkerRef
-from decode_worker.scheduler import DecodeScheduler, Failed, Output, RemotePrefill, RemotePrefillWanted
-from decode_worker.scheduler import Event as DecodeEvent
+from decode_worker.events import Event as DecodeEvent
+from decode_worker.events import Failed, Output, RemotePrefill, RemotePrefillWanted
+from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.device import region_of
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion

@@ -40,6 +40,9 @@ class DecodeSettings:
     max_waiting: int = 100_000
     step_tokens: int = 2048
     watermark_blocks: int = 2
+    growth_tokens: int = 16
+    priority_aging_s: float = 10.0
+    max_overtaken: int = 16
     local_prefill: str = "always"
     local_prefill_tokens: int = 0
 

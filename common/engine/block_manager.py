@@ -80,6 +80,10 @@ class BlockManager:
     def num_references(self, block: int) -> int:
         return self._references.get(block, 0)
 
+    def hash_of(self, block: int) -> BlockHash | None:
+        """What it can be found by; None if it cannot."""
+        return self._hash_of.get(block)
+
     @property
     def hashes(self) -> Iterable[BlockHash]:
         """Of every block that can be found now."""

@@ -3,12 +3,21 @@
     commands -> scheduler -> StepPlan -> pool copies, runner -> ForwardResult -> scheduler -> events
                                                          `-> a group of layers is computed -> LayerWatcher -> events
 
-Runs on the engine's thread (`common.engine.loop`). Commands reach the scheduler between steps (`EngineLoop.post`). It knows
-neither requests nor gRPC nor KV transfer.
+With a scheduler that can plan ahead, steps overlap. While one is computed the next is planned and launched behind it; then the
+first is read, accounted for and told of, while the second is computed already:
+
+    computing    |--- step 1 ---|--- step 2 ---|--- step 3 ---|
+    this thread  plan 2 .......read 1, plan 3 .read 2, plan 4         and commands, in between
+
+Where the scheduler has to know the tokens first (`Wait`), the next step is planned when they are there, as without overlap.
+
+Runs on the engine's thread (`common.engine.loop`). Commands reach the scheduler between steps (`EngineLoop.post`), also while a
+step is under way. It knows neither requests nor gRPC nor KV transfer.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -16,6 +25,7 @@ from typing import Generic, Protocol, TypeVar
 from common.clock import Clock
 from common.engine.batch import ForwardResult, ScheduledBatch
 from common.engine.engine import Engine
+from common.engine.in_flight_step import InFlightStep
 from common.errors import IllegalTransition
 from common.metrics import WorkerMetrics
 
@@ -35,6 +45,11 @@ class SchedulerTotals:
     prefill_s: float = 0.0  # of the steps' time, shared by rows: for prompt tokens, and tokens computed again
     decode_s: float = 0.0  # for tokens that came
     wasted_s: float = 0.0  # for guesses that were wrong
+    surplus_rows: int = 0  # rows of steps planned ahead, for answers that had ended
+    steps_ahead: int = 0  # that were planned while another was computed
+    waits: dict[str, int] = field(default_factory=dict)  # steps that were not, by the reason
+    swapped_out: int = 0  # preemptions that kept the KV
+    swapped_in: int = 0
     steps_by_accepted: list[int] = field(default_factory=list)  # steps of a sequence that had drafts, by how many were right
 
     def step_done(self, seconds: float, *, rows: int, prefill_rows: int, wasted_rows: int) -> None:
@@ -64,6 +79,7 @@ class Plan(Protocol):
 
 
 PlanType = TypeVar("PlanType", bound=Plan)
+PlanOut = TypeVar("PlanOut", bound=Plan, covariant=True)
 WatchedPlan = TypeVar("WatchedPlan", contravariant=True)
 Event = TypeVar("Event")
 
@@ -81,6 +97,15 @@ class Scheduler(Protocol[PlanType, Event]):
     def complete(self, plan: PlanType, result: ForwardResult) -> None: ...
 
     def take_events(self) -> list[Event]: ...
+
+
+class PlanningAhead(Protocol[PlanOut]):
+    """A scheduler that can plan a step while another is computed."""
+
+    def schedule_ahead(self) -> PlanOut | enum.Enum:
+        """The step behind the one under way, which was planned last and is not completed; its batch is not empty. Or why it
+        cannot be planned yet."""
+        ...
 
 
 class LayerWatcher(Protocol[WatchedPlan]):
@@ -105,8 +130,14 @@ class Core(Generic[PlanType, Event]):
         watcher: LayerWatcher[PlanType] | None = None,
         layer_groups: int = 1,
         on_step: Callable[[int, float, float], None] | None = None,
+        before_step: Callable[[PlanType], None] | None = None,
+        ahead: PlanningAhead[PlanType] | None = None,
     ) -> None:
-        """`on_step` is told the tokens, the pairs (`common.load.pairs`) and the seconds of every step."""
+        """`on_step` is told the tokens, the pairs (`common.load.pairs`) and the seconds of every step. `before_step` does to
+        memory what a plan wants beyond copies, before these and the batch are begun. `ahead` is the scheduler, if steps are to
+        overlap."""
+        self._before_step = before_step
+        self._ahead = ahead
         self._watcher = watcher
         self._on_step = on_step
         self._group_ends = group_ends(engine.layout.num_layers, layer_groups)
@@ -115,13 +146,15 @@ class Core(Generic[PlanType, Event]):
         self._metrics = metrics
         self._clock = clock
         self._plan: PlanType | None = None
-        self._started_s = 0.0
+        self._step: InFlightStep | None = None  # of that plan, if it was launched
+        self._started_s = 0.0  # of that plan's step, or when the one before it ended
 
     def schedule(self) -> bool:
+        if self._step is not None:
+            return True  # planned ahead
         self._started_s = self._clock.monotonic_s()
         plan = self._scheduler.schedule()
-        for source, destination in plan.copies:
-            self._engine.runner.copy_block(source, destination)
+        self._prepare(plan)
         if not plan.batch.slices:
             if self._scheduler.is_idle:
                 self._engine.blocks.check_integrity()
@@ -130,13 +163,43 @@ class Core(Generic[PlanType, Event]):
         return True
 
     def compute(self, hand_over: Callable[[], None]) -> None:
-        plan, self._plan = self._plan, None
+        plan = self._plan
         if plan is None:
             raise IllegalTransition("compute without a schedule")
         watch = None if self._watcher is None else self._watch(self._watcher, plan, hand_over)
-        self._scheduler.complete(plan, self._engine.runner.execute(plan.batch, watch))
+        step, following = self._step, None if self._ahead is None else self._ahead.schedule_ahead()
+        self._plan = self._step = None
+        if following is None or isinstance(following, enum.Enum):
+            result = self._engine.runner.execute(plan.batch, watch) if step is None else step.collect()
+        else:
+            if step is None:
+                step = self._engine.runner.launch(plan.batch, watch)
+            self._prepare(following)
+            self._plan, self._step = following, self._engine.runner.launch(following.batch)
+            hand_over()  # what letting new ones in had to say
+            result = step.collect()
+        self._complete(plan, result)
+
+    def finish(self) -> None:
+        plan, step = self._plan, self._step
+        self._plan = self._step = None
+        if plan is not None and step is not None:
+            self._complete(plan, step.collect())
+
+    def abandon(self) -> None:
+        self._engine.runner.settle()
+
+    def _prepare(self, plan: PlanType) -> None:
+        if self._before_step is not None:
+            self._before_step(plan)
+        for source, destination in plan.copies:
+            self._engine.runner.copy_block(source, destination)
+
+    def _complete(self, plan: PlanType, result: ForwardResult) -> None:
+        self._scheduler.complete(plan, result)
         self._metrics.step_tokens.observe(plan.batch.num_tokens)
-        seconds = self._clock.monotonic_s() - self._started_s
+        now_s = self._clock.monotonic_s()
+        seconds, self._started_s = now_s - self._started_s, now_s
         self._metrics.step_s.observe(seconds)
         if self._on_step is not None:
             self._on_step(plan.batch.num_tokens, plan.batch.num_pairs, seconds)

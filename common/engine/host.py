@@ -407,4 +407,9 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             ranks=self.spec.parallel.num_ranks,
             work_s={"prefill": totals.prefill_s, "decode": totals.decode_s, "wasted": totals.wasted_s},
             masks=self.engine.runner.mask_readings,
+            steps_ahead=totals.steps_ahead,
+            waits=dict(totals.waits),
+            surplus_rows=totals.surplus_rows,
+            swapped_out=totals.swapped_out,
+            swapped_in=totals.swapped_in,
         )

@@ -32,6 +32,14 @@ class EngineCore(Protocol[Event]):
         events so far delivered now; what is there at the end is delivered anyway."""
         ...
 
+    def finish(self) -> None:
+        """Before the thread ends: what is under way is computed to its end, and accounted for."""
+        ...
+
+    def abandon(self) -> None:
+        """The same after an error: nothing computes any more when it returns."""
+        ...
+
     def take_events(self) -> list[Event]:
         """What happened since the last call, for the asyncio side, in order."""
         ...
@@ -79,6 +87,8 @@ class EngineLoop(Generic[Event]):
             while True:
                 self._apply_posted(wait=not progressed)
                 if self._stopping:
+                    self._core.finish()
+                    self._hand_over()
                     return
                 progressed = self._core.schedule()
                 # What posts and scheduling had to say does not wait for the computation: first tokens, remote prefills.
@@ -87,6 +97,7 @@ class EngineLoop(Generic[Event]):
                     self._core.compute(self._hand_over)
                     self._hand_over()
         except BaseException as error:
+            self._core.abandon()
             self._call(self._on_failure, error)
             raise
 

@@ -12,6 +12,10 @@ Where several processes compute as one (`StepGroup`), the forward and the logits
 A step of single tokens goes another way where there are programs of fixed shape for it (`captured`): the same operations,
 launched at once, and greedy tokens drawn on the device.
 
+`execute` computes on the thread that calls it. `launch` returns before the step is computed (`in_flight_step`): a captured step
+is the device's work, any other that of a thread which the runner starts for it. A step may be launched behind one that was not
+collected, and may begin with tokens that the other one is yet to draw.
+
 One thread uses a runner. It trusts the scheduler about blocks, and it knows neither requests nor who shares what.
 """
 
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from typing import Protocol
 
@@ -28,8 +32,9 @@ import torch
 from common.engine.attention import create_attention
 from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.captured.buckets import Bucket
-from common.engine.captured.steps import DecodeSteps
+from common.engine.captured.steps import DecodeSteps, PendingStep
 from common.engine.grammar import MaskThread, NextMask
+from common.engine.in_flight_step import InFlightStep, ThreadStep, with_tokens_of
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
@@ -85,6 +90,8 @@ class ModelRunner:
         self._operations = numerics.operations
         self._buffers = StepBuffers(pool)
         self._mask_thread = MaskThread()
+        self._computing: ThreadPoolExecutor | None = None
+        self._latest: ThreadStep | _DeviceStep | None = None  # that was launched
 
     @property
     def mask_readings(self) -> MaskReadings:
@@ -105,14 +112,43 @@ class ModelRunner:
         self._operations = stopwatch.around(self._operations, sample="sampling", report_logprobs="log-probabilities")
         return model
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:
         """Computes one step. Blocks until its tokens are on the host; calls `layer_done` from within, on this thread."""
         if not batch.slices:
             return ForwardResult()
+        if self._bucket_of(batch, layer_done) is not None or not self._is_at_rest:
+            return self.launch(batch, layer_done).collect()
+        self._latest = None
+        return self._execute(batch, layer_done)
+
+    def launch(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> InFlightStep:
+        """Has one step computed, behind the one that was launched before; that is to be collected before the next launch.
+        `layer_done` is called when the step is collected."""
         _check(batch)
-        if self.steps is not None and layer_done is None and (bucket := self.steps.bucket_of(batch)) is not None:
-            return self._execute_at_once(self.steps, batch, bucket)
+        bucket = self._bucket_of(batch, layer_done)
+        if self.steps is not None and bucket is not None:
+            self._latest = self._launch_on_device(self.steps, batch, bucket)
+            return self._latest
+        if self._computing is None:
+            self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute steps")
+        self._latest = ThreadStep(self._computing, self._execute, batch, behind=self._latest, layer_done=layer_done)
+        return self._latest
+
+    def settle(self) -> None:
+        """Waits until nothing that was launched is computed any more, whatever came of it."""
+        if self._latest is not None:
+            self._latest.settle()
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return self._latest is None or self._latest.is_over
+
+    def _bucket_of(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> Bucket | None:
+        return None if self.steps is None or layer_done is not None else self.steps.bucket_of(batch)
+
+    @torch.inference_mode()
+    def _execute(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> ForwardResult:
+        _check(batch)
         masks = [mask for item in batch.slices for mask in _masks(item)]
         working_out = self._mask_thread.begin(masks)
         first_rows = list(accumulate((len(item.token_ids) for item in batch.slices), initial=0))
@@ -133,21 +169,13 @@ class ModelRunner:
         errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
         return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, strict=True)))
 
-    def _execute_at_once(self, steps: DecodeSteps, batch: ScheduledBatch, bucket: Bucket) -> ForwardResult:
-        pending = steps.launch(batch, bucket)
-        if all(_is_greedy(spec) for item in batch.slices for spec in item.samples):
-            token_ids = pending.token_ids()
-            results = [
-                SliceResult((SampledToken(token_id, None),) if item.samples else ())
-                for item, token_id in zip(batch.slices, token_ids, strict=True)
-            ]
-            return ForwardResult(tuple(results))
-        _wait_for(self._mask_thread.begin([mask for item in batch.slices for mask in _masks(item)]))
-        rows = [row for row, item in enumerate(batch.slices) if item.samples]
-        logits = pending.logits()
-        tokens = draw(logits if len(rows) == len(logits) else logits[rows], batch.slices, self._operations.sample)
-        errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
-        return ForwardResult(tuple(SliceResult(found, (), error) for found, error in zip(tokens, errors, strict=True)))
+    @torch.inference_mode()
+    def _launch_on_device(self, steps: DecodeSteps, batch: ScheduledBatch, bucket: Bucket) -> _DeviceStep:
+        before = self._latest
+        if before is not None and not (isinstance(before, _DeviceStep) and before.draws_on_device):
+            # What was drawn is on the host; and logits that somebody is yet to draw from do not outlive the next launch.
+            batch = with_tokens_of(batch, before.collect())
+        return _DeviceStep(steps.launch(batch, bucket), batch, self._operations, self._mask_thread)
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor:
@@ -164,7 +192,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
-        """Copies a block in the pool before the next step is computed."""
+        """Copies a block in the pool before the next step is computed, and behind one that was launched."""
+        self.settle()
         if self._group is not None:
             self._group.copy_block(source, destination)
         else:
@@ -205,6 +234,43 @@ class ModelRunner:
             event.synchronize()
             layer_done(num_layers)
         return hidden
+
+
+class _DeviceStep:
+    """Launched on the device at once. Greedy tokens were drawn there, and reading them waits for one event."""
+
+    def __init__(self, pending: PendingStep, batch: ScheduledBatch, operations: Operations, masks: MaskThread) -> None:
+        self.draws_on_device = all(_is_greedy(spec) for item in batch.slices for spec in item.samples)
+        self._pending = pending
+        self._slices = batch.slices
+        self._operations = operations
+        self._masks = masks
+        self._result: ForwardResult | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._result is not None
+
+    def collect(self) -> ForwardResult:
+        if self._result is None:
+            self._result = ForwardResult(tuple(self._drawn_there() if self.draws_on_device else self._drawn_here()))
+        return self._result
+
+    def settle(self) -> None:
+        self._pending.wait()
+
+    def _drawn_there(self) -> Iterator[SliceResult]:
+        for item, token_id in zip(self._slices, self._pending.token_ids(), strict=True):
+            yield SliceResult((SampledToken(token_id, None),) if item.samples else ())
+
+    @torch.inference_mode()
+    def _drawn_here(self) -> list[SliceResult]:
+        _wait_for(self._masks.begin([mask for item in self._slices for mask in _masks(item)]))
+        rows = [row for row, item in enumerate(self._slices) if item.samples]
+        logits = self._pending.logits()
+        tokens = draw(logits if len(rows) == len(logits) else logits[rows], self._slices, self._operations.sample)
+        errors = [None if found else refusal(item) for item, found in zip(self._slices, tokens, strict=True)]
+        return [SliceResult(found, (), error) for found, error in zip(tokens, errors, strict=True)]
 
 
 def _reported_rows(item: SequenceSlice, first_row: int) -> list[range]:

@@ -56,9 +56,16 @@ class PagedSequence:
         *,
         drafts: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        under_way: int = 0,
+        placeholder: int | None = None,
     ) -> SequenceSlice:
-        """The next `count` tokens as a share of a step; `drafts` are guesses of what follows the last token there is."""
-        start, end = self.num_computed, self.num_computed + count
+        """The next `count` tokens as a share of a step, behind `under_way` tokens that another step computes meanwhile; `drafts`
+        are guesses of what follows the last token there is. `placeholder` stands for one token, the only one of the share, that
+        the other step is to draw (`in_flight_step`)."""
+        start = self.num_computed + under_way
+        end = start + count
+        if placeholder is not None:
+            return SequenceSlice([placeholder], start, self.blocks[: num_blocks(end, self._block_tokens)], samples)
         return SequenceSlice(
             token_ids=[*self.tokens[start:end], *drafts],
             start=start,

@@ -130,6 +130,11 @@ class TokenRules:
             return None
         return RowRules(self._bias, penalties, allowed, banned)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether what may come next depends on which tokens came before, and not only on how many."""
+        return self._grammar is not None or self._penalised or bool(self._bad_endings)
+
     def is_over(self, tokens: Sequence[int]) -> bool:
         """Whether the answer, which ends with the last of `tokens`, is whole, and nothing may follow. None of them is a guess."""
         if self._grammar is None:

@@ -99,7 +99,7 @@ class TokenSequence(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_token_ids", "sampling", "num_choices", "cache_salt", "timeout_s", "first_choice", "num_resumed_tokens", "dispatch_id")
+    __slots__ = ("request_id", "model", "prompt_token_ids", "sampling", "num_choices", "cache_salt", "timeout_s", "first_choice", "num_resumed_tokens", "dispatch_id", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class Request(_message.Message):
     FIRST_CHOICE_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -120,7 +121,8 @@ class Request(_message.Message):
     first_choice: int
     num_resumed_tokens: int
     dispatch_id: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_choices: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., first_choice: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ..., dispatch_id: _Optional[int] = ...) -> None: ...
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_choices: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., first_choice: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ..., dispatch_id: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class WorkerRef(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address")

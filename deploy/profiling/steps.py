@@ -24,7 +24,8 @@ from common.engine.profile.watched import Limits, StepProfile, WatchedEngine
 from common.errors import ConfigError, EngineFailure
 from common.tokenizer import Tokenizer
 from common.types import Request, SamplingParams, TokenChunk
-from decode_worker.scheduler import DecodeScheduler, Output
+from decode_worker.events import Output
+from decode_worker.scheduler import DecodeScheduler
 
 _WARM_STEPS = 3
 _PROMPT_RUNS = 3

@@ -11,3 +11,8 @@ class Band(enum.StrEnum):
     INTERACTIVE = "interactive"
     BATCH = "batch"
     BACKGROUND = "background"
+
+    @property
+    def rank(self) -> int:
+        """0 = the most urgent."""
+        return list(Band).index(self)

@@ -125,7 +125,8 @@ class Gate:
             left_s = item.deadline_s - granted_s
             self._metrics.queued(item.band, granted_s - now_s)
             self._metrics.serve(identity.tenant.label, "prompt", request.num_prompt_tokens)
-            yield Grant(replace(request, timeout_s=left_s), desk, item, self, standing, queued_s=granted_s - now_s)
+            ranked = replace(request, timeout_s=left_s, priority=standing.band.rank)
+            yield Grant(ranked, desk, item, self, standing, queued_s=granted_s - now_s)
         finally:
             ended_s = self._clock.monotonic_s()
             self._limiter.leave(identity, ended_s)

@@ -25,7 +25,7 @@ CACHE_SCHEMA = "answers-1"
 DIGEST_BYTES = 16
 
 # Of `common.types.Request`. The prompt and the sampling are taken by themselves.
-REQUEST_NOISE = frozenset({"request_id", "timeout_s", "dispatch_id"})
+REQUEST_NOISE = frozenset({"request_id", "timeout_s", "dispatch_id", "priority"})
 _REQUEST_PARTS = frozenset({"prompt_token_ids", "sampling"})
 
 # Of `common.types.SamplingParams`. `max_tokens` has its own rule, a seed that the router drew is no part of the question.

@@ -16,6 +16,7 @@ from common.clock import ManualClock
 from common.config import DecodeConfig
 from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
 from common.engine.block_manager import BlockManager
+from common.engine.in_flight_step import with_tokens_of
 from common.errors import Overloaded, WorkerLost
 from common.load import WorkerLoad
 from common.types import (
@@ -30,8 +31,12 @@ from common.types import (
     WorkerRef,
 )
 from decode_worker.admission import PrefillPlace, choose_place
-from decode_worker.scheduler import DecodeScheduler, Failed, Output, RemotePrefill, RemotePrefillWanted, StepPlan
+from decode_worker.events import Failed, Output, RemotePrefill, RemotePrefillWanted
+from decode_worker.preemption_cost import PreemptionCost
+from decode_worker.scheduler import DecodeScheduler
 from decode_worker.speculation.proposer import ChoiceKey, Wanted
+from decode_worker.step_plan import StepPlan
+from decode_worker.swapping import Swapping
 
 BLOCK_TOKENS = 4
 LAYOUT = KVLayout("m", "t", 1, 1, 8, BLOCK_TOKENS, "float32", True)
@@ -87,10 +92,27 @@ class Guessing:
 class Driver:
     """Runs a scheduler with the fake model; keeps, per block, which tokens were written to it, as real KV would."""
 
-    def __init__(self, config: DecodeConfig, num_blocks: int, guessing: Guessing | None = None) -> None:
+    def __init__(
+        self,
+        config: DecodeConfig,
+        num_blocks: int,
+        guessing: Guessing | None = None,
+        *,
+        overlap: bool = False,
+        num_slots: int = 0,
+    ) -> None:
+        """With `overlap`, a step's tokens are revealed when the next one was planned. `num_slots` are of swap space; in mode auto
+        what is cheaper is anybody's guess: copies are made to look as dear as the clock makes steps."""
+        self.overlap = overlap
+        self.under_way: StepPlan | None = None
+        self.late: ForwardResult | None = None  # of the step before, for placeholders
+        self.slots: dict[int, list[int]] = {}
         self.clock = ManualClock()
+        cost = PreemptionCost(LAYOUT.block_bytes, bytes_per_s=LAYOUT.block_bytes / 0.25)
+        self.swapping = Swapping(num_slots, cost, always=config.preemption == "swap") if num_slots else None
         self.blocks = BlockManager(num_blocks, BLOCK_TOKENS, lambda salt: root_hash(LAYOUT.fingerprint, salt))
-        self.scheduler = DecodeScheduler(config, LAYOUT, self.blocks, self.clock, guessing)
+        self.scheduler = DecodeScheduler(config, LAYOUT, self.blocks, self.clock, guessing, self.swapping)
+        self.config = config
         self.guessing = guessing
         self.memory: dict[int, list[int]] = {block: [0] * BLOCK_TOKENS for block in range(num_blocks)}
         self.outputs: dict[str, dict[int, list[int]]] = {}
@@ -107,12 +129,48 @@ class Driver:
         self.scheduler.submit(request, candidates)
 
     def step(self) -> bool:
-        plan = self.scheduler.schedule()
+        plan = self.under_way
+        if plan is None:
+            plan = self.scheduler.schedule()
+            self._move(plan)
+            self.late = None
+        following = self.scheduler.schedule_ahead() if self.overlap and plan.batch.slices else None
+        if isinstance(following, StepPlan):
+            assert following.batch.slices
+            assert not following.copies
+            assert not following.swapped_out
+            self._move(following)
+        result = self._compute(plan)
+        self.late = result
+        if plan.batch.slices:
+            self.clock.advance(0.5)
+            self.busy_s += 0.5
+            self.scheduler.complete(plan, result)
+            for share in plan.shares:
+                sequence = share.choice.sequence
+                if share.choice.share is None:
+                    assert len(sequence.blocks) <= blocks_for(len(sequence.tokens), BLOCK_TOKENS), "a block for drafts was kept"
+        self.under_way = following if isinstance(following, StepPlan) else None
+        self._take_events()
+        return bool(plan.batch.slices)
+
+    def _move(self, plan: StepPlan) -> None:
+        assert plan.batch.num_tokens <= max(self.config.step_tokens, len(self.scheduler._running)), "more than the budget"
+        for slot, block in plan.swapped_in:
+            self.memory[block] = list(self.slots[slot])
+        for block, slot in plan.swapped_out:
+            self.slots[slot] = list(self.memory[block])
         for source, destination in plan.copies:
             self.memory[destination] = list(self.memory[source])
+
+    def _compute(self, plan: StepPlan) -> ForwardResult:
         written: set[tuple[int, int]] = set()
         results = []
-        for item in plan.batch.slices:
+        batch = plan.batch if self.late is None else with_tokens_of(plan.batch, self.late)
+        for item in batch.slices:
+            assert min(item.token_ids) >= 0, "a placeholder stands for a token that no step draws"
+            for block in item.block_table:
+                assert self.blocks.num_references(block), "a step writes to a block that was given away"
             context = self._read(item.block_table, item.start) + list(item.token_ids)
             assert len(item.block_table) == blocks_for(len(context), BLOCK_TOKENS)
             for offset, token in enumerate(item.token_ids):
@@ -121,15 +179,7 @@ class Driver:
                 written.add(place)
                 self.memory[place[0]][place[1]] = token
             results.append(SliceResult(tuple(self._drawn(item, context))))
-        if plan.batch.slices:
-            self.clock.advance(0.5)
-            self.busy_s += 0.5
-            self.scheduler.complete(plan, ForwardResult(tuple(results)))
-            for share in plan.shares:
-                sequence = share.choice.sequence
-                assert len(sequence.blocks) <= blocks_for(len(sequence.tokens), BLOCK_TOKENS), "a block for drafts was kept"
-        self._take_events()
-        return bool(plan.batch.slices)
+        return ForwardResult(tuple(results))
 
     def _drawn(self, item: SequenceSlice, context: list[int]) -> list[SampledToken]:
         drawn: list[SampledToken] = []
@@ -137,6 +187,8 @@ class Driver:
         for place, spec in enumerate(item.samples):
             known = context[: len(context) - item.num_drafts + place] if item.num_drafts else context
             assert spec.position == len(known)
+            if spec.rules is not None and spec.rules.penalties is not None:
+                assert set(spec.rules.penalties.token_ids.tolist()) <= set(known), "a rule was worked out without the tokens"
             drawn.append(SampledToken(next_token(known, spec.choice)))
             if place < item.num_drafts and drawn[-1].token_id != context[len(known)]:
                 break
@@ -182,6 +234,9 @@ class Driver:
         assert self.blocks.num_in_transfer == 0
         assert self.scheduler.num_running == 0
         assert self.scheduler.num_waiting == 0
+        assert self.under_way is None
+        if self.swapping is not None:
+            assert self.swapping.space.num_free == self.swapping.space.num_slots
         if self.guessing is not None:
             assert len(set(self.guessing.ended)) == len(self.guessing.ended)
             assert self.guessing.known <= set(self.guessing.ended)
@@ -213,12 +268,18 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
         step_tokens=data.draw(st.integers(1, 12)),
         max_running=data.draw(st.integers(1, 6)),
         watermark_blocks=data.draw(st.integers(0, 2)),
+        growth_tokens=data.draw(st.sampled_from([0, 0, 6])),
+        preemption=data.draw(st.sampled_from(["auto", "swap"])),
+        max_overtaken=data.draw(st.integers(0, 3)),
+        priority_aging_s=data.draw(st.sampled_from([0.1, 5.0])),
     )
+    overlap, num_slots = data.draw(st.booleans()), data.draw(st.sampled_from([0, 3, 40]))
     guessing = None
     if data.draw(st.booleans()):
         right = data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
         guessing = Guessing(data.draw(st.integers(0, 1000)), right=right, longest=data.draw(st.sampled_from([1, 4, 20])))
-    driver = Driver(config, num_blocks=data.draw(st.integers(12, 40)), guessing=guessing)
+    num_blocks = data.draw(st.integers(12, 40))
+    driver = Driver(config, num_blocks, guessing, overlap=overlap, num_slots=num_slots)
     shared = list(range(100, 120))
     aborted: set[str] = set()
     undrained: list[tuple[int, ...]] = []
@@ -232,7 +293,11 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
             choices = data.draw(st.sampled_from([1, 1, 1, 2, 3]))
             longest = data.draw(st.integers(1, 10))
             stop = (expected_output(prompt, 0, longest)[-1],) if data.draw(st.integers(0, 4)) == 0 else ()
-            driver.submit(make_request(str(number), prompt, max_tokens=longest, choices=choices, stop=stop), candidates)
+            work = make_request(str(number), prompt, max_tokens=longest, choices=choices, stop=stop)
+            work = replace(work, priority=data.draw(st.integers(0, 2)))
+            if data.draw(st.integers(0, 5)) == 0:  # what may come depends on what came
+                work = replace(work, sampling=replace(work.sampling, frequency_penalty=0.5))
+            driver.submit(work, candidates)
             number += 1
         elif action == "step":
             driver.step()
@@ -271,8 +336,50 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
             assert_right(driver, request)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_under_pressure_what_is_swapped_comes_back_as_it_was(data: st.DataObject) -> None:
+    """A pool that holds little more than one answer, choices that share prompts, swap space that suffices or does not, aborts."""
+    config = DecodeConfig(
+        local_prefill="always",
+        step_tokens=data.draw(st.integers(2, 12)),
+        watermark_blocks=data.draw(st.integers(0, 1)),
+        growth_tokens=0,
+        preemption=data.draw(st.sampled_from(["swap", "swap", "auto"])),
+        priority_aging_s=data.draw(st.sampled_from([0.1, 50.0])),
+    )
+    num_blocks, num_slots = data.draw(st.integers(9, 16)), data.draw(st.sampled_from([2, 8, 60]))
+    driver = Driver(config, num_blocks, overlap=data.draw(st.booleans()), num_slots=num_slots)
+    shared, aborted = list(range(100, 108)), set()
+    count = data.draw(st.integers(2, 6))
+    for number in range(count):
+        own = range(200 + 20 * number, 200 + 20 * number + data.draw(st.integers(1, 9)))
+        work = make_request(
+            str(number),
+            [*shared[: data.draw(st.sampled_from([0, 4, 8]))], *own],
+            max_tokens=data.draw(st.integers(4, 14)),
+            choices=data.draw(st.sampled_from([1, 1, 2])),
+        )
+        driver.submit(replace(work, priority=data.draw(st.integers(0, 2))))
+        for _ in range(data.draw(st.integers(0, 4))):
+            driver.step()
+    steps = 0
+    while not driver.scheduler.is_idle or driver.under_way is not None:
+        steps += 1
+        assert steps < 2000, "somebody starves"
+        if data.draw(st.integers(0, 20)) == 0:
+            aborted.add(name := str(data.draw(st.integers(0, count - 1))))
+            driver.scheduler.abort(name)
+        driver.step()
+        driver.blocks.check_integrity()
+    driver.assert_idle()
+    for name, request in driver.prompts.items():
+        if name not in aborted:
+            assert_right(driver, request)
+
+
 def test_the_youngest_is_preempted_and_everyone_finishes() -> None:
-    driver = Driver(DecodeConfig(local_prefill="always", watermark_blocks=0), num_blocks=8)
+    driver = Driver(DecodeConfig(local_prefill="always", watermark_blocks=0, growth_tokens=0), num_blocks=8)
     work = [make_request(str(number), range(10 * number + 10, 10 * number + 17), max_tokens=12) for number in range(3)]
     for request in work:
         driver.submit(request)
@@ -328,7 +435,9 @@ def test_right_guesses_make_few_steps_and_wrong_ones_none_more() -> None:
 def test_a_draft_takes_no_block_from_anybody() -> None:
     """Three sequences whose ends need the whole pool: with the worst of guesses nobody is preempted, as without any."""
     for guessing in (None, Guessing(3, right=0.0, longest=40), Guessing(3, right=1.0, longest=40)):
-        driver = Driver(DecodeConfig(local_prefill="always", watermark_blocks=0), num_blocks=3 * 5, guessing=guessing)
+        driver = Driver(
+            DecodeConfig(local_prefill="always", watermark_blocks=0, growth_tokens=0), num_blocks=3 * 5, guessing=guessing
+        )
         work = [make_request(str(number), range(10 * number + 10, 10 * number + 17), max_tokens=13) for number in range(3)]
         for request in work:
             driver.submit(request)
@@ -501,7 +610,7 @@ def test_the_accounts_of_all_requests_add_up_to_the_time_of_all_steps(guesses: f
     """Chunked prompts, several choices, preemptions in a small pool, guesses that are right and wrong: no second is lost, none
     is told twice."""
     guessing = None if guesses is None else Guessing(5, right=guesses, longest=3)
-    config = DecodeConfig(local_prefill="always", step_tokens=10, max_running=6, watermark_blocks=0)
+    config = DecodeConfig(local_prefill="always", step_tokens=10, max_running=6, watermark_blocks=0, growth_tokens=0)
     driver = Driver(config, num_blocks=24, guessing=guessing)
     work = [
         make_request(str(index), range(100 * index, 100 * index + 14), max_tokens=12, choices=1 + index % 2) for index in range(5)

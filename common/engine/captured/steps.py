@@ -34,14 +34,18 @@ class PendingStep:
         self._on_host = on_host
         self._copied = copied
 
+    def wait(self) -> None:
+        """Until the step is computed and its tokens are on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
     def logits(self) -> torch.Tensor:
         """Of the batch's rows; valid until the next launch."""
         return self._logits[: self._num_rows]
 
     def token_ids(self) -> list[int]:
         """The best token of each row. Raises EngineFailure if a row has none."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self.wait()
         values = self._on_host[:, : self._num_rows].numpy()
         if not np.isfinite(values[1].view(np.float32)).all():
             raise EngineFailure("the model's logits are not finite")

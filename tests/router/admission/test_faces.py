@@ -147,6 +147,7 @@ async def test_the_queue_goes_by_priority(held: tuple[FakeCluster, httpx.AsyncCl
     cluster.worker.released.set()
     assert {reply.status_code for reply in await asyncio.gather(*tasks)} == {200}
     assert [request.request_id[0] for request in cluster.worker.requests] == ["0", "3", "2", "1"]
+    assert [request.priority for request in cluster.worker.requests] == [0, 0, 1, 2], "workers must know it as well"
 
 
 async def test_priorities_are_checked(start_cluster: StartCluster) -> None:

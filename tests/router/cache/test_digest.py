@@ -194,7 +194,7 @@ async def test_the_class_of_sampling_is_what_the_client_wrote(calls: Calls) -> N
 
 REQUEST_FIELDS: dict[str, Any] = {  # None: noise, with another value in `NOISE_VALUES`
     "request_id": None, "model": "m2", "prompt_token_ids": (5, 6), "sampling": None, "num_choices": 3, "cache_salt": "u",
-    "timeout_s": None, "first_choice": 1, "num_resumed_tokens": 1, "dispatch_id": None,
+    "timeout_s": None, "first_choice": 1, "num_resumed_tokens": 1, "dispatch_id": None, "priority": None,
 }  # fmt: skip
 SAMPLING_FIELDS: dict[str, Any] = {
     "max_tokens": None, "seed": 2, "temperature": 0.9, "top_k": 4, "top_p": 0.4, "min_p": 0.2, "min_tokens": 3,
@@ -209,7 +209,7 @@ PLAN_FIELDS: dict[str, Any] = {
 }  # fmt: skip
 NOISE_VALUES: dict[str, Any] = {
     "request_id": "other", "timeout_s": 1.0, "max_tokens": 99, "echo": True, "prompt_texts": ("say",), "return_token_ids": True,
-    "stream": True, "include_usage": True, "usage_on_every_chunk": True, "timings": True, "dispatch_id": 5,
+    "stream": True, "include_usage": True, "usage_on_every_chunk": True, "timings": True, "dispatch_id": 5, "priority": 2,
 }  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""Swap space as a worker has it: the account that the scheduler keeps, and the memory that plans are carried out in.
+
+Made once, beside the engine; lives as long as its scheduler. On the engine's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from common.engine.kv_pool import KVPool
+from common.engine.swap_region import SwapRegion
+from decode_worker.preemption_cost import PreemptionCost
+from decode_worker.step_plan import StepPlan
+from decode_worker.swapping import Swapping
+
+
+class SwapConfig(Protocol):
+    """Of `common.config.DecodeConfig`, what is said of preemption."""
+
+    @property
+    def preemption(self) -> str: ...
+
+    @property
+    def swap_bytes(self) -> int: ...
+
+
+class Swapper:
+    def __init__(self, region: SwapRegion, *, always: bool) -> None:
+        self._region = region
+        self.swapping = Swapping(
+            region.num_slots, PreemptionCost(region.block_bytes, region.measured_bytes_per_s()), always=always
+        )
+
+    def move(self, plan: StepPlan) -> None:
+        """Before the plan's step is begun."""
+        if plan.swapped_in or plan.swapped_out:
+            moved_bytes, moving_s = self._region.moved_bytes, self._region.moving_s
+            self._region.move(plan.swapped_in, plan.swapped_out)
+            self.swapping.cost.observe_copies(self._region.moved_bytes - moved_bytes, self._region.moving_s - moving_s)
+
+
+def create_swapper(config: SwapConfig, pool: KVPool) -> Swapper | None:
+    """None if what is preempted is always computed again."""
+    if config.preemption == "recompute" or config.swap_bytes < pool.whole_layout.block_bytes:
+        return None
+    return Swapper(SwapRegion(pool, config.swap_bytes), always=config.preemption == "swap")

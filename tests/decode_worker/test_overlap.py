@@ -1,0 +1,190 @@
+"""A worker's core on its thread over a tiny model, in exact mode: answers with overlapping steps are those without, bit by bit,
+under preemption by swap and by recomputation, with other answers beside and without, aborted and not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from common.clock import SystemClock
+from common.config import DecodeConfig, EngineConfig
+from common.engine.core import Core
+from common.engine.engine import Engine, build_engine
+from common.engine.loop import EngineLoop
+from common.errors import EngineFailure
+from common.metrics import WorkerMetrics, WorkerReadings
+from common.types import Request, SamplingParams
+from decode_worker.events import Event, Failed, Output
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.step_ahead import Asking, Wait, overlaps
+from decode_worker.swapper import create_swapper
+from support.tiny_models import make_tiny_model
+
+POOL_BLOCKS = 14
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    path = make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    config = EngineConfig(
+        device="cpu", dtype="float32", exact=True, block_tokens=4, kv_pool_tokens=4 * POOL_BLOCKS, prefix_cache=False
+    )
+    return build_engine(path, config, threads=1, model_digest="m", tokenizer_digest="t")
+
+
+def request(name: str, length: int, **sampling: object) -> Request:
+    values = {"max_tokens": 12, "seed": 5, "temperature": 0.0, "logprobs": 0, **sampling}
+    prompt = tuple(3 + (7 * place + 31 * len(name) + ord(name[-1])) % 300 for place in range(length))
+    return Request(name, "m", prompt, SamplingParams(**values))  # type: ignore[arg-type]
+
+
+Answer = list[tuple[int, float]]
+
+
+class Served:
+    def __init__(self, engine: Engine, *, overlap: bool, preemption: str = "recompute") -> None:
+        config = DecodeConfig(
+            local_prefill="always", watermark_blocks=0, growth_tokens=0, step_tokens=16, preemption=preemption, swap_bytes=1 << 20
+        )
+        swapper = create_swapper(config, engine.pool)
+        self.scheduler = DecodeScheduler(
+            config, engine.layout, engine.blocks, SystemClock(), None, None if swapper is None else swapper.swapping
+        )
+        core = Core(
+            engine,
+            self.scheduler,
+            WorkerMetrics(CollectorRegistry(), model="m", role="decode", read=_nobody_reads),
+            SystemClock(),
+            before_step=None if swapper is None else swapper.move,
+            ahead=self.scheduler if overlap else None,
+        )
+        self.loop = EngineLoop[Event](core, name="engine")
+        self.answers: dict[str, Answer] = {}
+        self._ended: dict[str, asyncio.Event] = {}
+        self._news = asyncio.Event()
+
+    async def run(self, work: Sequence[Request], *, abort: Sequence[str] = ()) -> dict[str, Answer]:
+        """Those that are aborted are so when they have said something."""
+        self._ended = {item.request_id: asyncio.Event() for item in work}
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.loop.start(deliver=self._deliver, on_failure=failed.set_exception)
+        for item in work:
+            self.loop.post(self.scheduler.submit, item, ())
+        try:
+            async with asyncio.timeout(60.0):
+                for name in abort:
+                    while not self.answers.get(name):
+                        self._news.clear()
+                        await self._news.wait()
+                    self.loop.post(self.scheduler.abort, name)
+                for item in work:
+                    if item.request_id not in abort:
+                        await self._ended[item.request_id].wait()
+        finally:
+            await self.loop.stop()
+        assert not failed.done()
+        return {name: answer for name, answer in self.answers.items() if name not in abort}
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            assert not isinstance(event, Failed)
+            if isinstance(event, Output):
+                answer = self.answers.setdefault(event.request_id, [])
+                for chunk in event.chunks:
+                    answer.extend((logprob.token_id, logprob.logprob) for logprob in chunk.logprobs)
+                if event.done:
+                    self._ended[event.request_id].set()
+        self._news.set()
+
+
+def _nobody_reads() -> WorkerReadings:
+    raise EngineFailure("nobody scrapes a test")
+
+
+WORK = [
+    request("a", 9),
+    request("b", 5, temperature=0.9),
+    request("c", 13, temperature=1.0, top_k=20),
+    request("d", 3, min_tokens=4, stop_token_ids=(2,)),
+    request("e", 17),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> dict[str, Answer]:
+    """Each by itself, step after step."""
+
+    async def all_of_them() -> dict[str, Answer]:
+        found: dict[str, Answer] = {}
+        for item in WORK:
+            found |= await Served(engine, overlap=False).run([item])
+        return found
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+async def test_answers_are_those_of_each_alone(engine: Engine, alone: dict[str, Answer], preemption: str) -> None:
+    served = Served(engine, overlap=True, preemption=preemption)
+    assert await served.run(WORK) == alone
+    totals = served.scheduler.totals
+    assert totals.steps_ahead > 10
+    assert totals.preemptions > 0, "the pool is not small enough for this test"
+    assert totals.swapped_in == totals.swapped_out
+    assert (totals.swapped_out > 0) == (preemption == "swap")
+    assert engine.blocks.num_used == 0
+
+
+async def test_what_only_a_token_reveals_is_thrown_away(engine: Engine, alone: dict[str, Answer]) -> None:
+    """A stop token ends an answer one step after the next one was launched: nothing of that is seen, and no block is lost."""
+    stop = alone["e"][5][0]
+    first = next(place for place, (token_id, _) in enumerate(alone["e"]) if token_id == stop)
+    stopped = replace(WORK[4], sampling=replace(WORK[4].sampling, stop_token_ids=(stop,)))
+    served = Served(engine, overlap=True)
+    answers = await served.run([stopped, WORK[1]])
+    assert answers["e"] == alone["e"][:first]
+    assert answers["b"] == alone["b"]
+    assert served.scheduler.totals.surplus_rows == 1
+    assert engine.blocks.num_used == 0
+
+
+async def test_who_leaves_while_a_step_is_under_way_disturbs_nobody(engine: Engine, alone: dict[str, Answer]) -> None:
+    work = [replace(item, sampling=replace(item.sampling, max_tokens=30)) if item.request_id in "ae" else item for item in WORK]
+    served = Served(engine, overlap=True, preemption="swap")
+    answers = await served.run(work, abort=["a", "e"])
+    assert answers == {name: alone[name] for name in "bcd"}
+    assert engine.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("sampling", [{"frequency_penalty": 0.4}, {"bad_words": ((5, 6),)}])
+async def test_rules_that_look_at_tokens_make_steps_wait(engine: Engine, sampling: dict[str, object]) -> None:
+    item = request("p", 6, **sampling)
+    served = Served(engine, overlap=True)
+    answers = await served.run([item])
+    assert answers == await Served(engine, overlap=False).run([item])
+    assert served.scheduler.totals.steps_ahead == 0
+    assert served.scheduler.totals.waits[Wait.RULES.value] >= 10
+
+
+def test_who_guesses_is_asked_until_there_were_none_for_a_while_and_then_now_and_then() -> None:
+    asking = Asking()
+    for _ in range(16):
+        assert asking.is_due
+        asking.asked(guessed=False)
+    for _ in range(7):
+        assert not asking.is_due
+        asking.skipped()
+    assert asking.is_due
+    asking.asked(guessed=True)
+    assert asking.is_due
+
+
+def test_auto_overlaps_where_somebody_else_computes() -> None:
+    assert overlaps("auto", "cuda", threads=10_000)
+    assert not overlaps("auto", "cpu", threads=10_000)
+    assert overlaps("on", "cpu", threads=10_000)
+    assert not overlaps("off", "cuda", threads=1)
