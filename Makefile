@@ -18,7 +18,7 @@ TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromiu
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-autoscaler day-night test-unit test-cluster test-clients chaos kill-sweep simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-autoscaler day-night test-unit test-cluster test-clients chaos kill-sweep exactness-grid simulate check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ chaos: install-dev ## Every fault at every protocol step over every transport, i
 
 kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an answer; writes tests/chaos/KILL_SWEEP.md (5 min)
 	$(BIN)/python tests/chaos/sweep.py $(ARGS)
+
+exactness-grid: install-dev ## Every combination of speculation, TP, PP, preemption, overlap and prompt batching against one reference (half an hour)
+	$(BIN)/python tests/exactness/run.py $(ARGS)
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
 	$(BIN)/python tests/simulation/run.py $(ARGS)

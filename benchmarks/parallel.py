@@ -6,9 +6,12 @@
 A degree is TENSORxPIPELINE. Each runs as it does in a worker: rank 0 here, the others as processes, `--threads` each. A decode
 step computes one token of each sequence up to the logits; a prompt step so many tokens of one sequence. Per cell all engines take
 turns, in an order that turns round with every block; the table has the median of each, and the median over blocks of the first
-engine's time over its own (`gain`: 2 would be perfect for two ranks). A degree with stages runs once per value of
-`--micro-batches`, the least tokens of a part of a step; 0 = steps are never cut, so that only one stage works at a time: the
-difference between the two is the bubble that the parts fill.
+engine's time over its own (`gain`: 2 would be perfect for two ranks). `idle` is the share of the ranks' time in which their
+processes did not compute, by the kernel's account. A degree with stages runs once per value of `--micro-batches`, the least
+tokens of a part of a step; 0 = steps are never cut, so that only one stage works at a time: the difference is the bubble that the
+parts fill. With two stages and 512 tokens these are 1, 2 and 4 parts, whose bubbles are 1/2, 1/3 and 1/5 of the time on paper:
+
+    python -m benchmarks.parallel --degrees 1x1,2x1,1x2 --batches "" --prompts 512 --micro-batches 0,256,128
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from common.blocks import num_blocks
 from common.config import EngineConfig, ParallelConfig
 from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
+from common.engine.parallel.micro_batches import num_micro_batches
 from common.model_store import pull
 from kvtransfer.region import PoolMemory
 
@@ -39,6 +43,8 @@ class Cell:
     degree: str
     step_ms: float
     gain: float  # of the first degree's time over this one's, median over blocks
+    parts: int  # of a step, which follow each other through the stages
+    idle: float  # share of the ranks' time
 
 
 def main() -> None:
@@ -49,19 +55,27 @@ def main() -> None:
         device="cpu",
         dtype=options.dtype,
         kernels=options.kernels,
-        kv_pool_tokens=max(options.batches) * (longest + 16),
+        kv_pool_tokens=max(options.batches, default=1) * (longest + 16),
         rank_timeout_s=60.0,
     )
-    engines = {name: build(path, config, parallel, options.threads) for name, parallel in degrees(options).items()}
+    chosen = degrees(options)
+    engines = {name: build(path, config, parallel, options.threads) for name, parallel in chosen.items()}
+    groups = {name: Group(parallel, engines[name]) for name, parallel in chosen.items()}
     try:
         load_before = os.getloadavg()[0]
         cells: list[Cell] = []
         for batch in options.batches:
             cells += measure(
-                "decode", batch, {name: decode(engine, batch, options.context) for name, engine in engines.items()}, options
+                "decode",
+                batch,
+                {name: decode(engine, batch, options.context) for name, engine in engines.items()},
+                groups,
+                options,
             )
         for tokens in options.prompts:
-            cells += measure("prompt", tokens, {name: prompt(engine, tokens) for name, engine in engines.items()}, options)
+            cells += measure(
+                "prompt", tokens, {name: prompt(engine, tokens) for name, engine in engines.items()}, groups, options
+            )
         load = [load_before, os.getloadavg()[0]]
         print(f"threads {options.threads} a rank, {config.dtype}, kernels {config.kernels}; load {load[0]:.2f}, {load[1]:.2f}")
         if options.json:
@@ -71,6 +85,26 @@ def main() -> None:
     finally:
         for engine in engines.values():
             engine.close()
+
+
+class Group:
+    """The processes of one engine."""
+
+    def __init__(self, parallel: ParallelConfig, engine: Engine) -> None:
+        self.parallel = parallel
+        self._others = () if engine.group is None else tuple(engine.group.pids)
+
+    def computed_s(self) -> float:
+        """That its processes have computed so far, this one included."""
+        others = sum(
+            int(account.read_text().split()[0])
+            for pid in self._others
+            for account in Path(f"/proc/{pid}/task").glob("*/schedstat")
+        )
+        return time.process_time() + others / 1e9
+
+    def parts(self, rows: int) -> int:
+        return num_micro_batches(rows, self.parallel.pipeline_parallel, self.parallel.micro_batch_tokens)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,26 +158,39 @@ def prompt(engine: Engine, tokens: int) -> Callable[[], object]:
     return lambda: engine.runner.compute_logits(step)
 
 
-def measure(what: str, rows: int, steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> list[Cell]:
+def measure(
+    what: str, rows: int, steps: dict[str, Callable[[], object]], groups: dict[str, Group], options: argparse.Namespace
+) -> list[Cell]:
     repeats = 10 if what == "decode" else 2
     for step in steps.values():
         step()
     blocks: dict[str, list[float]] = {name: [] for name in steps}
+    idle: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(options.blocks):
         names = list(steps) if block % 2 == 0 else list(reversed(steps))
         for name in names:
             times = []
+            computed_s = groups[name].computed_s()
             for _ in range(repeats):
                 started_s = time.perf_counter()
                 steps[name]()
                 times.append(time.perf_counter() - started_s)
             blocks[name].append(statistics.median(times))
+            computed_s = groups[name].computed_s() - computed_s
+            idle[name].append(1 - computed_s / (sum(times) * groups[name].parallel.num_ranks))
     first = next(iter(blocks.values()))
     cells = []
     for name, found in blocks.items():
         gain = statistics.median(alone / mine for alone, mine in zip(first, found, strict=True))
-        cells.append(Cell(what, rows, name, statistics.median(found) * 1000, gain))
-        print(f"{what:7} {rows:5}  {name:22} {cells[-1].step_ms:9.2f} ms   gain {gain:5.2f}", flush=True)
+        cell = Cell(
+            what, rows, name, statistics.median(found) * 1000, gain, groups[name].parts(rows), statistics.median(idle[name])
+        )
+        cells.append(cell)
+        print(
+            f"{what:7} {rows:5}  {name:22} {cell.step_ms:9.2f} ms   gain {gain:5.2f}   parts {cell.parts}"
+            f"   idle {cell.idle:5.2f}",
+            flush=True,
+        )
     return cells
 
 

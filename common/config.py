@@ -108,6 +108,9 @@ class ParallelConfig(_Part):
         return self.tensor_parallel * self.pipeline_parallel
 
 
+_CPU_STEP_TOKENS = 128
+
+
 class PoolConfig(ParallelConfig):
     """What a pool of workers has of its own. KV is cut anew, and converted, on its way from one pool to the other."""
 
@@ -126,11 +129,35 @@ class PoolConfig(ParallelConfig):
 
 class PrefillConfig(PoolConfig):
     replicas: int = Field(1, ge=0, description="Prefill workers of this model.")
-    chunk_tokens: int = Field(512, ge=1, description="Most prompt tokens computed in one step.")
+    chunk_tokens: int = Field(
+        512, ge=1, description="A prompt is computed in chunks that end at multiples of this; a short one in a single chunk."
+    )
+    step_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts share a step up to so many tokens; a longer chunk goes alone. Default is chunk_tokens, on a CPU at"
+        " most 128: what shares a longer step there waits for the others more than it gains.",
+    )
     max_running: int = Field(32, ge=1, description="Most prompts in progress at once.")
+    oldest_first_every: int = Field(
+        8,
+        ge=1,
+        description="Urgent prompts go first, and short ones, but once in so many steps the oldest does; 1: it always does.",
+    )
     layer_groups: int = Field(
         6, ge=1, description="A chunk's KV leaves in so many groups of layers while later layers compute; 1 sends whole chunks."
     )
+
+    @property
+    def shared_tokens(self) -> int:
+        """That prompts may share a step up to."""
+        return self.chunk_tokens if self.step_tokens is None else self.step_tokens
+
+    def on(self, device: str) -> PrefillConfig:
+        """With what is left open decided for that kind of device."""
+        if self.step_tokens is not None or device != "cpu":
+            return self
+        return self.model_copy(update={"step_tokens": min(self.chunk_tokens, _CPU_STEP_TOKENS)})
 
 
 class SpeculationConfig(_Part):

@@ -59,9 +59,13 @@ class PrefillRuns:
     async def run(self, message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         """Ends in the seal or in a PdserveError. Cancelling it stops the computation within one step."""
         request, ticket = request_from_wire(message.request), ticket_from_wire(message.ticket)
+        left_s = min(request.timeout_s, ticket.ttl_s)
+        if left_s <= 0:
+            raise DeadlineExceeded("the prompt's time was over when it came")
+        deadline_s = self._clock.monotonic_s() + left_s
         try:
-            async with asyncio.timeout(min(request.timeout_s, ticket.ttl_s)):
-                return await self._run(request, ticket)
+            async with asyncio.timeout(left_s):
+                return await self._run(request, ticket, deadline_s)
         except TimeoutError as error:
             raise DeadlineExceeded("the prompt was not computed in time") from error
 
@@ -85,7 +89,7 @@ class PrefillRuns:
 
     # -- one run -------------------------------------------------------------------------------------------------------
 
-    async def _run(self, request: Request, ticket: Ticket) -> worker_pb2.PrefillReply:
+    async def _run(self, request: Request, ticket: Ticket, deadline_s: float) -> worker_pb2.PrefillReply:
         if self._failure is not None:
             raise self._failure
         self._check(request)
@@ -98,7 +102,8 @@ class PrefillRuns:
         news: asyncio.Queue[Event | PdserveError] = asyncio.Queue()
         self._news[key] = news
         received_s = self._clock.monotonic_s()
-        self._inbox.post(self._scheduler.submit, replace(request, request_id=key), grammar)
+        submitted = replace(request, request_id=key, timeout_s=deadline_s - received_s)
+        self._inbox.post(self._scheduler.submit, submitted, grammar)
         try:
             computed = await self._push_while_computing(news, push)
             computed_s = self._clock.monotonic_s()

@@ -1,30 +1,39 @@
-"""Which prompt tokens are computed in the next step: state in, data out. Chunked prefill under a token budget.
+"""Which prompt tokens are computed in the next step: state in, data out. Chunked prefill of several prompts under a token budget.
 
     submit -> waiting --admit--> running --last chunk, or stop--> held (its blocks may still be read) --release--> gone
 
-First come, first served: the oldest prompt gets the budget first, and what it leaves goes to the next ones, so that short prompts
-share a step. A prompt is admitted only when the pool can hold all of it, and is never preempted; its blocks are held after it
-was computed, or given up, until the hand-off has stopped reading them. It knows no tensor, no socket, no ticket.
+A step holds the next chunk of the first prompt in the order of `prefill_worker.order`, and of as many others as its budget has
+room for. Where a chunk ends depends on the prompt alone: one that does not fit is not cut, it comes in a later step. So where a
+prompt is divided is the same under any load.
+
+A block that a running step computes is not computed by another prompt in the same step: that one lets the step pass and takes the
+block from there, as running prompts take what became findable since their last chunk. Nobody waits like this who goes first in a
+step, so it costs no prompt its turn.
+
+A prompt gets its blocks, all of them, when its first chunk comes, and is never preempted; they are held after it was computed, or
+given up, until the hand-off has stopped reading them. When the first that wants blocks finds none, nobody behind it gets any.
+A prompt whose time is over is ended before a step. It knows no tensor, no socket, no ticket.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.blocks import root_hash
+from common.blocks import BlockHash, hash_chain, root_hash
 from common.clock import Clock
-from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, first_samples
+from common.engine.batch import ForwardResult, ScheduledBatch, first_samples
 from common.engine.block_manager import BlockManager
 from common.engine.core import SchedulerTotals
 from common.engine.grammar import CompiledGrammar
 from common.engine.sequence import PagedSequence
-from common.errors import IllegalTransition, PdserveError
+from common.errors import DeadlineExceeded, PdserveError
 from common.load import WorkerLoad, pairs
 from common.types import KVLayout, Request, SampledToken, TokenLogprob
+from prefill_worker.order import TurnOrder
+from prefill_worker.prompt import Prompt, PromptState
 
 
 class PrefillLimits(Protocol):
@@ -34,7 +43,13 @@ class PrefillLimits(Protocol):
     def chunk_tokens(self) -> int: ...
 
     @property
+    def shared_tokens(self) -> int: ...
+
+    @property
     def max_running(self) -> int: ...
+
+    @property
+    def oldest_first_every(self) -> int: ...
 
 
 _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
@@ -67,7 +82,7 @@ class PromptComputed:
 
 @dataclass(frozen=True, slots=True)
 class PromptFailed:
-    """The prompt is in KV, but no first token can be drawn. The blocks stay until `release`."""
+    """There is no first token: its rules leave none, or its time was over before. The blocks stay until `release`."""
 
     request_id: str
     error: PdserveError
@@ -76,40 +91,10 @@ class PromptFailed:
 Event = LayersComputed | PromptComputed | PromptFailed
 
 
-class _State(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    HELD = "held"
-
-
-_LEGAL = {_State.WAITING: {_State.RUNNING, _State.HELD}, _State.RUNNING: {_State.HELD}, _State.HELD: set[_State]()}
-
-
-class _Prompt:
-    def __init__(
-        self, request: Request, sequence: PagedSequence, received_s: float, grammar: CompiledGrammar | None = None
-    ) -> None:
-        self.request = request
-        self.grammar = grammar
-        self.sequence = sequence
-        self.state = _State.WAITING
-        self.cached_tokens = 0
-        self.expected_cached_tokens = 0  # of a prompt that waits, as it was when it came
-        self.logprobs: list[TokenLogprob] = []
-        self.received_s = received_s
-        self.started_s: float | None = None
-        self.work_s = 0.0
-
-    def enter(self, state: _State) -> None:
-        if state not in _LEGAL[self.state]:
-            raise IllegalTransition(f"prompt: {self.state.name} -> {state.name}")
-        self.state = state
-
-
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     batch: ScheduledBatch
-    prompts: tuple[tuple[_Prompt, int], ...]  # which prompt, how many tokens
+    prompts: tuple[tuple[Prompt, int], ...]  # which prompt, how many tokens
     copies: tuple[tuple[int, int], ...] = ()  # never any: prompts share blocks only to read them
 
 
@@ -119,9 +104,11 @@ class PrefillScheduler:
         self._layout = layout
         self._blocks = blocks
         self._clock = clock
-        self._prompts: dict[str, _Prompt] = {}
-        self._waiting: deque[_Prompt] = deque()
-        self._running: list[_Prompt] = []  # in order of arrival
+        self._prompts: dict[str, Prompt] = {}
+        self._waiting: dict[str, Prompt] = {}  # in order of arrival, as are those that run
+        self._running: dict[str, Prompt] = {}
+        self._order = TurnOrder(config.oldest_first_every)
+        self._serials = itertools.count()
         self._events: list[Event] = []
         self._dispatches: list[int] = []
         self._step_started_s = 0.0
@@ -147,11 +134,9 @@ class PrefillScheduler:
 
     def load(self) -> WorkerLoad:
         tokens, work = 0, 0.0
-        for prompt in (*self._running, *self._waiting):
-            total = prompt.request.num_prompt_tokens
-            left = prompt.sequence.remaining - (prompt.expected_cached_tokens if prompt.state is _State.WAITING else 0)
-            tokens += left
-            work += pairs(left, total)
+        for prompt in self._unfinished():
+            tokens += prompt.tokens_left
+            work += pairs(prompt.tokens_left, prompt.request.num_prompt_tokens)
         return WorkerLoad(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -161,21 +146,28 @@ class PrefillScheduler:
         )
 
     def open_dispatches(self) -> tuple[int, ...]:
-        prompts = (*self._running, *self._waiting)
-        return tuple(prompt.request.dispatch_id for prompt in prompts if prompt.request.dispatch_id)
+        return tuple(prompt.request.dispatch_id for prompt in self._unfinished() if prompt.request.dispatch_id)
 
     def take_dispatches(self) -> tuple[int, ...]:
         taken, self._dispatches = tuple(self._dispatches), []
         return taken
 
     def submit(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
-        """`grammar` is the request's own, compiled."""
+        """`grammar` is the request's own, compiled. Its time begins now."""
+        block_tokens = self._layout.block_tokens
         root = root_hash(self._layout.fingerprint, request.cache_salt)
-        sequence = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
-        prompt = _Prompt(request, sequence, self._clock.monotonic_s(), grammar)
-        prompt.expected_cached_tokens = len(self._match(request)) * self._layout.block_tokens
-        self._prompts[request.request_id] = prompt
-        self._waiting.append(prompt)
+        named = hash_chain(root, request.prompt_token_ids, block_tokens) if self._blocks.prefix_cache else ()
+        prompt = Prompt(
+            request,
+            PagedSequence(request.prompt_token_ids, root, block_tokens),
+            tuple(named),
+            serial=next(self._serials),
+            received_s=self._clock.monotonic_s(),
+            block_tokens=block_tokens,
+            grammar=grammar,
+        )
+        self._look(prompt)
+        self._prompts[request.request_id] = self._waiting[request.request_id] = prompt
         self.totals.submitted += 1
         if request.dispatch_id:
             self._dispatches.append(request.dispatch_id)
@@ -183,14 +175,9 @@ class PrefillScheduler:
 
     def stop(self, request_id: str) -> None:
         """Computes no further chunk of this prompt; its blocks are held on. Legal in any state; unknown ids are ignored."""
-        prompt = self._prompts.get(request_id)
-        if prompt is None or prompt.state is _State.HELD:
-            return
-        if prompt.state is _State.WAITING:
-            self._waiting.remove(prompt)
-        else:
-            self._running.remove(prompt)
-        prompt.enter(_State.HELD)
+        prompt = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
+        if prompt is not None:
+            prompt.enter(PromptState.HELD)
 
     def release(self, request_id: str) -> None:
         """Nobody reads the prompt's blocks any more. Legal in any state; unknown ids are ignored."""
@@ -201,25 +188,22 @@ class PrefillScheduler:
 
     def schedule(self) -> StepPlan:
         """The next step. Its batch is empty when nothing can be computed now."""
-        self._step_started_s = self._clock.monotonic_s()
-        while self._waiting and len(self._running) < self._config.max_running and self._admit(self._waiting[0]):
-            self._waiting.popleft()
-        budget = self._config.chunk_tokens
-        slices: list[SequenceSlice] = []
-        shares: list[tuple[_Prompt, int]] = []
-        for prompt in self._running:
-            count = min(prompt.sequence.remaining, budget)
-            if count == 0:
-                break
-            if prompt.started_s is None:
-                prompt.started_s = self._clock.monotonic_s()
-            samples = first_samples(prompt.request, prompt.grammar) if count == prompt.sequence.remaining else ()
-            slices.append(prompt.sequence.slice(count, samples, prompt_logprobs=prompt.request.sampling.prompt_logprobs))
-            shares.append((prompt, count))
-            budget -= count
-        unstarted = (prompt.received_s for prompt in itertools.chain(self._running, self._waiting) if prompt.started_s is None)
-        self.waiting_since_s = next(unstarted, None)  # prompts start in the order in which they came
-        return StepPlan(ScheduledBatch(tuple(slices)), tuple(shares))
+        self._step_started_s = now_s = self._clock.monotonic_s()
+        self._end_late(now_s)
+        for prompt in self._waiting.values():
+            self._look(prompt)
+        shares = self._shares(now_s)
+        self._order.planned([prompt for prompt, _ in shares])
+        self.waiting_since_s = next((prompt.received_s for prompt in self._waiting.values()), None)
+        slices = tuple(
+            prompt.sequence.slice(
+                count,
+                first_samples(prompt.request, prompt.grammar) if count == prompt.sequence.remaining else (),
+                prompt_logprobs=prompt.request.sampling.prompt_logprobs,
+            )
+            for prompt, count in shares
+        )
+        return StepPlan(ScheduledBatch(slices), tuple(shares))
 
     def layers_computed(self, plan: StepPlan, first_layer: int, end_layer: int) -> None:
         """Keys and values of these layers are in the pool for every token of the plan, while later layers still compute."""
@@ -266,27 +250,89 @@ class PrefillScheduler:
                     )
                 )
 
-    def _admit(self, prompt: _Prompt) -> bool:
+    # -- what is in a step ---------------------------------------------------------------------------------------------
+
+    def _unfinished(self) -> list[Prompt]:
+        return [*self._running.values(), *self._waiting.values()]
+
+    def _shares(self, now_s: float) -> list[tuple[Prompt, int]]:
+        shares: list[tuple[Prompt, int]] = []
+        being_computed: set[BlockHash] = set()
+        budget = self._config.shared_tokens
+        admitting = True
+        for prompt in self._order.of(self._unfinished()):
+            if budget <= 0:
+                break
+            if prompt.state is PromptState.WAITING:
+                if not admitting:
+                    continue
+                found = self._blocks.find(prompt.reusable_hashes)
+                known = len(found) * self._layout.block_tokens
+            else:
+                self._catch_up(prompt)
+                known = prompt.sequence.num_computed
+            if prompt.lacks(known // self._layout.block_tokens) in being_computed:
+                continue
+            count = prompt.chunk(known, self._config.chunk_tokens)
+            if count > budget and shares:
+                continue
+            if prompt.state is PromptState.WAITING and not self._admit(prompt, found, now_s):
+                admitting = False
+                continue
+            being_computed.update(prompt.completes(known, count))
+            shares.append((prompt, count))
+            budget -= count
+        return shares
+
+    def _admit(self, prompt: Prompt, found: Sequence[int], now_s: float) -> bool:
+        """Gives it the blocks that were found of it and room for the rest. False if there is no room."""
         request, sequence = prompt.request, prompt.sequence
-        cached = self._match(request)
-        self._blocks.acquire(cached)
-        missing = sequence.missing_blocks(request.num_prompt_tokens) - len(cached)
-        if not self._blocks.can_allocate(missing):
-            self._blocks.release(cached)
+        missing = sequence.missing_blocks(request.num_prompt_tokens) - len(found)
+        if len(self._running) >= self._config.max_running or not self._blocks.can_allocate(missing, reusing=found):
             return False
-        sequence.attach([*cached, *self._blocks.allocate(missing)], 0)
-        prompt.cached_tokens = len(cached) * self._layout.block_tokens
-        sequence.advance(prompt.cached_tokens, self._blocks)
+        self._blocks.acquire(found)
+        sequence.attach([*found, *self._blocks.allocate(missing)], 0)
         self.totals.prefix_queries += request.num_prompt_tokens
-        self.totals.prefix_hits += prompt.cached_tokens
-        prompt.enter(_State.RUNNING)
-        self._running.append(prompt)
-        if cached:
-            blocks = tuple(sequence.blocks)
-            self._events.append(LayersComputed(request.request_id, prompt.cached_tokens, blocks, 0, self._layout.num_layers))
+        prompt.enter(PromptState.RUNNING)
+        prompt.started_s = now_s
+        self._running[request.request_id] = self._waiting.pop(request.request_id)
+        self._reuse(prompt, len(found) * self._layout.block_tokens)
         return True
 
-    def _match(self, request: Request) -> list[int]:
-        if request.sampling.prompt_logprobs is not None:
-            return []  # they are computed with the tokens, so all tokens are
-        return self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt, max_tokens=request.num_prompt_tokens - 1)
+    def _catch_up(self, prompt: Prompt) -> None:
+        """Blocks that others computed since its last chunk take the place of its own, which are empty."""
+        sequence = prompt.sequence
+        first = sequence.num_computed // self._layout.block_tokens
+        found = self._blocks.find(prompt.reusable_hashes[first:])
+        if found:
+            self._blocks.acquire(found)
+            self._blocks.release(sequence.replace(first, found))
+            self._reuse(prompt, (first + len(found)) * self._layout.block_tokens - sequence.num_computed)
+
+    def _reuse(self, prompt: Prompt, count: int) -> None:
+        """Its next `count` tokens are in its blocks already."""
+        if count == 0:
+            return
+        sequence = prompt.sequence
+        sequence.advance(count, self._blocks)
+        prompt.cached_tokens += count
+        self.totals.prefix_hits += count
+        blocks = tuple(sequence.blocks)
+        self._events.append(LayersComputed(prompt.request.request_id, sequence.num_computed, blocks, 0, self._layout.num_layers))
+
+    def _look(self, prompt: Prompt) -> None:
+        """Brings up to date how much of a waiting prompt can be found, mostly by looking at the end of it."""
+        names = prompt.reusable_hashes
+        known = prompt.expected_blocks
+        if known and not self._blocks.has(names[known - 1]):
+            known = 0
+        while known < len(names) and self._blocks.has(names[known]):
+            known += 1
+        prompt.expected_blocks = known
+
+    def _end_late(self, now_s: float) -> None:
+        for prompt in self._unfinished():
+            if prompt.deadline_s <= now_s:
+                self.stop(prompt.request.request_id)
+                late = DeadlineExceeded("the prompt was not computed in time")
+                self._events.append(PromptFailed(prompt.request.request_id, late))

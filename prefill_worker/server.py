@@ -45,7 +45,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         )
         self._loaded = await host.load(PoolMemory(touch=False), self._kept)
         engine = self._loaded.engine
-        config = self._spec.model.prefill
+        config = self._spec.model.prefill.on(engine.device.type)
         self._scheduler = PrefillScheduler(config, engine.layout, engine.blocks, self._clock)
         core = Core(
             engine,
@@ -68,7 +68,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             metrics=host.metrics,
             clock=self._clock,
         )
-        host.report(self._scheduler, self._loop, step_tokens=config.chunk_tokens)
+        host.report(self._scheduler, self._loop, step_tokens=max(config.chunk_tokens, config.shared_tokens))
         self._loop.start(deliver=self._runs.deliver, on_failure=self._engine_failed)
         host.watch_ranks(self._loop)
         ref = await host.serve(

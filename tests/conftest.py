@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 LONG = (
     "chaos",
+    "exactness",
     "model_checking",
     "simulation",
     "workers",

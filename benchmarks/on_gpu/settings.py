@@ -32,6 +32,11 @@ class Settings:
 class PrefillSettings:
     chunk_tokens: int = 2048
     max_running: int = 32
+    oldest_first_every: int = 8
+
+    @property
+    def shared_tokens(self) -> int:
+        return self.chunk_tokens
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,21 @@ class BlockManager:
         """
         if not self.prefix_cache:
             return []
-        blocks: list[int] = []
         usable = min(len(token_ids), max_tokens)
-        for block_hash in hash_chain(self._root(salt), token_ids[: max(usable, 0)], self.block_tokens):
+        return self.find(hash_chain(self._root(salt), token_ids[: max(usable, 0)], self.block_tokens))
+
+    def find(self, chain: Iterable[BlockHash]) -> list[int]:
+        """The blocks with these names, up to the first that is not there. Only a look, as `match_prefix`."""
+        blocks: list[int] = []
+        for block_hash in chain:
             block = self._block_of.get(block_hash)
             if block is None:
                 break
             blocks.append(block)
         return blocks
+
+    def has(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._block_of
 
     def can_allocate(self, count: int, *, keep_free: int = 0, reusing: Sequence[int] = ()) -> bool:
         """Whether `acquire(reusing)` and then `allocate(count)` would work and leave `keep_free` blocks available."""

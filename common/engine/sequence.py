@@ -41,6 +41,13 @@ class PagedSequence:
         self.blocks = list(blocks)
         self.num_computed = num_computed
 
+    def replace(self, first: int, blocks: Sequence[int]) -> list[int]:
+        """Takes over references to blocks in the place of its own from the `first` on, of which none is full yet, and gives
+        those back to the caller. What of the new ones is computed, `advance` is told."""
+        end = first + len(blocks)
+        replaced, self.blocks[first:end] = self.blocks[first:end], blocks
+        return replaced
+
     def detach(self) -> list[int]:
         """Gives all references back to the caller; what was computed must be computed again."""
         blocks, self.blocks = self.blocks, []

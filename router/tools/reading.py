@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.tools.families import Family
+from router.tools.heads import CallHead
 
 _BLANK = " \t\r\n"
 _JSON_OUTSIDE_STRINGS = frozenset('{}[],:"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ' + _BLANK)
@@ -91,7 +92,8 @@ class JsonEnd:
 
 class _State(enum.Enum):
     TEXT = "text"  # looking for an opener
-    JSON = "json"  # behind an opener
+    HEAD = "head"  # behind an opener, where JSON comes next or a name
+    JSON = "json"  # behind an opener, and behind the name if it comes first
     CLOSER = "closer"  # behind the JSON
 
 
@@ -105,6 +107,8 @@ class FreeReader:
         self._state = _State.TEXT
         self._blank = ""
         self._held = ""  # an opener, or the beginning of one
+        self._head = CallHead(self._names, family.arguments_marker)
+        self._name: str | None = None  # if it came before the JSON
         self._inside: list[str] = []  # the JSON behind it
         self._closing = ""  # and what came behind that
         self._json = JsonEnd()
@@ -140,6 +144,8 @@ class FreeReader:
     def _take(self, character: str) -> None:
         if self._state is _State.TEXT:
             self._look_for_opener(character)
+        elif self._state is _State.HEAD:
+            self._look_for_arguments(character)
         elif self._state is _State.JSON:
             if not self._json.push(character):
                 self._give_up()
@@ -187,17 +193,44 @@ class FreeReader:
             return
         self._say(character)
 
+    def _look_for_arguments(self, character: str) -> None:
+        head = self._head
+        if not head.text and character in "[{" + _BLANK:
+            self._state = _State.JSON
+            self._take(character)
+        elif character == "{" and head.name is not None:
+            self._enter_arguments()
+            self._take(character)
+        elif head.push(character):
+            if head.done:
+                self._enter_arguments()
+        else:
+            # No call; one may begin within what was held.
+            opener, self._held, self._state = self._held, "", _State.TEXT
+            self._say(opener)
+            for item in head.text + character:
+                self._take(item)
+
+    def _enter_arguments(self) -> None:
+        self._name = self._head.name
+        self._held += self._head.text
+        self._state = _State.JSON
+
     def _held_separator(self, character: str) -> None:
         """Behind a call: perhaps another one follows, else it was text."""
         self._blank += character
         self._bare_json = True
 
     def _enter_json(self, opener: str) -> None:
-        self._held, self._json = opener, JsonEnd()
+        self._held, self._json, self._name = opener, JsonEnd(), None
         self._state = _State.JSON
+        if self._family.arguments_marker:
+            self._head = CallHead(self._names, self._family.arguments_marker)
+            self._state = _State.HEAD
 
     def _call_is_whole(self) -> None:
-        calls = _calls("".join(self._inside), self._names)
+        inside = "".join(self._inside)
+        calls = _calls(inside, self._names) if self._name is None else _call_of(self._name, inside)
         if calls is None:
             self._give_up()
             return
@@ -210,7 +243,8 @@ class FreeReader:
 
     def _give_up(self) -> None:
         """What is held is text."""
-        held = self._held + "".join(self._inside) + self._closing
+        head = self._head.text if self._state is _State.HEAD else ""
+        held = self._held + head + "".join(self._inside) + self._closing
         self._held = self._closing = ""
         self._inside.clear()
         self._state = _State.TEXT
@@ -294,6 +328,14 @@ def _calls(text: str, names: frozenset[str]) -> list[tuple[str, str]] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return calls or None
+
+
+def _call_of(name: str, arguments: str) -> list[tuple[str, str]] | None:
+    """As `_calls`, of one whose name came first."""
+    try:
+        return [(name, arguments.strip(_BLANK))] if isinstance(json.loads(arguments), dict) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 _decoder = json.JSONDecoder()

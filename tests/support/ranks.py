@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from common.blocks import num_blocks
@@ -15,9 +16,11 @@ from common.engine.batch import ScheduledBatch
 from common.engine.kv_pool import FIRST_BLOCK
 from common.engine.loader import load_architecture
 from common.engine.parallel.links import Link, socket_pair
+from common.engine.parallel.messages import CopyOrder, StepOrder, decode, encode_copy, encode_step
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
+from common.errors import PdserveError
 from common.types import ROUNDED, KVLayout
 
 TIMEOUT_S = 60.0
@@ -72,9 +75,61 @@ def thread_group(
         try:
             yield ThreadGroup(built, memory, layout, pool)
         finally:
-            for one in links:
-                for link in (*one.shards.values(), *(end for end in (one.previous, one.following) if end is not None)):
-                    link.close()
+            _close(links)
+
+
+class ThreadRanks:
+    """In the place of a `RankGroup`: what reaches the other ranks has gone through the same messages, but they are threads."""
+
+    pids: tuple[int, ...] = ()
+
+    def __init__(self, order: ShareOrder, shares: Sequence[Share], memory: memoryview) -> None:
+        self.parallel = order.parallel
+        self._links = _connect(shares)
+        self._shares = [build_share(order.for_rank(rank), memory, self._links[rank]) for rank in range(len(shares))]
+        self._pool = ThreadPoolExecutor(len(shares), thread_name_prefix="rank")
+
+    @classmethod
+    def start(cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str) -> ThreadRanks:
+        return cls(order, shares, memory)
+
+    @property
+    def mine(self) -> StageShare:
+        return self._shares[0]
+
+    def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
+        """Threads are not lost."""
+
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        step = decode(encode_step(batch, wanted))
+        assert isinstance(step, StepOrder)
+        hidden = list(self._pool.map(lambda share: share.compute(step.batch), self._shares))
+        ends = [(share, rows) for share, rows in zip(self._shares, hidden, strict=True) if rows is not None]
+        return (torch.cat([share.logits(one, rows) for share, one in ends], dim=1) for rows in step.wanted)
+
+    def copy_block(self, source: int, destination: int) -> None:
+        order = decode(encode_copy(source, destination))
+        assert isinstance(order, CopyOrder)
+        for share in self._shares:
+            share.copy_block(order.source, order.destination)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        _close(self._links)
+
+
+@contextmanager
+def ranks_as_threads() -> Iterator[None]:
+    """Workers that are started meanwhile have their ranks in this process: a second of computing less for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.engine.parallel.group.RankGroup", ThreadRanks)
+        yield
+
+
+def _close(links: Sequence[ShareLinks]) -> None:
+    for one in links:
+        for link in (*one.shards.values(), *(end for end in (one.previous, one.following) if end is not None)):
+            link.close()
 
 
 def _connect(shares: Sequence[Share]) -> list[ShareLinks]:

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from common.clock import Clock, ManualClock, SystemClock
+from common.codec import request_from_wire, request_to_wire
 from common.config import AdmissionConfig, LimitsConfig
 from common.errors import DeadlineExceeded, EngineFailure, NoWorkerAvailable, Overloaded, PdserveError, RateLimited
 from common.metrics import AdmissionMetrics
@@ -170,6 +171,18 @@ async def test_what_the_queue_took_is_not_left_for_the_worker() -> None:
     await asyncio.gather(first, second)
     assert one.workers.requests[0].timeout_s == 60.0
     assert one.workers.requests[1].timeout_s == pytest.approx(18.0)
+
+
+async def test_workers_are_told_the_band() -> None:
+    one = rig()
+    tasks = [one.start(band, band) for band in Band]
+    for band in Band:
+        one.workers.let(band).set()
+    await asyncio.gather(*tasks)
+    found = [(request.request_id, request.priority) for request in one.workers.requests]
+    assert found == [(Band.INTERACTIVE, 0), (Band.BATCH, 1), (Band.BACKGROUND, 2)]
+    for request in one.workers.requests:
+        assert request_from_wire(request_to_wire(request)) == request
 
 
 async def test_an_expired_request_is_never_dispatched() -> None:

@@ -19,7 +19,7 @@ from common.wire import inference_pb2 as pb
 from common.wire.inference_pb2_grpc import InferenceStub
 from router.schemas import ChatBody, parse
 from router.tools.definitions import Toolbox, toolbox
-from router.tools.families import HERMES, LLAMA3, MISTRAL, calls_grammar, family_of
+from router.tools.families import HERMES, LLAMA3, MISTRAL, MISTRAL_NAME_FIRST, calls_grammar, family_of
 from router.tools.rendering import as_plain_messages, for_template
 from support.fake_cluster import MODEL, FakeCluster
 from support.json_schemas import WRONG
@@ -155,6 +155,7 @@ def test_a_template_that_knows_no_tools_gets_plain_messages() -> None:
         ("{{ messages }}", HERMES),
         ("{% if tools %}<tool_call>{{ tools }}{% endif %}", HERMES),
         ("{% if tools %}[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]{% endif %}", MISTRAL),
+        ("{% if tools %}[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}", MISTRAL_NAME_FIRST),
         ("{% if tools %}<|python_tag|>{{ tools }}{% endif %}", LLAMA3),
         ("[TOOL_CALLS] in words only", HERMES),
     ],
@@ -170,5 +171,5 @@ def test_choices_of_tools() -> None:
     assert toolbox(TOOLS, "none", None) is None
     assert toolbox([], None, None) is None
     assert parse(ChatBody, {"model": "m", "messages": ASK, "tools": TOOLS}).toolbox is not None
-    for family in (HERMES, MISTRAL, LLAMA3):
+    for family in (HERMES, MISTRAL, MISTRAL_NAME_FIRST, LLAMA3):
         assert calls_grammar(family, tools_of("required")).startswith("start: ")

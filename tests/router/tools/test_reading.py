@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.tools.families import HERMES, LLAMA3, MISTRAL, Family
+from router.tools.families import HERMES, LLAMA3, MISTRAL, MISTRAL_NAME_FIRST, Family
 from router.tools.reading import CallArguments, CallBegins, CertainReader, Content, FreeReader, Reader
 
 NAMES = ("get_weather", "f", "f2")
-FAMILIES = {family.name: family for family in (HERMES, MISTRAL, LLAMA3)}
+FAMILIES = {family.name: family for family in (HERMES, MISTRAL, MISTRAL_NAME_FIRST, LLAMA3)}
 W = '{"name": "get_weather", "arguments": {"city": "Köln }{ \\" ]"}}'
 WA = '{"city": "Köln }{ \\" ]"}'
 P = '{"name": "f", "parameters": {"a": [1, {"b": 1e400}]}}'
@@ -73,6 +73,23 @@ def read(reader: Reader, pieces: Sequence[str]) -> tuple[str, list[tuple[str, st
         ("mistral", f"[TOOL_CALLS] {W}", "", [("get_weather", WA)]),
         ("mistral", "[TOOL [TOOL_CALLS] what", None, []),
         ("mistral", "see [1] and [2]", None, []),
+        ("mistral", f"[TOOL_CALLS]get_weather[ARGS]{WA}[TOOL_CALLS]f[ARGS]{PA}", "", [("get_weather", WA), ("f", PA)]),
+        ("mistral, name first", f"[TOOL_CALLS][{W}, {P}]", "", [("get_weather", WA), ("f", PA)]),
+        ("mistral, name first", f"Well.[TOOL_CALLS]f2[ARGS]{PA}", "Well.", [("f2", PA)]),
+        ("mistral, name first", f"[TOOL_CALLS]f[ARGS] {PA}\n", "", [("f", PA)]),
+        ("mistral, name first", f"[TOOL_CALLS]f[CALL_ID]9FZ8h4sN1[ARGS]{PA}", "", [("f", PA)]),
+        ("mistral, name first", f"[TOOL_CALLS]get_weather{WA}", "", [("get_weather", WA)]),
+        ("mistral, name first", f"[TOOL_CALLS]f[ARGS]{PA}[TOOL_CALLS]f[ARGS]{{}}", "", [("f", PA), ("f", "{}")]),
+        ("mistral, name first", f"[TOOL_CALLS]f[TOOL_CALLS]f2[ARGS]{PA}", "[TOOL_CALLS]f", [("f2", PA)]),
+        ("mistral, name first", f"[TOOL_CALLS]rm[ARGS]{PA}", None, []),
+        ("mistral, name first", f"[TOOL_CALLS]get_weather2[ARGS]{PA}", None, []),
+        ("mistral, name first", f"[TOOL_CALLS]f[CALL_ID]a b[ARGS]{PA}", None, []),
+        ("mistral, name first", f"[TOOL_CALLS]f[CALL_ID]a{PA}", None, []),
+        ("mistral, name first", f"[TOOL_CALLS]f[ARG]{PA}", None, []),
+        ("mistral, name first", "[TOOL_CALLS]f[ARGS][1]", None, []),
+        ("mistral, name first", '[TOOL_CALLS]f[ARGS]{"a": 01}', None, []),
+        ("mistral, name first", "[TOOL_CALLS]f[AR", None, []),
+        ("mistral, name first", "[TOOL_CALLS]get_", None, []),
         ("llama3", P, "", [("f", PA)]),
         ("llama3", f"<|python_tag|>{P}; {W}", "", [("f", PA), ("get_weather", WA)]),
         ("llama3", f"{P};", ";", [("f", PA)]),
@@ -90,7 +107,8 @@ def test_what_is_read(family: str, text: str, content: str | None, calls: list[t
 
 
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "<tool_call>\n", "\n</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[", "]", "{", "}",
+    "<tool_call>", "</tool_call>", "<tool_call>\n", "\n</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
+    "f", "f2", "<|python_tag|>", "[", "]", "{", "}",
     ";", ",", " ", "\n", '"', "\\", "<", "word", "é", W, P, '{"name": "f", "arguments": {}}', "<tool", "_call>",
 ]  # fmt: skip
 
