@@ -7,11 +7,12 @@ A worker's core runs on its engine thread, without gRPC: requests are posted, ev
 All answers of a turn have the same length; nobody guesses. The clock runs from the moment in which all decode until the last
 token. Turns go off on on off; tokens must be equal, or the run fails.
 
-First, of the turns without overlap: what a step's time is made of, in microseconds (medians): `model` is the runner's call,
-`schedule` and `account` the scheduler's, `rest` what the loop does between (events, metrics, waking the other thread). All but
-the first is the gap that overlap can hide. Then tokens per second with and without, and the median ratio of turns with its
-bootstrap interval. With --penalty every answer has a frequency penalty, so that no step can be planned ahead: what it costs to
-ask in vain.
+First, of turns without overlap: what a step costs the engine's thread, in microseconds of CPU time (medians): `model` is the
+runner's call, `schedule` and `account` the scheduler's, `rest` what the loop does between (events, metrics, waking the other
+thread). All but the first is the gap that overlap can hide, on a core that has nothing else to do. Then tokens per second with
+and without, the median ratio of turns with its bootstrap interval, and the ratio of the process's CPU time, which is what overlap
+costs or spares where other work fills the cores. With --penalty every answer has a frequency penalty, so that no step can be
+planned ahead: what it costs to ask in vain.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ PROMPT_TOKENS = 48
 @dataclass
 class Turn:
     seconds: float = 0.0
+    cpu_s: float = 0.0  # of the process
     num_tokens: int = 0
     steps: int = 0
     steps_ahead: int = 0
@@ -58,7 +60,7 @@ class Turn:
 
 @dataclass
 class Parts:
-    """Of steps without overlap, in seconds: one entry for each step."""
+    """Of steps without overlap, in seconds of the engine's thread: one entry for each step."""
 
     model: list[float] = field(default_factory=list)
     schedule: list[float] = field(default_factory=list)
@@ -78,15 +80,16 @@ class Cell:
     median_ratio: float
     low: float
     high: float
+    cpu_ratio: float
     share_ahead: float  # of the steps with overlap
     num_turns: int
 
 
 def timed(into: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         result = function(*arguments, **named)
-        into.append(time.perf_counter() - started_s)
+        into.append(time.thread_time() - started_s)
         return result
 
     return call
@@ -110,11 +113,11 @@ class Bench:
         scheduler = DecodeScheduler(config, engine.layout, engine.blocks, SystemClock())
         metrics = WorkerMetrics(CollectorRegistry(), model="m", role="decode", read=_nobody_reads)
         core = Core(engine, scheduler, metrics, SystemClock(), ahead=scheduler if overlap else None)
-        turn, decoding, started_s = Turn(), 0, 0.0
+        turn, decoding, started_s, cpu_started_s = Turn(), 0, 0.0, 0.0
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def deliver(events: list[Event]) -> None:
-            nonlocal decoding, started_s
+            nonlocal decoding, started_s, cpu_started_s
             for event in events:
                 if isinstance(event, Failed):
                     over.set_exception(event.error)
@@ -124,9 +127,9 @@ class Bench:
                     turn.num_tokens += len(said) if decoding == batch else 0
                     decoding += event.started is not None
                     if event.started is not None and decoding == batch:
-                        started_s = time.perf_counter()
+                        started_s, cpu_started_s = time.perf_counter(), time.process_time()
                     if event.done and all(len(answer) == self.options.max_tokens for answer in turn.answers.values()):
-                        turn.seconds = time.perf_counter() - started_s
+                        turn.seconds, turn.cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_started_s
                         over.set_result(None)
 
         loop = EngineLoop[Event](core, name="engine")
@@ -178,6 +181,7 @@ class Bench:
             median_ratio=statistics.median(ratios),
             low=low,
             high=high,
+            cpu_ratio=sum(turn.cpu_s for turn in off) / sum(turn.cpu_s for turn in on),
             share_ahead=sum(turn.steps_ahead for turn in on) / sum(turn.steps for turn in on),
             num_turns=len(on),
         )
@@ -192,7 +196,7 @@ def _watch(parts: Parts, core: Core[Any, Event], scheduler: DecodeScheduler, eng
 
     def begin() -> bool:
         nonlocal last_s
-        now_s = time.perf_counter()
+        now_s = time.thread_time()
         if last_s:
             parts.whole.append(now_s - last_s)
         last_s = now_s
@@ -210,7 +214,7 @@ def show(cell: Cell) -> None:
         f"batch {cell.batch:2d}   step: model {cell.model_us:7.0f} us, schedule {cell.schedule_us:5.0f}, account"
         f" {cell.account_us:5.0f}, rest {cell.rest_us:5.0f}   off {cell.off_tokens_per_s:7.1f} tok/s   on"
         f" {cell.on_tokens_per_s:7.1f} tok/s   ratio {cell.median_ratio:.3f} ({cell.low:.3f} to {cell.high:.3f})"
-        f"   ahead {cell.share_ahead:.0%}",
+        f"   cpu {cell.cpu_ratio:.3f}   ahead {cell.share_ahead:.0%}",
         flush=True,
     )
 

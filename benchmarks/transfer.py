@@ -218,6 +218,21 @@ class Memory:
         np.copyto(destination, source)
         return time.perf_counter() - started_s
 
+    async def copy_and_digest(self) -> float:
+        """Block by block with the native library, as the writer over shared memory does it."""
+        kernel = piece_kernel()
+        assert kernel is not None
+        (source, destination), size = self._addresses, self._source.block_bytes
+        moves = [(source + start, destination + start, size) for start in range(0, self._source.buffer.nbytes, size)]
+        await asyncio.sleep(0.003)
+        started_s = time.perf_counter()
+        kernel.copy(moves)
+        return time.perf_counter() - started_s
+
+    @property
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(np.frombuffer(region.buffer, np.uint8).ctypes.data for region in (self._source, self._destination))
+
 
 class BareSocket:
     def __init__(self, control: Connection, shape: Shape) -> None:
@@ -288,6 +303,8 @@ async def measure_all(control: Connection, shape: Shape, rounds: int) -> dict[st
         "shm / shm without digests": await compare(verified(shm), verified(shm, digests=False), rounds),
         "tcp / tcp without digests": await compare(verified(tcp), verified(tcp, digests=False), rounds),
     }
+    if piece_kernel() is not None:
+        results["native copy, digest / memcpy"] = await compare(memory.copy_and_digest, memory.copy, rounds)
     for decode in (shm, tcp):
         exposed, shares = [], []
         for _ in range(2 * rounds):
@@ -321,6 +338,8 @@ def main() -> None:
     control, theirs = context.Pipe()
     process = context.Process(target=prefill_process, args=(theirs, shape, not options.python_copies))
     process.start()
+    if not options.python_copies:
+        prepare(pdserve_home() / "kernels")
     load_before = os.getloadavg()[0]
     results = asyncio.run(measure_all(control, shape, options.rounds))
     control.send(None)

@@ -62,7 +62,12 @@ class EngineConfig(_Part):
     max_model_tokens: int | None = Field(
         None, ge=1, description="Longest prompt + output; default is what model and pool allow, whichever is less."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads per worker; default shares the cores between workers.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads per worker. Default: native kernels take all cores of the host while no other worker on it"
+        " computes, and a fair part otherwise; torch, ranks and workers on several hosts have a fixed part.",
+    )
     kernels: Literal["auto", "torch", "native", "triton"] = Field(
         "auto",
         description="What computes steps. native: C++ compiled on this machine, for CPUs. triton: torch's matrix products and"

@@ -34,6 +34,9 @@ class WorkerSpec:
     host: str = "127.0.0.1"  # every port of the worker binds here
     trusted_network: bool = False  # the operator's word; `host` is on loopback without it
     threads: int = 1  # CPU threads of the engine, in each of its ranks
+    cores_file: str = (
+        ""  # over which the workers of this host share all cores instead (`common.engine.cores`); empty: they do not
+    )
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
 

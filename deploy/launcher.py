@@ -103,7 +103,8 @@ def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int
         else:
             host = join_ray(asked.config.ray.address, trusted_network=asked.config.network.trusted)
         try:
-            return asyncio.run(_Cluster(asked, models, services, home, host, janitor.pid, say).run())
+            cluster = _Cluster(asked, models, services, home, host, folder, janitor.pid, say)
+            return asyncio.run(cluster.run())
         finally:
             ray.shutdown()
     finally:
@@ -123,6 +124,7 @@ class _Cluster:
         services: Sequence[HeadService],
         home: Path,
         host: str,
+        folder: Path,
         janitor_pid: int,
         say: Say,
     ) -> None:
@@ -130,6 +132,7 @@ class _Cluster:
         self._models = tuple(models)
         self._services = tuple(services)
         self._host = host
+        self._folder = folder
         self._scraping = scraping_folder(home, asked.config.cluster)
         self._cluster_id = asked.cluster_id
         self._home = home
@@ -184,6 +187,7 @@ class _Cluster:
             port=config.network.manager_port,
             trusted_network=self._host != LOOPBACK,
             health=HealthPolicy(**config.health.model_dump()),
+            cores_file=str(self._folder / "cores") if config.ray.address is None else "",
         )
         here = ray.get_runtime_context().get_node_id()
         options = {

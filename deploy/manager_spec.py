@@ -46,6 +46,7 @@ class ManagerSpec:
     trusted_network: bool = False  # workers bind to the address of their own node
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     health: HealthPolicy = field(default_factory=HealthPolicy)
+    cores_file: str = ""  # where all workers are on one host, over which they share its cores
     start_timeout_s: float = 900.0
     drain_timeout_s: float = 60.0
     stop_grace_s: float = 5.0

@@ -103,7 +103,7 @@ class RayHost:
         except (RayError, ValueError) as error:
             raise ClusterError(_short(f"Ray did not start {spec.worker_id}: {error}")) from error
         except TimeoutError as error:
-            what = f"a free {place.slot} slot" if self._rooms.slots else "room"
+            what = f"free {place.slot} slot" if self._rooms.slots else "room"
             raise ClusterError(f"Ray found no {what} for {spec.worker_id} within {self._rooms.room_timeout_s:g} s") from error
         finally:
             if actor is not None and not placed:

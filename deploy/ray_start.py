@@ -76,5 +76,8 @@ def _as_it_is(message: bytes) -> bytes:
 def _initialise(**options: Any) -> None:
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
-    except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # NOTE: of a node that does not come up in time Ray tells by a bare Exception.
+        if type(error) is not Exception and not isinstance(error, (RayError, ConnectionError, OSError, RuntimeError, ValueError)):
+            raise
         raise ClusterError(f"Ray did not start: {error}", param="ray") from error

@@ -236,6 +236,7 @@ class WorkerLives:
             host=self._spec.host,
             trusted_network=self._spec.trusted_network,
             threads=model.threads,
+            cores_file=self._spec.cores_file if model.config.engine.threads is None else "",
             logging=self._spec.logging,
             tracing=self._spec.tracing,
         )

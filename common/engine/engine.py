@@ -22,6 +22,7 @@ import torch
 from common.blocks import num_blocks, root_hash
 from common.engine.block_manager import BlockManager
 from common.engine.block_matrix import Weight, in_full
+from common.engine.cores import Cores, OwnCores
 from common.engine.device_memory import DeviceAllocation
 from common.engine.exact import ExactNumerics
 from common.engine.exactness_check import check_exactness
@@ -100,12 +101,13 @@ def build_engine(
     announce: Callable[[str], None] = lambda _: None,
     parallel: ParallelConfig | None = None,
     name: str = "engine",
+    cores: Cores | None = None,
 ) -> Engine:
     """Loads the model and builds all around it; blocking. Raises a StartupError.
 
     `memory` provides the KV pool's memory on a CPU; None lets the pool allocate. `announce` is told, once, what could not be had
     and is done without. `parallel` says how many processes compute; with several, memory with a descriptor is needed, and `name`
-    stands before what they log.
+    stands before what they log. `cores` says how many threads native kernels take, if not always `threads`.
     """
     torch.set_num_threads(threads)
     device = _device(config)
@@ -194,7 +196,7 @@ def build_engine(
             dtype,
             pool,
             max_model_tokens,
-            threads=threads,
+            cores=cores or OwnCores(threads),
             cache=pdserve_home() / "kernels",
             create_torch_model=create_torch_model,
             settled=library,

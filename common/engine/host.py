@@ -25,6 +25,7 @@ from common.clock import SystemClock
 from common.codec import pace_to_wire, report_to_wire, role_to_wire
 from common.config import pdserve_home
 from common.engine.core import SchedulerTotals
+from common.engine.cores import Cores, OwnCores, SharedCores
 from common.engine.engine import Engine, build_engine
 from common.engine.grammar import CompiledGrammar, GrammarCompiler
 from common.engine.loop import Inbox
@@ -160,6 +161,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
                 tokenizer_digest=tokenizer.digest,
                 memory=memory,
                 parallel=spec.parallel,
+                cores=_cores_of(spec),
                 name=f"{spec.worker_id}#{spec.incarnation}",
                 announce=lambda text: _log.warning(text, worker=spec.worker_id),
             )
@@ -413,3 +415,10 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             swapped_out=totals.swapped_out,
             swapped_in=totals.swapped_in,
         )
+
+
+def _cores_of(spec: WorkerSpec) -> Cores:
+    """Raises StartupError."""
+    if spec.cores_file and spec.parallel.num_ranks == 1:
+        return SharedCores(Path(spec.cores_file), len(os.sched_getaffinity(0)))
+    return OwnCores(spec.threads)

@@ -38,6 +38,10 @@ def placeholder_of(index: int) -> int:
     return -1 - index
 
 
+def has_placeholders(batch: ScheduledBatch) -> bool:
+    return any(item.token_ids[0] < 0 for item in batch.slices)
+
+
 def with_tokens_of(batch: ScheduledBatch, before: ForwardResult) -> ScheduledBatch:
     """The batch with the tokens that its placeholders stand for."""
     slices = [replace(item, token_ids=_known(item.token_ids, before)) if item.token_ids[0] < 0 else item for item in batch.slices]

@@ -34,7 +34,7 @@ from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, Seque
 from common.engine.captured.buckets import Bucket
 from common.engine.captured.steps import DecodeSteps, PendingStep
 from common.engine.grammar import MaskThread, NextMask
-from common.engine.in_flight_step import InFlightStep, ThreadStep, with_tokens_of
+from common.engine.in_flight_step import InFlightStep, ThreadStep, has_placeholders, with_tokens_of
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
@@ -116,7 +116,8 @@ class ModelRunner:
         """Computes one step. Blocks until its tokens are on the host; calls `layer_done` from within, on this thread."""
         if not batch.slices:
             return ForwardResult()
-        if self._bucket_of(batch, layer_done) is not None or not self._is_at_rest:
+        _check(batch)
+        if self._bucket_of(batch, layer_done) is not None or not self._is_at_rest or has_placeholders(batch):
             return self.launch(batch, layer_done).collect()
         self._latest = None
         return self._execute(batch, layer_done)
@@ -148,7 +149,6 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _execute(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> ForwardResult:
-        _check(batch)
         masks = [mask for item in batch.slices for mask in _masks(item)]
         working_out = self._mask_thread.begin(masks)
         first_rows = list(accumulate((len(item.token_ids) for item in batch.slices), initial=0))

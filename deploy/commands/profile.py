@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Annotated
 
@@ -50,7 +52,8 @@ def profile(
             raise ConfigError(f"--{first['loc'][0]}: {first['msg']}", param=str(first["loc"][0])) from error
         files = pull(model, home=pdserve_home(), progress=say)
         wanted = Wanted(batch=batch, context=context, prompt=prompt, steps=steps)
-        found = profile_steps(files.path, settings, wanted, threads=threads, say=say)
+        with redirect_stdout(sys.stderr):  # what the engine logs is no result
+            found = profile_steps(files.path, settings, wanted, threads=threads, say=say)
         if as_json:
             out.print_json(asdict(found))
             return

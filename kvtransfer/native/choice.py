@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from common.logs import get_logger
-from common.native_build import BuildError, NativeSource, build_library
+from common.native_build import BuildError, NativeSource, build_library, find_library
 from kvtransfer.native.kernel import PieceKernel, check_kernel
 
 _SOURCE = NativeSource(
@@ -37,6 +37,7 @@ def prepare(cache: Path) -> None:
         _log.warning("no native copies of KV on a big-endian machine")
         return
     try:
-        _kernel = PieceKernel(build_library(_SOURCE, cache, check_kernel))
+        found = find_library(_SOURCE, cache)  # not behind whoever compiles another library there
+        _kernel = PieceKernel(found or build_library(_SOURCE, cache, check_kernel))
     except BuildError as error:
         _log.warning("native copies of KV cannot be had; Python's serve", reason=str(error))

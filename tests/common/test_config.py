@@ -79,6 +79,7 @@ def test_variables_that_are_not_settings_are_left_alone(write) -> None:
         (MINIMAL + "    aliases: [tiny]\n", 1, "models", "'tiny' is given twice"),
         (MINIMAL + "router:\n  http_host: 0.0.0.0\n", 4, "router", "needs api_keys"),
         (MINIMAL + "router: {grpc_host: 10.0.0.1}\n", 4, "router", "10.0.0.1 needs api_keys"),
+        (MINIMAL + "    decode: {preemption: swap, swap_bytes: 0}\n", 4, "models.0.decode", "needs swap_bytes"),
         ("models: []\n", 1, "models", "at least 1"),
     ],
 )

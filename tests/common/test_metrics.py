@@ -98,6 +98,19 @@ def test_leases_masks_and_the_time_of_steps_are_shown() -> None:
         assert registry.get_sample_value("pdserve_work_seconds_total", {**WHO, "part": part}) == seconds
 
 
+def test_steps_ahead_what_they_waited_for_and_swaps_are_counted() -> None:
+    registry = scrape(replace(IDLE, steps_ahead=7, waits={"rules": 3, "room": 1}, surplus_rows=2, swapped_out=5, swapped_in=4))
+    for name, expected in {
+        "pdserve_steps_ahead_total": 7,
+        "pdserve_surplus_rows_total": 2,
+        "pdserve_swapped_out_total": 5,
+        "pdserve_swapped_in_total": 4,
+    }.items():
+        assert registry.get_sample_value(name, WHO) == expected, name
+    for reason, expected in {"rules": 3, "room": 1}.items():
+        assert registry.get_sample_value("pdserve_step_waits_total", {**WHO, "reason": reason}) == expected
+
+
 def test_grammars_count_by_outcome_and_those_that_were_compiled_by_time() -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, model="m", role="decode", read=lambda: IDLE)

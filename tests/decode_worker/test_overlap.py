@@ -6,14 +6,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from common.clock import SystemClock
 from common.config import DecodeConfig, EngineConfig
+from common.engine.attention import create_rows_attention
+from common.engine.block_manager import BlockManager
+from common.engine.captured.buckets import make_buckets
+from common.engine.captured.steps import DecodeSteps
 from common.engine.core import Core
 from common.engine.engine import Engine, build_engine
+from common.engine.kv_pool import FIRST_BLOCK
 from common.engine.loop import EngineLoop
 from common.errors import EngineFailure
 from common.metrics import WorkerMetrics, WorkerReadings
@@ -27,13 +33,19 @@ from support.tiny_models import make_tiny_model
 POOL_BLOCKS = 14
 
 
+def built(path: Path, **changes: object) -> Engine:
+    values = {"device": "cpu", "dtype": "float32", "block_tokens": 4, "kv_pool_tokens": 4 * POOL_BLOCKS, "prefix_cache": False}
+    return build_engine(path, EngineConfig(**(values | changes)), threads=1, model_digest="m", tokenizer_digest="t")
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    path = make_tiny_model(tmp_path_factory.mktemp("tiny"))
-    config = EngineConfig(
-        device="cpu", dtype="float32", exact=True, block_tokens=4, kv_pool_tokens=4 * POOL_BLOCKS, prefix_cache=False
-    )
-    return build_engine(path, config, threads=1, model_digest="m", tokenizer_digest="t")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return built(tiny, exact=True)
 
 
 def request(name: str, length: int, **sampling: object) -> Request:
@@ -95,7 +107,8 @@ class Served:
             if isinstance(event, Output):
                 answer = self.answers.setdefault(event.request_id, [])
                 for chunk in event.chunks:
-                    answer.extend((logprob.token_id, logprob.logprob) for logprob in chunk.logprobs)
+                    reports = [report.logprob for report in chunk.logprobs] or [0.0] * len(chunk.token_ids)
+                    answer.extend(zip(chunk.token_ids, reports, strict=True))
                 if event.done:
                     self._ended[event.request_id].set()
         self._news.set()
@@ -158,6 +171,27 @@ async def test_who_leaves_while_a_step_is_under_way_disturbs_nobody(engine: Engi
     answers = await served.run(work, abort=["a", "e"])
     assert answers == {name: alone[name] for name in "bcd"}
     assert engine.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("drawn", ["by the device", "by the device and the host"])
+async def test_steps_of_fixed_shape_overlap_as_well(tiny: Path, drawn: str) -> None:
+    """As on a GPU: a greedy token is looked up where it was drawn, any other is waited for."""
+    engine = built(tiny, kernels="torch")
+    attention = create_rows_attention("fast", engine.pool, engine.architecture.num_heads)
+    runner = engine.runner.without_steps()
+    buckets = make_buckets(8, POOL_BLOCKS, one_width=False)
+    runner.steps = DecodeSteps(runner._model, engine.pool, attention, buckets, engine.pool.num_blocks - 1, capture=False)
+    # The last block is the programs' own.
+    blocks = BlockManager(engine.pool.num_blocks - 1, 4, engine.blocks.root, prefix_cache=False, first_block=FIRST_BLOCK)
+    packed = replace(engine, runner=runner, blocks=blocks)
+    work = [replace(item, sampling=replace(item.sampling, logprobs=None)) for item in WORK]
+    if drawn == "by the device":
+        work = [replace(item, sampling=replace(item.sampling, temperature=0.0, min_tokens=0)) for item in work]
+    one_by_one = await Served(packed, overlap=False).run(work)
+    served = Served(packed, overlap=True, preemption="swap")
+    assert await served.run(work) == one_by_one
+    assert served.scheduler.totals.steps_ahead > 10
+    assert blocks.num_used == 0
 
 
 @pytest.mark.parametrize("sampling", [{"frequency_penalty": 0.4}, {"bad_words": ((5, 6),)}])

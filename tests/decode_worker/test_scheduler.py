@@ -392,6 +392,52 @@ def test_the_youngest_is_preempted_and_everyone_finishes() -> None:
     driver.assert_idle()
 
 
+def test_the_least_urgent_is_preempted_first_though_it_came_first() -> None:
+    driver = Driver(DecodeConfig(local_prefill="always", watermark_blocks=0, growth_tokens=0), num_blocks=8)
+    work = [
+        replace(make_request(name, range(10 * number + 10, 10 * number + 17), max_tokens=12), priority=priority)
+        for number, (name, priority) in enumerate([("low", 2), ("middle", 1), ("high", 0)])
+    ]
+    for request in work:
+        driver.submit(request)
+    while driver.step():
+        pass
+    assert list(driver.finished) == ["high", "middle", "low"]
+    for request in work:
+        assert_right(driver, request)
+
+
+def test_whoever_is_more_urgent_gets_room_and_rows_first() -> None:
+    config = DecodeConfig(local_prefill="always", max_running=1, priority_aging_s=10.0, step_tokens=8)
+    driver = Driver(config, num_blocks=64)
+    for name, priority in (("running", 0), ("low", 1), ("high", 0), ("late", 0)):
+        if name == "late":
+            driver.clock.advance(10.0)  # longer than a band is worth: the low one goes before it
+        driver.submit(replace(make_request(name, range(40)), priority=priority))
+    while driver.step():
+        pass
+    assert list(driver.finished) == ["running", "high", "low", "late"]
+    driver = Driver(config.model_copy(update={"max_running": 2}), num_blocks=64)
+    for name, priority in (("low", 1), ("high", 0)):
+        driver.submit(replace(make_request(name, range(len(name), 40)), priority=priority))
+    plan = driver.scheduler.schedule()
+    assert [share.choice.generation.request.request_id for share in plan.shares] == ["high"]
+
+
+def test_a_short_prompt_is_answered_while_a_long_one_is_read() -> None:
+    """And the long one is not held up more than half by however many short ones that come."""
+    driver = Driver(DecodeConfig(local_prefill="always", step_tokens=8), num_blocks=256)
+    driver.submit(make_request("long", range(80)))
+    steps = 0
+    while "long" not in driver.outputs:
+        driver.submit(make_request(f"short {steps}", range(100 + 8 * steps, 106 + 8 * steps), max_tokens=1))
+        driver.step()
+        steps += 1
+    assert "short 0" in driver.finished
+    assert len(driver.finished) >= 8
+    assert steps <= 2 * 80 / 8 + 1
+
+
 def test_decodes_come_before_prompt_chunks_and_the_budget_holds() -> None:
     driver = Driver(DecodeConfig(local_prefill="always", step_tokens=6), num_blocks=64)
     driver.submit(make_request("a", range(10, 13), max_tokens=30))

@@ -127,6 +127,17 @@ async def test_it_starts_what_is_desired_and_announces_only_what_is_ready() -> N
         assert (model.desired_prefill, model.desired_decode) == (2, 1)
 
 
+@pytest.mark.parametrize(("threads", "shared"), [(None, "/run/cores"), (3, "")])
+async def test_workers_share_the_cores_unless_their_threads_are_configured(threads: int | None, shared: str) -> None:
+    spec = replace(spec_of(), cores_file="/run/cores")
+    (model,) = spec.models
+    engine = model.config.engine.model_copy(update={"threads": threads})
+    spec = replace(spec, models=(replace(model, config=model.config.model_copy(update={"engine": engine})),))
+    async with running(spec) as cluster:
+        await cluster.until_states(prefill_0="ready", decode_0="ready")
+        assert {worker.spec.cores_file for worker in cluster.host.workers} == {shared}
+
+
 async def test_a_dead_worker_is_restarted_with_the_same_id_and_a_new_incarnation() -> None:
     async with running(spec_of()) as cluster:
         await cluster.until_states(prefill_0="ready", decode_0="ready")

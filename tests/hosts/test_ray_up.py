@@ -504,7 +504,8 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def _tiny(config: dict[str, Any]) -> None:
     """A model of random weights, small enough for many processes on few cores; KV travels for every prompt."""
-    engine = {"dtype": "float32", "exact": True, "kv_pool_tokens": 4096, "threads": 1, "prefix_cache": False}
+    exact = {"exact": True, "kernels": "torch"}  # nothing to compile on every host
+    engine = {"dtype": "float32", **exact, "kv_pool_tokens": 4096, "threads": 1, "prefix_cache": False}
     pools = {"prefill": {"replicas": 1}, "decode": {"replicas": 1, "local_prefill_tokens": 4}}
     config["models"] = [{"name": MODEL, "source": "~/tiny", "engine": engine, **pools}]
     config["router"] = {"placement": {"policy": "least_load"}}

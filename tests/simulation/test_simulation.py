@@ -88,7 +88,9 @@ def test_seeds_bring_every_kind_of_trouble() -> None:
     scenarios = [draw_scenario(seed) for seed in range(1, 400)]
     assert {fault.trouble for scenario in scenarios for fault in scenario.faults} == set(Trouble)
     assert any(scenario.calm for scenario in scenarios)
-    assert {scenario.guesses for scenario in scenarios} == {True, False}
+    assert {(scenario.guesses, scenario.overlap) for scenario in scenarios} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
     assert {scenario.transports for scenario in scenarios} == {("shm",), ("shm", "tcp"), ("tcp",)}
 
 

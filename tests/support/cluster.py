@@ -97,6 +97,7 @@ def launched(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {**os.environ, "PDSERVE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    _share_kernels(folder / "home")
     log = folder / "up.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -113,6 +114,19 @@ def launched(
         if process.poll() is None:
             process.kill()
             process.wait(STOP_TIMEOUT_S)
+
+
+def _share_kernels(home: Path) -> None:
+    """Workers in exact mode compile their kernels before they serve: here, once for all clusters."""
+    from common.config import pdserve_home
+    from common.engine.native.build import build_library
+    from common.engine.native.check import check_library
+
+    compiled = pdserve_home() / "kernels"
+    build_library(compiled, check_library)
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "kernels").exists():
+        (home / "kernels").symlink_to(compiled, target_is_directory=True)
 
 
 def _wait_ready(cluster: RunningCluster) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from common.engine.attention import create_attention
 from common.engine.batch import ScheduledBatch, SequenceSlice
+from common.engine.cores import OwnCores
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import Model, create_model
@@ -50,7 +51,7 @@ def check_library(path: Path) -> None:
         torch_pool, native_pool = (_pool(architecture, dtype, rounded_kv) for _ in range(2))
         as_rounded = rounded_weights(weights, weight_format)
         expected = _logits(create_model(architecture, as_rounded, FastNumerics(), 128), torch_pool, (_TOKENS,))
-        native = NativeModel(library, architecture, panels, native_pool, 128, threads=1)
+        native = NativeModel(library, architecture, panels, native_pool, 128, OwnCores(1))
         whole = _logits(native, native_pool, (_TOKENS,))
         for cuts in ((_TOKENS,), (33, 34, 35, _TOKENS)):
             got = _logits(native, native_pool, cuts)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from common.engine.block_matrix import Weight
+from common.engine.cores import Cores
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import Model
@@ -45,7 +46,7 @@ def choose_model(
     pool: KVPool,
     max_model_tokens: int,
     *,
-    threads: int,
+    cores: Cores,
     cache: Path,
     create_torch_model: Callable[[], Model],
     settled: Library | None = None,
@@ -60,7 +61,7 @@ def choose_model(
     panels = ModelPanels.of(architecture, weights, WeightFormat.of(config.weights, "cpu", config.kernels), dtype)
 
     def create(library: Library) -> Model:
-        return NativeModel(library, architecture, panels, pool, max_model_tokens, threads)
+        return NativeModel(library, architecture, panels, pool, max_model_tokens, cores)
 
     if library is not None:
         _log.info("native kernels compute")

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.engine.native.build import source_digest
 from common.errors import EngineFailure
 
-_INTERFACE = 5
+_INTERFACE = 6
 _OUT_OF_MEMORY = 1
 ATTENTION, FEED_FORWARD = 1, 2
 """Halves of a layer."""
@@ -113,6 +113,8 @@ class Library:
         self._create.argtypes, self._create.restype = [ctypes.POINTER(Description)], ctypes.c_void_p
         self._destroy = self._library.pdserve_decoder_destroy
         self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
+        self._use_threads = self._library.pdserve_decoder_use_threads
+        self._use_threads.argtypes, self._use_threads.restype = [ctypes.c_void_p, ctypes.c_int64], None
         self._forward = self._library.pdserve_decoder_forward
         self._forward.argtypes, self._forward.restype = [ctypes.c_void_p, ctypes.POINTER(Step)], ctypes.c_int
         self._logits = self._library.pdserve_decoder_logits
@@ -131,6 +133,10 @@ class Library:
 
     def destroy(self, handle: int) -> None:
         self._destroy(handle)
+
+    def use_threads(self, handle: int, wanted: int) -> None:
+        """In the calls to come, of those that it was made with. No result depends on it."""
+        self._use_threads(handle, wanted)
 
     def forward(self, handle: int, step: Step) -> None:
         _check(self._forward(handle, ctypes.byref(step)))

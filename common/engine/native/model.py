@@ -1,4 +1,4 @@
-"""The Llama family through the native kernels: one call per step, or one per layer if somebody watches the layers.
+"""The Llama family through the native kernels: one call per step, or one per layer if it is long or somebody watches the layers.
 
 Hidden rows are fp32 and padded to whole panels; only `logits` of the same model knows what they are. A row's result is the same
 bits whatever the other rows of the step, chunk borders and the number of threads are: its sums run in one order. That holds among
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from common.engine.attention import AttentionBackend
+from common.engine.cores import Cores
 from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import RotaryEmbedding
 from common.engine.loader import ModelArchitecture
@@ -32,6 +33,7 @@ from common.engine.step_input import StepInput
 from common.errors import EngineFailure
 
 MAX_HEAD_DIM = 512
+_ROWS_BY_LAYER = 64  # from so many rows on a step takes long: how many threads it has is then asked layer by layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,11 @@ class NativeModel:
         panels: ModelPanels,
         pool: KVPool,
         max_model_tokens: int,
-        threads: int,
+        cores: Cores,
         stage: NativeStage | None = None,
     ) -> None:
         self._library = library
+        self._cores = cores
         self._head_size = architecture.vocab_size if stage is None else stage.head_size
         self._add_up = None if stage is None else stage.add_up
         self._num_layers = architecture.num_layers
@@ -78,7 +81,7 @@ class NativeModel:
             num_positions=max_model_tokens,
             block_tokens=pool.layout.block_tokens,
             num_blocks=pool.num_blocks,
-            num_threads=threads,
+            num_threads=cores.most,
             pool_layers=pool.whole_layout.num_layers,
             pool_kv_heads=pool.whole_layout.num_kv_heads,
             head_size=self._head_size,
@@ -123,13 +126,13 @@ class NativeModel:
             halves=ATTENTION | FEED_FORWARD,
             partial=None,
         )
-        if layer_done is None and self._add_up is None:
-            self._library.forward(self._handle, task)
+        if layer_done is None and self._add_up is None and len(step.token_ids) < _ROWS_BY_LAYER:
+            self._compute(task)
             return hidden
         for number in range(1, self._num_layers + 1):
             task.first_layer, task.end_layer = number - 1, number
             if self._add_up is None:
-                self._library.forward(self._handle, task)
+                self._compute(task)
             else:
                 self._by_halves(task, hidden, self._add_up)
             task.embeds = False
@@ -141,15 +144,22 @@ class NativeModel:
         for half in (ATTENTION, FEED_FORWARD):
             partial = torch.empty_like(hidden)
             task.halves, task.partial = half, partial.data_ptr()
-            self._library.forward(self._handle, task)
+            self._compute(task)
             task.embeds = False
             hidden.add_(add_up(partial))
+
+    def _compute(self, task: Step) -> None:
+        with self._cores.computing() as threads:
+            self._library.use_threads(self._handle, threads)
+            self._library.forward(self._handle, task)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self._head_size)
         if len(hidden):
-            self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
+            with self._cores.computing() as threads:
+                self._library.use_threads(self._handle, threads)
+                self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
 
     def watch(self) -> Mapping[str, float]:

@@ -18,6 +18,7 @@ import torch
 from common.config import EngineConfig, ParallelConfig
 from common.engine.attention import create_attention
 from common.engine.block_matrix import Weight
+from common.engine.cores import OwnCores
 from common.engine.exact import ExactNumerics
 from common.engine.kv_pool import KVPool
 from common.engine.loader import load_architecture, load_stored_weights, load_weights
@@ -107,7 +108,7 @@ def build_share(order: ShareOrder, memory: memoryview, links: ShareLinks) -> Sta
             _, held = load_weights(path, dtype, keep=keep)
         panels = ModelPanels.of(architecture, held, weight_format, dtype)
         stage = NativeStage(len(share.vocab), add_up)
-        model = NativeModel(library, architecture, panels, pool, order.max_model_tokens, order.threads, stage)
+        model = NativeModel(library, architecture, panels, pool, order.max_model_tokens, OwnCores(order.threads), stage)
         row_width, row_dtype = -(-whole.hidden_size // PANEL) * PANEL, torch.float32
         numerics = base
     else:

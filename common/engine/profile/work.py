@@ -55,5 +55,6 @@ def work_of(
     tokens = sum(item.start + len(item.token_ids) for item in batch.slices)
     kv_bytes = tokens * layout.block_bytes / layout.block_tokens
     per_pair = 4.0 * architecture.num_heads * architecture.head_dim * architecture.num_layers
-    found["attention"] = Work(kv_bytes, per_pair * batch.num_pairs)
+    pairs = sum(len(item.token_ids) * (item.start + (len(item.token_ids) + 1) / 2) for item in batch.slices)
+    found["attention"] = Work(kv_bytes, per_pair * pairs)
     return found

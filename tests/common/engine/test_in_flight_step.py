@@ -130,12 +130,15 @@ def test_what_is_launched_ahead_is_what_comes_one_by_one(engine: Engine, kinds: 
     assert len({tuple(tokens[-8:]) for tokens, _ in one_by_one}) > 1
 
 
-def test_execute_waits_its_turn(engine: Engine) -> None:
+@pytest.mark.parametrize("over", [False, True])
+def test_execute_waits_its_turn(engine: Engine, over: bool) -> None:
     first = Sequence(0, [5, 6, 7], {})
     piece = first.next_slice(40)
     expected = engine.runner.execute(ScheduledBatch((piece,))).slices[0].tokens[0]
     first.launched(piece, 0)
     step = engine.runner.launch(ScheduledBatch((piece,)))
+    if over:
+        step.collect()
     following = engine.runner.execute(ScheduledBatch((first.next_slice(1),)))
     assert step.collect().slices[0].tokens == (expected,)
     assert step.collect() is step.collect()

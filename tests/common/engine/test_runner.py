@@ -179,7 +179,7 @@ def test_slices_that_make_no_sense_are_refused(engine: Engine, share: SequenceSl
 
 
 def test_the_engine_states_its_shape(tiny: Path) -> None:
-    engine = build(tiny, kv_pool_tokens=1001, block_tokens=8, exact=True, prefix_cache=False)
+    engine = build(tiny, kv_pool_tokens=1001, block_tokens=8, exact=True, kernels="torch", prefix_cache=False)
     assert engine.blocks.num_total == 126
     assert engine.pool.num_blocks == 126 + FIRST_BLOCK
     assert engine.max_model_tokens == 1008

@@ -9,12 +9,14 @@ back from it (`support.simulation.oracle` says what must come out).
 
 from __future__ import annotations
 
+import enum
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
+from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.core import group_ends
+from common.engine.in_flight_step import with_tokens_of
 from common.types import SampledToken
 from support.simulation.oracle import BLOCK_TOKENS, NUM_LAYERS, START, TOKEN_BYTES, draw, kv_of_next
 from support.simulation.pool import Memory
@@ -40,7 +42,9 @@ class StandInEngine:
         token_s: float,
         layer_groups: int,
         watched: bool,
+        overlap: bool = False,
     ) -> None:
+        """With `overlap` the scheduler plans a step while another is computed."""
         self._loop = loop
         self._scheduler = scheduler
         self._memory = memory
@@ -50,7 +54,10 @@ class StandInEngine:
         self._group_ends = sorted(group_ends(NUM_LAYERS, layer_groups))
         self._watched = watched
         self._inbox: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._plan: Any = None
+        self._overlap = overlap
+        self._plan: Any = None  # of the step under way
+        self._batch = ScheduledBatch(())  # of that plan, with the tokens that placeholders stood for
+        self._following: Any = None  # the plan behind it
         self._awake = False
         self._failed = False
         self.num_steps = 0
@@ -75,6 +82,10 @@ class StandInEngine:
         while self._inbox:
             function, arguments = self._inbox.popleft()
             function(*arguments)
+        if self._plan is not None:
+            self._hand_over()
+            self._compute()
+            return
         plan = self._scheduler.schedule()
         for source, destination in plan.copies:
             self._copy(source, destination)
@@ -84,12 +95,18 @@ class StandInEngine:
                 self._memory.blocks.check_integrity()
             self._awake = False
             return
+        self._plan, self._batch = plan, plan.batch
+        self._compute()
+
+    def _compute(self) -> None:
         self.num_steps += 1
-        self._plan = plan
+        following = self._scheduler.schedule_ahead() if self._overlap else None
+        self._following = None if isinstance(following, enum.Enum) else following
+        self._hand_over()
         self._later_layers(0, 0)
 
     def _later_layers(self, first_layer: int, group: int) -> None:
-        share_s = (self._step_s + self._token_s * self._plan.batch.num_tokens) / len(self._group_ends)
+        share_s = (self._step_s + self._token_s * self._batch.num_tokens) / len(self._group_ends)
         end_layer = self._group_ends[group]
         self._loop.call_later(share_s * (0.5 + self._random()), self._layers_done, first_layer, end_layer, group)
 
@@ -97,7 +114,7 @@ class StandInEngine:
         if self._failed:
             return
         plan = self._plan
-        for item in plan.batch.slices:
+        for item in self._batch.slices:
             self._write(item, first_layer, end_layer)
         if self._watched:
             self._scheduler.layers_computed(plan, first_layer, end_layer)
@@ -105,7 +122,10 @@ class StandInEngine:
             self._hand_over()
             self._later_layers(end_layer, group + 1)
             return
-        result = ForwardResult(tuple([self._sample(item) for item in plan.batch.slices]))
+        result = ForwardResult(tuple([self._sample(item) for item in self._batch.slices]))
+        self._plan, self._following = self._following, None
+        if self._plan is not None:
+            self._batch = with_tokens_of(self._plan.batch, result)
         self._scheduler.complete(plan, result)
         self._hand_over()
         self._loop.call_later(self._random() * THREAD_S, self._between_steps)

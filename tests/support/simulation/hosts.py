@@ -205,6 +205,7 @@ class WorkerProcess(Host):
             token_s=TOKEN_S,
             layer_groups=self.world.scenario.layer_groups if watched else 1,
             watched=watched,
+            overlap=self.world.scenario.overlap and not watched,
         )
 
     def leftovers(self) -> list[str]:

@@ -77,6 +77,7 @@ class Scenario:
     requests: tuple[RequestPlan, ...]
     faults: tuple[Fault, ...] = field(default=())
     guesses: bool = False  # decode workers check guesses, half of them wrong
+    overlap: bool = False  # and plan steps while others are computed
 
     @property
     def calm(self) -> bool:
@@ -120,6 +121,8 @@ class Scenario:
             yield "without long turns", replace(self, long_turns=0.0)
         if self.guesses:
             yield "without guesses", replace(self, guesses=False)
+        if self.overlap:
+            yield "without overlap", replace(self, overlap=False)
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -150,6 +153,7 @@ def draw_scenario(seed: int) -> Scenario:
         requests=requests,
         faults=(*(_stale_run(random) if stale else ()), *_faults(random, workers)),
         guesses=Random(seed ^ 0x6E55).random() < 0.5,
+        overlap=Random(seed ^ 0x0E7A).random() < 0.5,
     )
 
 

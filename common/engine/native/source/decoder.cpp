@@ -71,6 +71,7 @@ public:
     virtual ~AnyDecoder() = default;
     virtual Outcome forward(const Step& step) = 0;
     virtual Outcome logits(const float* hidden, int64_t num_rows, float* to) = 0;
+    virtual void use_threads(int64_t wanted) = 0;
     virtual void watch(double* seconds) = 0;
     virtual Limits limits() = 0;
 };
@@ -135,6 +136,8 @@ public:
         return DONE;
     }
 
+    void use_threads(int64_t wanted) override { team_.use(wanted); }
+
     void watch(double* seconds) override { clock_.watch(seconds); }
 
     Limits limits() override { return measure_limits<Element>(team_); }
@@ -180,9 +183,8 @@ private:
     }
 
     template <class Part>
-    void share_rows(int member, int64_t count, const Part& part) const {
-        const int64_t end = count * (member + 1) / team_.size();
-        for (int64_t i = count * member / team_.size(); i < end; ++i) part(i);
+    void share_rows(int member, int64_t count, const Part& part) {
+        team_.share(member, count, part);
     }
 
     // Every member calls it; the input must be complete. `width` is in values.
@@ -265,8 +267,8 @@ private:
             share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) { turn_and_write(step, layer, first + i, table); });
         }
         end(TURN_AND_WRITE, member);
-        for (size_t i = size_t(member); i < units_.size(); i += size_t(team_.size())) {
-            const Unit& unit = units_[i];
+        team_.share(member, int64_t(units_.size()), [&](int64_t i) {
+            const Unit& unit = units_[size_t(i)];
             const int64_t kv_head = unit.kv_head, head_words = model_.head_dim / PER_WORD;
             attend<Element>(pool_, layer, kv_head, step.tables + unit.sequence * step.table_width, step.positions[unit.first_row],
                             unit.num_rows, group_, &queries_[size_t((kv_head * rows + unit.first_row) * group_ * head_words)],
@@ -274,7 +276,7 @@ private:
                             reinterpret_cast<Stored*>(attended_.data()) + unit.first_row * attended_stride_ +
                                 kv_head * group_ * model_.head_dim,
                             attended_stride_);
-        }
+        });
         end(ATTEND, member);
         product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
                 add_up(step, weights.output_bias));
@@ -357,7 +359,7 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 5; }
+extern "C" int64_t pdserve_interface() { return 6; }
 
 // Libraries of one source and the same value give the same bits.
 extern "C" int64_t pdserve_arithmetic() { return arithmetic(); }
@@ -373,6 +375,9 @@ extern "C" void* pdserve_decoder_create(const Description* model) {
 }
 
 extern "C" void pdserve_decoder_destroy(void* decoder) { delete static_cast<AnyDecoder*>(decoder); }
+
+// For the calls to come; as many as it was made with, at most.
+extern "C" void pdserve_decoder_use_threads(void* decoder, int64_t wanted) { static_cast<AnyDecoder*>(decoder)->use_threads(wanted); }
 
 // Seconds per stage are added to `seconds` from now on; null ends it.
 extern "C" void pdserve_decoder_watch(void* decoder, double* seconds) { static_cast<AnyDecoder*>(decoder)->watch(seconds); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,16 +143,30 @@ def test_what_the_kernels_cannot_do_torch_does(tiny: Path) -> None:
     assert isinstance(build(tiny, kernels="torch").runner._model, LlamaModel)
 
 
-def test_exact_mode_compiles_before_it_serves_and_switches_nothing_later(tiny: Path, home: Path) -> None:
+def test_exact_mode_waits_for_the_kernels_and_switches_nothing_later(
+    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an empty cache, where fast mode would begin with torch; the compiler's part is played by what it made before."""
+    asked = []
+
+    def build_at_once(cache: Path, check: Callable[[Path], None]) -> Path:
+        asked.append(cache)
+        return compiled
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delenv("PDSERVE_HOME")
+        compiled = build_library(pdserve_home() / "kernels", check_library)
+    monkeypatch.setattr("common.engine.native.choice.build_library", build_at_once)
     with capture_logs() as logs:
         engine = build(tiny, exact=True)
+    assert asked == [home / "kernels"]
     assert isinstance(engine.runner._model, NativeModel)
     assert engine.runner._successor is None
     assert [entry["event"] for entry in logs] == ["native kernels compute"]
 
 
 def test_exact_mode_does_not_start_without_the_kernels_unless_torch_is_asked_for(
-    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A worker that computes by torch beside others that do not would change bits where a request moves."""
     by_kernels = build(tiny, exact=True).layout

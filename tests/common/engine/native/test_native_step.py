@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from common.config import pdserve_home
 from common.engine.attention import create_attention
 from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.block_matrix import BlockKind, BlockMatrix, Weight
+from common.engine.cores import Cores, OwnCores
 from common.engine.kv_pool import FIRST_BLOCK, NULL_BLOCK, KVPool
 from common.engine.loader import Llama3RopeScaling, ModelArchitecture
 from common.engine.models import Model, create_model
@@ -134,9 +138,9 @@ class World:
         weights = {name: weight.to(dtype or self.dtype) for name, weight in self.weights.items()}
         return create_model(self.case.architecture, weights, numerics or FastNumerics(), CONTEXT)
 
-    def native_model(self, library: Library, pool: KVPool, threads: int = 1) -> NativeModel:
+    def native_model(self, library: Library, pool: KVPool, threads: int = 1, cores: Cores | None = None) -> NativeModel:
         panels = ModelPanels.of(self.case.architecture, self.stored, self.format, self.dtype)
-        return NativeModel(library, self.case.architecture, panels, pool, CONTEXT, threads)
+        return NativeModel(library, self.case.architecture, panels, pool, CONTEXT, cores or OwnCores(threads))
 
     @torch.inference_mode()
     def run(
@@ -446,6 +450,28 @@ def test_threads_sleep_between_steps(library: Library) -> None:
     before = time.process_time()
     threading.Event().wait(0.5)
     assert time.process_time() - before < 0.2
+
+
+class InTurn:
+    """Another number of threads for each call."""
+
+    most = 4
+
+    def __init__(self) -> None:
+        self._numbers = itertools.cycle((3, 1, 4, 2, 9))
+
+    @contextmanager
+    def computing(self) -> Iterator[int]:
+        yield next(self._numbers)
+
+
+def test_the_number_of_threads_may_change_between_calls_and_changes_no_bit(library: Library) -> None:
+    world = World(BUSY)
+    expected = world.run(world.native_model(library, pool := world.pool()), pool)
+    model = world.native_model(library, pool := world.pool(), cores=InTurn())
+    for _ in range(40):
+        pool.tensor.copy_(world.memory)
+        assert torch.equal(world.run(model, pool), expected)
 
 
 def test_layers_are_reported_in_order_and_the_result_is_the_same(library: Library) -> None:
