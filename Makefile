@@ -18,7 +18,7 @@ TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromiu
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev tools model serve test test-autoscaler day-night test-unit test-cluster test-clients chaos kill-sweep exactness-grid simulate check format proto bench clean
+.PHONY: help install install-dev tools model serve test test-autoscaler day-night test-unit test-cluster test-clients chaos kill-sweep exactness-grid simulate test-distribution check format proto bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ exactness-grid: install-dev ## Every combination of speculation, TP, PP, preempt
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
 	$(BIN)/python tests/simulation/run.py $(ARGS)
+
+test-distribution: install-dev ## Two million draws through guesses, good and bad, against the exact distribution
+	PDSERVE_SEARCH_TIMES=40 $(BIN)/pytest -q tests/decode_worker/speculation/test_distribution.py
 
 test-autoscaler: install-dev ## Scale, flip, drain and roll a cluster under load for three minutes; every answer is checked (ARGS=)
 	$(BIN)/python tests/scaling/run.py $(ARGS)

@@ -1,7 +1,8 @@
 """What speculation does to decoding: the same requests with it and without, in one process, in turns.
 
     python -m benchmarks.speculation [--model smollm2-135m] [--batches 1,8] [--blocks 3] [--tasks chat,copy] [--threads 1]
-        [--max-tokens 160] [--temperature 0] [--shared-tokens 16384] [--draft-model NAME] [--json out.json]
+        [--max-tokens 160] [--temperature 0] [--shared-tokens 16384] [--draft-model NAME | --method medusa [--heads FILE]]
+        [--json out.json]
 
 chat   plain questions: nothing to copy, speculation must not cost anything
 copy   texts to repeat and code to edit: most of the answer stands in the prompt
@@ -36,7 +37,7 @@ from common.tokenizer import Tokenizer
 from common.types import Request, SamplingParams
 from decode_worker.events import Failed, Output
 from decode_worker.scheduler import DecodeScheduler
-from decode_worker.speculation.choice import create_speculator
+from decode_worker.speculation.choice import GuessedModel, create_speculator
 from decode_worker.speculation.speculator import Speculator
 
 BOOTSTRAPS = 2000
@@ -123,6 +124,7 @@ class Cell:
     cpu_ratio: float
     drafted_tokens: int
     accepted_tokens: int
+    by_author: dict[str, tuple[int, int]]  # drafted and accepted tokens
     tokens_per_step: float  # of a sequence that had drafts
     num_groups: int
 
@@ -133,14 +135,13 @@ class Bench:
         self.serial = itertools.count()
         self.speculator = create_speculator(
             SpeculationConfig(
-                method="draft" if options.draft_model else "ngram",
+                method="draft" if options.draft_model else options.method,
                 draft_model=options.draft_model,
+                heads=options.heads,
                 shared_tokens=options.shared_tokens,
             ),
             SystemClock(),
-            engine=engine_config(options),
-            threads=options.threads,
-            tokenizer_digest=tokenizer.digest,
+            GuessedModel(options.model, engine, engine_config(options), options.threads),
         )
 
     def request(self, text: str, index: int, salt: str) -> Request:
@@ -218,6 +219,7 @@ class Bench:
             cpu_ratio=sum(turn.cpu_s for turn in flat_off) / sum(turn.cpu_s for turn in flat_on),
             drafted_tokens=totals.drafted,
             accepted_tokens=totals.accepted,
+            by_author=totals.by_author,
             tokens_per_step=1 + totals.accepted / max(1, totals.steps),
             num_groups=len(groups),
         )
@@ -228,8 +230,12 @@ class Totals:
 
     def __init__(self) -> None:
         self.drafted = self.accepted = self.steps = 0
+        self.by_author: dict[str, tuple[int, int]] = {}
 
     def add(self, scheduler: DecodeScheduler) -> None:
+        for author, (drafted, accepted) in scheduler.totals.guesses_by_author.items():
+            before = self.by_author.get(author, (0, 0))
+            self.by_author[author] = before[0] + drafted, before[1] + accepted
         self.drafted += scheduler.totals.drafted_tokens
         self.accepted += scheduler.totals.accepted_tokens
         self.steps += sum(scheduler.totals.steps_by_accepted)
@@ -246,7 +252,8 @@ def show(cell: Cell) -> None:
         f"{cell.task:5} batch {cell.batch:2d}   off {cell.off_tokens_per_s:6.1f} tok/s   on {cell.on_tokens_per_s:6.1f} tok/s"
         f"   ratio {cell.ratio:5.2f}   median {cell.median_ratio:5.2f} ({cell.low:.2f} to {cell.high:.2f})"
         f"   cpu {cell.cpu_ratio:5.2f}"
-        f"   accepted {cell.accepted_tokens} of {cell.drafted_tokens}, {cell.tokens_per_step:.2f} tokens per step with drafts",
+        f"   accepted {', '.join(f'{name} {right} of {made}' for name, (made, right) in sorted(cell.by_author.items()))}"
+        f"; {cell.tokens_per_step:.2f} tokens per step with drafts",
         flush=True,
     )
 
@@ -274,17 +281,20 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--shared-tokens", type=int, default=SpeculationConfig().shared_tokens)
     parser.add_argument("--draft-model", default="", help="guess with this model instead of from text")
+    parser.add_argument("--method", default="ngram", choices=["ngram", "medusa"])
+    parser.add_argument("--heads", default="", help="with --method medusa: the file, if it is not where train-heads put it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = Path(options.model) if Path(options.model).exists() else pull(options.model).path
+    tokenizer = Tokenizer.load(path)
     engine = build_engine(
         path,
         engine_config(options),
         threads=options.threads,
         model_digest="m",
-        tokenizer_digest="t",
+        tokenizer_digest=tokenizer.digest,
     )
-    bench = Bench(engine, Tokenizer.load(path), options)
+    bench = Bench(engine, tokenizer, options)
     load_before = os.getloadavg()[0]
     cells = []
     for task in options.tasks:

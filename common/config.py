@@ -168,10 +168,10 @@ class PrefillConfig(PoolConfig):
 class SpeculationConfig(_Part):
     """Guessing tokens ahead and checking several in one step. Answers are the same with it and without."""
 
-    method: Literal["off", "ngram", "draft"] = Field(
+    method: Literal["off", "ngram", "draft", "medusa"] = Field(
         "ngram",
         description="ngram: what follows the last tokens wherever they stood before, in prompt, answer or the tenant's answers."
-        " draft: what a small model says.",
+        " draft: what a small model says. medusa: ngram, and where it has nothing as good, heads on the model's last hidden row.",
     )
     max_draft_tokens: int = Field(
         8, ge=1, le=64, description="Most tokens guessed per sequence and step; how many are tried is measured, not configured."
@@ -185,6 +185,9 @@ class SpeculationConfig(_Part):
         description="draft: a model with the same tokenizer, named as in `source`; it has to be on this machine.",
     )
     draft_kv_pool_tokens: int = Field(16_384, ge=16, description="draft: capacity of the small model's own KV pool, in tokens.")
+    heads: str = Field(
+        "", description="medusa: the file of the heads; empty = where `pdserve train-heads` put those of this model."
+    )
 
     @model_validator(mode="after")
     def _has_a_draft_model(self) -> SpeculationConfig:

@@ -506,6 +506,7 @@ class WorkerReadings:
     drafted_tokens: int
     accepted_tokens: int
     steps_by_accepted: tuple[int, ...]
+    guesses_by_author: Mapping[str, tuple[int, int]]  # drafted and accepted tokens
     work_s: Mapping[str, float]  # time of steps, by what their rows were for
     masks: MaskReadings
     ranks: int = 1
@@ -613,6 +614,15 @@ class WorkerMetrics:
         for part, seconds in now.work_s.items():
             work.add_metric((*self._values, part), seconds)
         yield work
+        guesses = CounterMetricFamily(
+            "pdserve_speculation_guesses",
+            "Guessed tokens that were checked, by who guessed and whether they were right.",
+            labels=("model_name", "engine", "proposer", "outcome"),
+        )
+        for author, (drafted, right) in now.guesses_by_author.items():
+            guesses.add_metric((*self._values, author, "right"), right)
+            guesses.add_metric((*self._values, author, "wrong"), drafted - right)
+        yield guesses
         waits = CounterMetricFamily(
             "pdserve_step_waits",
             "Steps that could not be planned before the one before was read, by the reason.",

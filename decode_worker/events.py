@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.errors import PdserveError
 from common.types import Request, SampledToken, StageTimings, Started, TokenChunk, TokenLogprob, WorkAccount, WorkerRef
+
+if TYPE_CHECKING:
+    from common.engine.heads.rows import HiddenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class RemotePrefillWanted:
     attempt: int
     first_block: int
     blocks: tuple[int, ...]
+    wants_row: bool = False  # and the hidden row that the first tokens are drawn from
 
 
 Event = Output | Failed | RemotePrefillWanted
@@ -51,3 +56,4 @@ class RemotePrefill:
     timings: StageTimings
     work_s: float = 0.0  # the prompt's share of steps elsewhere,
     work_tokens: int = 0  # and how many tokens of it were computed there
+    row: HiddenRow | None = None  # what the first tokens were drawn from, if it was asked for

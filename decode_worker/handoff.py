@@ -29,6 +29,7 @@ from common.codec import (
     token_logprob_from_wire,
 )
 from common.config import TransferConfig
+from common.engine.heads.rows import HiddenRow
 from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch, TransferBroken, WorkerLost
 from common.logs import get_logger
 from common.metrics import LeaseReadings
@@ -259,11 +260,13 @@ class DecodeHandoff:
         )
         attributes: dict[str, Value] = {"pdserve.prefill_worker": wanted.prefill.worker_id, "pdserve.attempt": wanted.attempt}
         with within(current_span().child("remote prefill", kind=Kind.CLIENT, attributes=attributes)) as span:
-            return await self._run(peer, incoming, wanted.request, span)
+            return await self._run(peer, incoming, wanted, span)
 
-    async def _run(self, peer: _Peer, incoming: Incoming, request: Request, span: Span) -> RemotePrefill:
+    async def _run(self, peer: _Peer, incoming: Incoming, wanted: RemotePrefillWanted, span: Span) -> RemotePrefill:
         started_s = self._clock.monotonic_s()
-        message = worker_pb2.PrefillRequest(request=request_to_wire(request), ticket=ticket_to_wire(incoming.ticket))
+        message = worker_pb2.PrefillRequest(
+            request=request_to_wire(wanted.request), ticket=ticket_to_wire(incoming.ticket), wants_row=wanted.wants_row
+        )
         run = asyncio.ensure_future(peer.rpc.run(message, incoming.ticket.ttl_s))
         failed = asyncio.ensure_future(incoming.wait_failed())
         try:
@@ -288,7 +291,7 @@ class DecodeHandoff:
             },
         )
         transfer.end()
-        return self._account(peer, incoming, request, reply, replied_s - started_s, verify_s)
+        return self._account(peer, incoming, wanted.request, reply, replied_s - started_s, verify_s)
 
     def _account(
         self,
@@ -314,6 +317,7 @@ class DecodeHandoff:
             first_tokens=tuple(sampled_token_from_wire(token) for token in reply.first_tokens),
             prompt_logprobs=logprobs,
             cached_tokens=max(0, reply.cached_tokens - local_tokens),
+            row=HiddenRow.from_bytes(reply.row) if reply.row else None,
             work_s=reply.work_s,
             work_tokens=max(0, request.num_prompt_tokens - reply.cached_tokens),
             timings=StageTimings(

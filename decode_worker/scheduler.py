@@ -25,7 +25,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common.blocks import root_hash
 from common.clock import Clock
@@ -48,6 +48,9 @@ from decode_worker.step_plan import Share, StepPlan
 from decode_worker.step_planner import StepPlanner
 from decode_worker.swapping import Swapping
 from decode_worker.waiting_line import WaitingLine
+
+if TYPE_CHECKING:
+    from common.engine.heads.rows import HiddenRow
 
 
 class DecodeLimits(LocalPrefill, Protocol):
@@ -202,7 +205,7 @@ class DecodeScheduler:
         choice.sequence.advance(choice.sequence.remaining, self._blocks)
         choice.enter(ChoiceState.RUNNING)
         self._enlist(choice)
-        self._begin_decoding(generation, result.first_tokens)
+        self._begin_decoding(generation, result.first_tokens, result.row)
 
     def remote_failed(self, request_id: str, error: PdserveError) -> None:
         """The hand-off failed. The blocks stay in quarantine until `drained`; the request is tried elsewhere, or here."""
@@ -298,9 +301,9 @@ class DecodeScheduler:
             if not generation.prompt_in_kv:
                 generation.prompt_logprobs.extend(computed.prompt_logprobs)
                 if share.is_prompt_end:
-                    self._begin_decoding(generation, computed.tokens)
+                    self._begin_decoding(generation, computed.tokens, computed.row)
             elif computed.tokens:
-                chunk = self._accept(choice, computed.tokens, share)
+                chunk = self._accept(choice, computed.tokens, share, computed.row)
                 outputs.setdefault(generation.request.request_id, []).append(chunk)
         self.totals.surplus_rows += surplus_rows
         wasted_rows = self.totals.drafted_tokens - self.totals.accepted_tokens - wasted_before + surplus_rows
@@ -373,6 +376,7 @@ class DecodeScheduler:
                     attempt=generation.attempt,
                     first_block=first_block,
                     blocks=tuple(choice.sequence.blocks[first_block:]),
+                    wants_row=self._speculator is not None and self._speculator.keeps_rows,
                 )
             )
         else:
@@ -399,8 +403,8 @@ class DecodeScheduler:
             generation.lifecycle.enter(Phase.QUEUED)
         self._waiting.add(choice)
 
-    def _begin_decoding(self, generation: Generation, first_tokens: Sequence[SampledToken]) -> None:
-        """The prompt is in KV and each choice's first token is drawn."""
+    def _begin_decoding(self, generation: Generation, first_tokens: Sequence[SampledToken], row: HiddenRow | None) -> None:
+        """The prompt is in KV and each choice's first token is drawn, from `row`."""
         generation.lifecycle.enter(Phase.DECODING)
         generation.prompt_in_kv = True
         stamps = generation.lifecycle
@@ -413,6 +417,9 @@ class DecodeScheduler:
         else:
             generation.timings = generation.local_timings()
         self._fork(generation)
+        if self._speculator is not None and row is not None:
+            for choice in generation.choices:
+                self._speculator.remember(choice.key, row)
         chunks = [self._accept(choice, (token,)) for choice, token in zip(list(generation.choices), first_tokens, strict=True)]
         reported: tuple[TokenLogprob | None, ...] = (
             (None, *generation.prompt_logprobs) if generation.wants_prompt_logprobs else ()
@@ -437,8 +444,11 @@ class DecodeScheduler:
         choice.sequence.advance(count, self._blocks)
         self.totals.computed_tokens += count
 
-    def _accept(self, choice: Choice, tokens: Sequence[SampledToken], share: Share | None = None) -> TokenChunk:
-        """What was drawn becomes part of the answer; `share` is the choice's part of the step, unless its prompt was computed."""
+    def _accept(
+        self, choice: Choice, tokens: Sequence[SampledToken], share: Share | None = None, row: HiddenRow | None = None
+    ) -> TokenChunk:
+        """What was drawn becomes part of the answer. `share` is the choice's part of the step, unless its prompt was computed;
+        `row` is what the last token was drawn from."""
         chunk = choice.accept(tokens)
         num_said = len(chunk.token_ids)
         num_drawn = num_said + (chunk.stop_token_id is not None)
@@ -451,11 +461,14 @@ class DecodeScheduler:
             work.decode_s += (1 + num_right) * self._row_s
             self._holdings.trim(choice)
             if share.num_drafts:
-                self.totals.drafted(share.num_drafts, num_right)
+                author = "" if self._speculator is None else self._speculator.author(choice.key)
+                self.totals.drafted(share.num_drafts, num_right, author)
                 work.wasted_s += (share.num_drafts - num_right) * self._row_s
                 work.wasted_tokens += share.num_drafts - num_right
             if self._speculator is not None and not share.is_ahead:
-                self._speculator.settle(choice.key, [token.token_id for token in tokens])
+                self._speculator.settle(choice.key, [token.token_id for token in tokens], row)
+            elif self._speculator is not None and row is not None:
+                self._speculator.remember(choice.key, row)
         if chunk.finish_reason is not None:
             self._finish(choice)
         return chunk

@@ -31,7 +31,7 @@ from decode_worker.events import Event
 from decode_worker.handoff import DecodeHandoff, PoolMemory, region_of_pool
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from decode_worker.scheduler import DecodeScheduler
-from decode_worker.speculation.choice import create_speculator
+from decode_worker.speculation.choice import GuessedModel, create_speculator
 from decode_worker.step_ahead import overlaps
 from decode_worker.streams import DecodeStreams
 from decode_worker.swapper import create_swapper
@@ -64,9 +64,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             create_speculator,
             spec.model.decode.speculation,
             self._clock,
-            engine=spec.model.engine,
-            threads=spec.threads,
-            tokenizer_digest=engine.layout.tokenizer_digest,
+            GuessedModel(spec.model_path, engine, spec.model.engine, spec.threads),
         )
         swapper = await asyncio.to_thread(create_swapper, spec.model.decode, engine.pool)
         self._scheduler = scheduler = DecodeScheduler(

@@ -69,8 +69,11 @@ class StepPlanner:
             share.choice.share = share
             share.choice.num_steps_under_way += 1
 
+        keeps_rows = self._speculator is not None and self._speculator.keeps_rows
         copies, brought_in, put_out = self._holdings.take_orders()
-        return StepPlan(copies, ScheduledBatch(tuple(slices)), planned, self._clock.monotonic_s(), brought_in, put_out)
+        return StepPlan(
+            copies, ScheduledBatch(tuple(slices), keeps_rows), planned, self._clock.monotonic_s(), brought_in, put_out
+        )
 
     def _draft(self, counts: Sequence[tuple[Choice, int]], spare_rows: int) -> dict[Choice, Sequence[int]]:
         """Guesses for those that decode, as far as there are rows and blocks that nobody needs."""

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import typer
 
-from deploy.commands import chat, completion, config, doctor, down, fleet, keys, logs, models, profile, route, status, top, up
+from deploy.commands import (
+    chat,
+    completion,
+    config,
+    doctor,
+    down,
+    fleet,
+    keys,
+    logs,
+    models,
+    profile,
+    route,
+    status,
+    top,
+    train_heads,
+    up,
+)
 from deploy.commands.examples import examples
 from deploy.commands.output import out
 
@@ -38,6 +54,7 @@ for panel, command, shown in (
     (_CHANGE, fleet.roll, fleet.ROLL_EXAMPLES),
     (_CHANGE, fleet.autoscaler, fleet.AUTOSCALER_EXAMPLES),
     (_SET_UP, models.pull, models.EXAMPLES),
+    (_SET_UP, train_heads.train_heads, train_heads.EXAMPLES),
     (_SET_UP, completion.completion, completion.EXAMPLES),
 ):
     app.command(rich_help_panel=panel, epilog=shown)(command)

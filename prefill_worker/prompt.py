@@ -42,9 +42,12 @@ class Prompt:
         received_s: float,
         block_tokens: int,
         grammar: CompiledGrammar | None = None,
+        wants_row: bool = False,
     ) -> None:
-        """`hashes` are the names of its full blocks; none of them is there if nothing is to be found by its name."""
+        """`hashes` are the names of its full blocks; none of them is there if nothing is to be found by its name.
+        `wants_row`: the decode side has use for the last hidden row."""
         self.request = request
+        self.wants_row = wants_row
         self.grammar = grammar
         self.sequence = sequence
         self.hashes = hashes

@@ -65,7 +65,7 @@ class PrefillRuns:
         deadline_s = self._clock.monotonic_s() + left_s
         try:
             async with asyncio.timeout(left_s):
-                return await self._run(request, ticket, deadline_s)
+                return await self._run(request, ticket, deadline_s, message.wants_row)
         except TimeoutError as error:
             raise DeadlineExceeded("the prompt was not computed in time") from error
 
@@ -89,7 +89,7 @@ class PrefillRuns:
 
     # -- one run -------------------------------------------------------------------------------------------------------
 
-    async def _run(self, request: Request, ticket: Ticket, deadline_s: float) -> worker_pb2.PrefillReply:
+    async def _run(self, request: Request, ticket: Ticket, deadline_s: float, wants_row: bool) -> worker_pb2.PrefillReply:
         if self._failure is not None:
             raise self._failure
         self._check(request)
@@ -103,7 +103,7 @@ class PrefillRuns:
         self._news[key] = news
         received_s = self._clock.monotonic_s()
         submitted = replace(request, request_id=key, timeout_s=deadline_s - received_s)
-        self._inbox.post(self._scheduler.submit, submitted, grammar)
+        self._inbox.post(self._scheduler.submit, submitted, grammar, wants_row)
         try:
             computed = await self._push_while_computing(news, push)
             computed_s = self._clock.monotonic_s()
@@ -130,6 +130,7 @@ class PrefillRuns:
             tail_s=self._clock.monotonic_s() - computed_s,
             transfer_s=account.transfer_s,
             work_s=computed.work_s,
+            row=b"" if computed.row is None else computed.row.to_bytes(),
         )
 
     async def _push_while_computing(self, news: asyncio.Queue[Event | PdserveError], push: Push) -> PromptComputed:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common.blocks import BlockHash, hash_chain, root_hash
 from common.clock import Clock
@@ -34,6 +34,9 @@ from common.load import WorkerLoad, pairs
 from common.types import KVLayout, Request, SampledToken, TokenLogprob
 from prefill_worker.order import TurnOrder
 from prefill_worker.prompt import Prompt, PromptState
+
+if TYPE_CHECKING:
+    from common.engine.heads.rows import HiddenRow
 
 
 class PrefillLimits(Protocol):
@@ -78,6 +81,7 @@ class PromptComputed:
     queue_s: float
     prefill_s: float
     work_s: float  # its share of the steps' time
+    row: HiddenRow | None = None  # what the first tokens were drawn from, if it is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +156,9 @@ class PrefillScheduler:
         taken, self._dispatches = tuple(self._dispatches), []
         return taken
 
-    def submit(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
-        """`grammar` is the request's own, compiled. Its time begins now."""
+    def submit(self, request: Request, grammar: CompiledGrammar | None = None, wants_row: bool = False) -> None:
+        """`grammar` is the request's own, compiled; `wants_row` says whether the decode side has use for the last hidden row. Its
+        time begins now."""
         block_tokens = self._layout.block_tokens
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         named = hash_chain(root, request.prompt_token_ids, block_tokens) if self._blocks.prefix_cache else ()
@@ -165,6 +170,7 @@ class PrefillScheduler:
             received_s=self._clock.monotonic_s(),
             block_tokens=block_tokens,
             grammar=grammar,
+            wants_row=wants_row,
         )
         self._look(prompt)
         self._prompts[request.request_id] = self._waiting[request.request_id] = prompt
@@ -203,7 +209,8 @@ class PrefillScheduler:
             )
             for prompt, count in shares
         )
-        return StepPlan(ScheduledBatch(slices), tuple(shares))
+        keeps_rows = any(prompt.wants_row and item.samples for (prompt, _), item in zip(shares, slices, strict=True))
+        return StepPlan(ScheduledBatch(slices, keeps_rows), tuple(shares))
 
     def layers_computed(self, plan: StepPlan, first_layer: int, end_layer: int) -> None:
         """Keys and values of these layers are in the pool for every token of the plan, while later layers still compute."""
@@ -247,6 +254,7 @@ class PrefillScheduler:
                         queue_s=started_s - prompt.received_s,
                         prefill_s=now_s - started_s,
                         work_s=prompt.work_s,
+                        row=computed.row if prompt.wants_row else None,
                     )
                 )
 

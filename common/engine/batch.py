@@ -23,12 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from common.engine.grammar import CompiledGrammar
 from common.engine.token_rules import RowRules, TokenRules
 from common.errors import PdserveError
 from common.load import pairs
 from common.types import Request, SampledToken, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from common.engine.heads.rows import HiddenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class SequenceSlice:
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     slices: tuple[SequenceSlice, ...]
+    keeps_rows: bool = False  # the hidden rows that tokens were drawn from are wanted as well
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +111,7 @@ class SliceResult:
     tokens: tuple[SampledToken, ...] = ()  # one per SampleSpec; with drafts, up to the first that is not the draft
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one per next_token_id
     error: PdserveError | None = None  # the request's rules leave no token to draw: there are no tokens, and it ends in this
+    row: HiddenRow | None = None  # what the last of the tokens was drawn from, if the batch keeps rows
 
 
 @dataclass(frozen=True, slots=True)

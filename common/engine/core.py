@@ -45,6 +45,7 @@ class SchedulerTotals:
     prefill_s: float = 0.0  # of the steps' time, shared by rows: for prompt tokens, and tokens computed again
     decode_s: float = 0.0  # for tokens that came
     wasted_s: float = 0.0  # for guesses that were wrong
+    guesses_by_author: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafted and accepted tokens, by who guessed
     surplus_rows: int = 0  # rows of steps planned ahead, for answers that had ended
     steps_ahead: int = 0  # that were planned while another was computed
     waits: dict[str, int] = field(default_factory=dict)  # steps that were not, by the reason
@@ -58,7 +59,10 @@ class SchedulerTotals:
         self.wasted_s += wasted_rows * row_s
         self.decode_s += (rows - prefill_rows - wasted_rows) * row_s
 
-    def drafted(self, num_drafts: int, num_accepted: int) -> None:
+    def drafted(self, num_drafts: int, num_accepted: int, author: str) -> None:
+        """`author` is the name of who guessed."""
+        drafted, accepted = self.guesses_by_author.get(author, (0, 0))
+        self.guesses_by_author[author] = drafted + num_drafts, accepted + num_accepted
         self.drafted_tokens += num_drafts
         self.accepted_tokens += num_accepted
         while len(self.steps_by_accepted) <= num_accepted:

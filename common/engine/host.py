@@ -406,6 +406,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
             steps_by_accepted=tuple(totals.steps_by_accepted),
+            guesses_by_author=dict(totals.guesses_by_author),
             ranks=self.spec.parallel.num_ranks,
             work_s={"prefill": totals.prefill_s, "decode": totals.decode_s, "wasted": totals.wasted_s},
             masks=self.engine.runner.mask_readings,

@@ -45,7 +45,7 @@ def has_placeholders(batch: ScheduledBatch) -> bool:
 def with_tokens_of(batch: ScheduledBatch, before: ForwardResult) -> ScheduledBatch:
     """The batch with the tokens that its placeholders stand for."""
     slices = [replace(item, token_ids=_known(item.token_ids, before)) if item.token_ids[0] < 0 else item for item in batch.slices]
-    return ScheduledBatch(tuple(slices))
+    return replace(batch, slices=tuple(slices))
 
 
 def _known(token_ids: Sequence[int], before: ForwardResult) -> list[int]:

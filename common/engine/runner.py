@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, Seque
 from common.engine.captured.buckets import Bucket
 from common.engine.captured.steps import DecodeSteps, PendingStep
 from common.engine.grammar import MaskThread, NextMask
+from common.engine.heads.rows import HiddenRow, hidden_rows
 from common.engine.in_flight_step import InFlightStep, ThreadStep, has_placeholders, with_tokens_of
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
@@ -60,9 +61,9 @@ class Successor(Protocol):
 class StepGroup(Protocol):
     """Several processes that compute as one (`common.engine.parallel.group`)."""
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        """When it returns the step is computed. Then the fp32 logits [rows, vocab] of each group of rows in `wanted`: taken one
-        after the other, all of them, before the next step."""
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
+        """When it returns the step is computed. Then the fp32 logits [rows, vocab] of each group of rows in `wanted`, and behind
+        them the hidden rows `kept`, if any: taken one after the other, all of them, before the next step."""
         ...
 
     def copy_block(self, source: int, destination: int) -> None: ...
@@ -159,7 +160,8 @@ class ModelRunner:
             for row in range(end - num_sampled_rows(item), end)
         ]
         wanted = [rows for groups in reported for rows in groups] + ([sampled] if sampled else [])
-        logits = self._compute(batch, wanted, layer_done)
+        kept = sampled if batch.keeps_rows else ()
+        logits = self._compute(batch, wanted, layer_done, kept)
         prompt_logprobs = [
             _prompt_logprobs(item, len(groups), logits, self._operations)
             for item, groups in zip(batch.slices, reported, strict=True)
@@ -167,7 +169,8 @@ class ModelRunner:
         _wait_for(working_out)
         tokens = draw(next(logits), batch.slices, self._operations.sample) if sampled else [() for _ in batch.slices]
         errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
-        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, strict=True)))
+        rows = hidden_rows(next(logits), batch.slices, tokens) if kept else [None] * len(tokens)
+        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, rows, strict=True)))
 
     @torch.inference_mode()
     def _launch_on_device(self, steps: DecodeSteps, batch: ScheduledBatch, bucket: Bucket) -> _DeviceStep:
@@ -200,11 +203,15 @@ class ModelRunner:
             self._pool.copy_block(source, destination)
 
     def _compute(
-        self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], layer_done: LayerDone | None = None
+        self,
+        batch: ScheduledBatch,
+        wanted: Sequence[Sequence[int]],
+        layer_done: LayerDone | None = None,
+        kept: Sequence[int] = (),
     ) -> Iterator[torch.Tensor]:
         """As `StepGroup.compute`."""
         if self._group is not None:
-            logits = self._group.compute(batch, wanted)
+            logits = self._group.compute(batch, wanted, kept)
             if layer_done is not None:
                 layer_done(self._pool.whole_layout.num_layers)
             return logits
@@ -218,7 +225,8 @@ class ModelRunner:
             hidden = model.forward(step, self._pool, self._attention, layer_done)
         else:
             hidden = self._forward_on_device(step, layer_done)
-        return (model.logits(hidden[torch.tensor(rows, device=hidden.device)]) for rows in wanted)
+        found = (model.logits(hidden[torch.tensor(rows, device=hidden.device)]) for rows in wanted)
+        return chain(found, (hidden[torch.tensor(kept, device=hidden.device)],)) if kept else found
 
     def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
         """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""
@@ -245,6 +253,7 @@ class _DeviceStep:
         self._slices = batch.slices
         self._operations = operations
         self._masks = masks
+        self._rows = pending.rows() if batch.keeps_rows else None
         self._result: ForwardResult | None = None
 
     @property
@@ -260,8 +269,8 @@ class _DeviceStep:
         self._pending.wait()
 
     def _drawn_there(self) -> Iterator[SliceResult]:
-        for item, token_id in zip(self._slices, self._pending.token_ids(), strict=True):
-            yield SliceResult((SampledToken(token_id, None),) if item.samples else ())
+        for place, (item, token_id) in enumerate(zip(self._slices, self._pending.token_ids(), strict=True)):
+            yield SliceResult((SampledToken(token_id, None),), row=self._row(place)) if item.samples else SliceResult()
 
     @torch.inference_mode()
     def _drawn_here(self) -> list[SliceResult]:
@@ -270,7 +279,13 @@ class _DeviceStep:
         logits = self._pending.logits()
         tokens = draw(logits if len(rows) == len(logits) else logits[rows], self._slices, self._operations.sample)
         errors = [None if found else refusal(item) for item, found in zip(self._slices, tokens, strict=True)]
-        return [SliceResult(found, (), error) for found, error in zip(tokens, errors, strict=True)]
+        return [
+            SliceResult(found, (), error, self._row(place) if found else None)
+            for place, (found, error) in enumerate(zip(tokens, errors, strict=True))
+        ]
+
+    def _row(self, place: int) -> HiddenRow | None:
+        return None if self._rows is None else HiddenRow(self._rows[place])
 
 
 def _reported_rows(item: SequenceSlice, first_row: int) -> list[range]:

@@ -132,12 +132,14 @@ class HandshakeReply(_message.Message):
     def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "ticket")
+    __slots__ = ("request", "ticket", "wants_row")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    WANTS_ROW_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     ticket: _types_pb2.Ticket
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ...) -> None: ...
+    wants_row: bool
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ..., wants_row: _Optional[bool] = ...) -> None: ...
 
 class BlockDigest(_message.Message):
     __slots__ = ("logical_block", "digest")
@@ -148,7 +150,7 @@ class BlockDigest(_message.Message):
     def __init__(self, logical_block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s", "work_s")
+    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s", "work_s", "row")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +162,7 @@ class PrefillReply(_message.Message):
     TAIL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     WORK_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
     num_tokens: int
     digests: _containers.RepeatedCompositeFieldContainer[BlockDigest]
@@ -171,7 +174,8 @@ class PrefillReply(_message.Message):
     tail_s: float
     transfer_s: float
     work_s: float
-    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., work_s: _Optional[float] = ...) -> None: ...
+    row: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., work_s: _Optional[float] = ..., row: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("nonces",)

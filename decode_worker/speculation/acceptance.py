@@ -10,7 +10,7 @@ of it, so that the choice can be made with what such guesses turn out to be wort
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 _PRIOR = 0.4  # of a class nobody has seen, worth
 _PRIOR_TRIALS = 2.0
@@ -52,9 +52,9 @@ class History:
     """Of one sequence, or of all."""
 
     def __init__(self) -> None:
-        self.records: dict[int, _Record] = {}
+        self.records: dict[Hashable, _Record] = {}
 
-    def record(self, evidence: int) -> _Record:
+    def record(self, evidence: Hashable) -> _Record:
         record = self.records.get(evidence)
         if record is None:
             record = self.records[evidence] = _Record()
@@ -90,7 +90,7 @@ class Acceptance:
     def __init__(self) -> None:
         self._all = History()
 
-    def observe(self, history: History, evidence: int, guess: Sequence[int], came: Sequence[int]) -> None:
+    def observe(self, history: History, evidence: Hashable, guess: Sequence[int], came: Sequence[int]) -> None:
         """A guess, and the tokens that came in its place; only as far as both go."""
         compared = min(len(guess), len(came))
         if not compared:
@@ -102,7 +102,7 @@ class Acceptance:
             if trials:
                 record.further.add(trials, right - 1, most)
 
-    def rates(self, history: History, evidence: int) -> tuple[float, float]:
+    def rates(self, history: History, evidence: Hashable) -> tuple[float, float]:
         """The probability that the first token of such a guess is right, and that of each further one after a right one."""
         everybody, own = self._all.record(evidence), history.record(evidence)
         first = own.first.rate(everybody.first.rate(_PRIOR, _PRIOR_TRIALS), _CLASS_TRIALS)

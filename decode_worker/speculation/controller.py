@@ -13,11 +13,12 @@ from figures alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from decode_worker.speculation.step_cost import StepCost
 
 _LEAST_GAIN = 1.03  # below, the noise of what is measured decides
+_MORE_PER_SEQUENCE, _MOST_LEAST_GAIN = 0.005, 1.1  # with many, a gain of few is soon less than what all pay for it on the host
 
 
 def choose_lengths(
@@ -29,29 +30,55 @@ def choose_lengths(
     most_rows: int,
     drafting_s: float = 0.0,
 ) -> list[int]:
-    """How many tokens to take of each offer: (length, probability of its first token, of each further one after a right one).
+    """`best_lengths` where all offers are yet to be made, or all are there."""
+    awaited = range(len(offers)) if drafting_s else ()
+    return best_lengths(
+        offers,
+        cost,
+        num_sequences=num_sequences,
+        num_rows=num_rows,
+        most_rows=most_rows,
+        awaited=awaited,
+        drafting_s=drafting_s,
+    )[0]
+
+
+def best_lengths(
+    offers: Sequence[tuple[int, float, float]],
+    cost: StepCost,
+    *,
+    num_sequences: int,
+    num_rows: int,
+    most_rows: int,
+    awaited: Collection[int] = (),
+    drafting_s: float = 0.0,
+) -> tuple[list[int], float]:
+    """How many tokens to take of each offer: (length, probability of its first token, of each further one after a right one); and
+    the logarithm of what the answers' speed gains by it, 0 where nothing is taken.
 
     The step has `num_rows` rows without drafts, one of them for each of `num_sequences` sequences, and room for `most_rows` more.
-    Where guesses are yet to be made, `drafting_s` is what it takes to make the first token of all of them, the second, and so on.
+    Guesses of the offers `awaited` are yet to be made: `drafting_s` is what it takes to make the first token of all of them, the
+    second, and so on.
     """
     ranked = sorted((-gain, place, index) for index, offer in enumerate(offers) for place, gain in enumerate(_gains(*offer)))[
         :most_rows
     ]
     lengths = [0] * len(offers)
     if not ranked:
-        return lengths
+        return lengths, 0.0
     costs = cost.of(num_rows, len(ranked) + 1)
-    best_speed = math.log(_LEAST_GAIN)
+    best_speed = math.log(min(_MOST_LEAST_GAIN, _LEAST_GAIN + _MORE_PER_SEQUENCE * (num_sequences - 1)))
     gained, best, longest = 0.0, 0, 0
-    for count, (negative, place, _) in enumerate(ranked, start=1):
+    for count, (negative, place, index) in enumerate(ranked, start=1):
         gained -= negative
-        longest = max(longest, place + 1)
+        if index in awaited:
+            longest = max(longest, place + 1)
         speed = gained / num_sequences - math.log((costs[count] + longest * drafting_s) / costs[0])
         if speed > best_speed:
             best, best_speed = count, speed
     for _, _, index in ranked[:best]:
         lengths[index] += 1
-    return lengths
+    return lengths, best_speed if best else 0.0
 
 
 def _gains(length: int, first: float, further: float) -> Iterator[float]:

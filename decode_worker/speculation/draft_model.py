@@ -40,7 +40,9 @@ class _Draft:
 
 
 class DraftModelProposer:
-    makes_steps = True
+    name = "draft"
+    takes_time = True
+    reads_rows = False
 
     def __init__(self, runner: Runner, blocks: BlockManager, max_model_tokens: int) -> None:
         self._runner = runner

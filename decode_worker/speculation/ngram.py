@@ -24,7 +24,9 @@ _OF_OTHER_ANSWERS = 16  # added to the evidence of such guesses
 
 
 class NgramProposer:
-    makes_steps = False
+    name = "ngram"
+    takes_time = False
+    reads_rows = False
 
     def __init__(self, *, gram_tokens: int, shared_tokens: int) -> None:
         """Guesses where at least `gram_tokens` agree. Remembers up to `shared_tokens` of finished answers per tenant."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.errors import ModelLoadError
-from common.model_store import can_be_fetched, embedder_folder, resolve
+from common.model_store import can_be_fetched, embedder_folder, heads_path, resolve
 from deploy.diagnosis.finding import Finding, Severity
 
 _AREA = "models"
@@ -18,11 +18,24 @@ def check_models(config: Config, home: Path) -> Iterator[Finding]:
         yield _model(model.name, model.source, home)
         if model.decode.speculation.method == "draft":
             yield _model(f"{model.name}, draft", model.decode.speculation.draft_model, home)
+        if model.decode.speculation.method == "medusa":
+            yield _heads(f"{model.name}, heads", model.source, model.decode.speculation.heads, home)
     if config.cache.semantic.enabled and config.cache.semantic.embedder == "minilm":
         try:
             yield Finding(_AREA, "embedder", str(embedder_folder("minilm", home=home)))
         except ModelLoadError as error:
             yield Finding(_AREA, "embedder", error.message, Severity.FAILURE, "the semantic cache cannot compare questions")
+
+
+def _heads(name: str, source: str, given: str, home: Path) -> Finding:
+    try:
+        path = Path(given) if given else heads_path(home, resolve(source, home=home).digest())
+    except ModelLoadError as error:
+        return Finding(_AREA, name, error.message, Severity.NOTE, "which heads belong to it is not known before it is here")
+    if not path.is_file():
+        advice = f"pdserve train-heads {source}"
+        return Finding(_AREA, name, f"there is no {path}", Severity.FAILURE, "its decode workers cannot start", advice)
+    return Finding(_AREA, name, str(path))
 
 
 def _model(name: str, source: str, home: Path) -> Finding:

@@ -38,6 +38,7 @@ IDLE = WorkerReadings(
     drafted_tokens=0,
     accepted_tokens=0,
     steps_by_accepted=(),
+    guesses_by_author={},
     work_s={"prefill": 0.0, "decode": 0.0, "wasted": 0.0},
     masks=MaskReadings(),
 )
@@ -72,6 +73,13 @@ def test_speculation_is_told_by_tokens_and_by_steps() -> None:
     assert found == [4, 9, 9, 10, 10]
     assert registry.get_sample_value(f"{histogram}_count", WHO) == 10
     assert registry.get_sample_value(f"{histogram}_sum", WHO) == 8
+
+
+def test_each_proposer_has_its_own_account() -> None:
+    registry = scrape(replace(IDLE, guesses_by_author={"ngram": (20, 5), "medusa": (10, 4)}))
+    for author, outcome, count in (("ngram", "right", 5), ("ngram", "wrong", 15), ("medusa", "right", 4), ("medusa", "wrong", 6)):
+        labels = {**WHO, "proposer": author, "outcome": outcome}
+        assert registry.get_sample_value("pdserve_speculation_guesses_total", labels) == count
 
 
 def test_a_worker_that_never_guessed_has_an_empty_histogram() -> None:

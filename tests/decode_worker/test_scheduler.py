@@ -16,6 +16,7 @@ from common.clock import ManualClock
 from common.config import DecodeConfig
 from common.engine.batch import ForwardResult, SequenceSlice, SliceResult
 from common.engine.block_manager import BlockManager
+from common.engine.heads.rows import HiddenRow
 from common.engine.in_flight_step import with_tokens_of
 from common.errors import Overloaded, WorkerLost
 from common.load import WorkerLoad
@@ -58,6 +59,8 @@ def expected_output(prompt: Sequence[int], choice: int, count: int) -> list[int]
 class Guessing:
     """A speculator that is right as often as it is told, and pays no heed to what fits."""
 
+    keeps_rows = False
+
     def __init__(self, seed: int, *, right: float, longest: int) -> None:
         self._random = random.Random(seed)
         self._right = right
@@ -78,7 +81,13 @@ class Guessing:
             guess.append(right if self._random.random() < self._right else self._random.randrange(10, 1000))
         return guess
 
-    def settle(self, key: ChoiceKey, came: Sequence[int]) -> None:
+    def author(self, key: ChoiceKey) -> str:
+        return "guessing"
+
+    def remember(self, key: ChoiceKey, row: HiddenRow) -> None:
+        raise AssertionError("nobody asked for rows")
+
+    def settle(self, key: ChoiceKey, came: Sequence[int], row: HiddenRow | None = None) -> None:
         assert key in self.known or came
         assert key not in self.ended
 

@@ -62,6 +62,7 @@ WORKER = WorkerReadings(
     drafted_tokens=2,
     accepted_tokens=1,
     steps_by_accepted=(1, 1),
+    guesses_by_author={"ngram": (2, 1)},
     work_s={"prefill": 1.0, "decode": 1.0, "wasted": 1.0},
     masks=MaskReadings(),
 )

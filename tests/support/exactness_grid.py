@@ -24,6 +24,7 @@ from support.pairwise import Combination, covering, product
 from support.prefill_steps import PrefillSteps
 from support.ranks import ranks_as_threads
 from support.structured_work import BIAS, END, alone
+from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, request, running_workers
 
@@ -41,7 +42,8 @@ PROMPTS = {
     "one chunk in a step": PrefillConfig(chunk_tokens=16),
 }
 _SHARING = ("whole", "several chunks in a step")
-SPECULATION = ("off", "ngram", "draft", "half right")  # those in between decide by what they measure whether to guess at all
+# Those in between decide by what they measure whether to guess at all.
+SPECULATION = ("off", "ngram", "draft", "medusa", "half right")
 AXES = {
     "numerics": ("exact", "fast"),
     "speculation": SPECULATION,
@@ -129,6 +131,7 @@ class Grid:
     def __post_init__(self) -> None:
         self._model = make_tiny_model(self.folder / "model", seed=3, kv_heads=2)
         self._draft = make_tiny_model(self.folder / "draft", seed=3, layers=1, kv_heads=2)
+        self._heads = make_tiny_heads(self.folder / "heads", self._model)
 
     async def check(self, one: Combination) -> None:
         """Raises AssertionError, naming the request, if an answer is not the reference's, or if nothing was tested."""
@@ -174,9 +177,11 @@ class Grid:
             dtype="float32", exact=one["numerics"] == "exact", prefix_cache=False, kv_pool_tokens=AMPLE_POOL_TOKENS
         )
         preempted = one["preemption"] != "none"
-        guesses = one["speculation"] in ("ngram", "draft")
+        guesses = one["speculation"] in ("ngram", "draft", "medusa")
         speculation = SpeculationConfig(
-            method=one["speculation"] if guesses else "off", draft_model=str(self._draft) if one["speculation"] == "draft" else ""
+            method=one["speculation"] if guesses else "off",
+            draft_model=str(self._draft) if one["speculation"] == "draft" else "",
+            heads=str(self._heads),
         )
         with ranks_as_threads(), pytest.MonkeyPatch.context() as patch:
             if hostile is not None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
+from common.engine.heads.heads import DraftHeads
+from common.engine.heads.rows import HiddenRow
 from common.types import Request
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.speculation.medusa import MedusaProposer
 from decode_worker.speculation.ngram import NgramProposer
 from decode_worker.speculation.proposer import ChoiceKey, Wanted
+from decode_worker.speculation.speculator import Speculator
 from support.workers import Answer
 
 
 class Hostile:
     """Guesses without a thought for what pays or fits. Knows the right answers, and uses them as its name says; or asks the
     real proposer, and takes all of what it gives."""
+
+    keeps_rows = False
 
     def __init__(self, kind: str, work: Sequence[Request], answers: Sequence[Answer]) -> None:
         self.kind = kind
@@ -48,7 +56,13 @@ class Hostile:
             case _:
                 return [*right[: self.random.randrange(5)], *junk]
 
-    def settle(self, key: ChoiceKey, came: Sequence[int]) -> None:
+    def author(self, key: ChoiceKey) -> str:
+        return self.kind
+
+    def remember(self, key: ChoiceKey, row: HiddenRow) -> None:
+        """Asked for none."""
+
+    def settle(self, key: ChoiceKey, came: Sequence[int], row: HiddenRow | None = None) -> None:
         """Learns nothing."""
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
@@ -58,4 +72,41 @@ class Hostile:
         self.proposer.end(key, salt, tokens, num_prompt_tokens)
 
 
+class Headstrong:
+    """Takes all that heads guess, always, and remembers which rows choices began with."""
+
+    keeps_rows = True
+
+    def __init__(self, heads: DraftHeads) -> None:
+        self.proposer = MedusaProposer(heads)
+        self.rows: dict[ChoiceKey, HiddenRow] = {}
+        self.begun: dict[str, HiddenRow] = {}
+
+    def draft(self, wanted: Sequence[Wanted], *, num_rows: int, most_rows: int) -> list[Sequence[int]]:
+        asked = [replace(item, row=self.rows.get(item.key)) for item in wanted]
+        return [guess.token_ids for guess in self.proposer.propose(asked)]
+
+    def author(self, key: ChoiceKey) -> str:
+        return "medusa"
+
+    def remember(self, key: ChoiceKey, row: HiddenRow) -> None:
+        self.rows[key] = row
+        self.begun[key.request_id.partition("#")[0]] = row
+
+    def settle(self, key: ChoiceKey, came: Sequence[int], row: HiddenRow | None = None) -> None:
+        assert row is not None
+        self.rows[key] = row
+
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        """Whatever it costs."""
+
+    def end(self, key: ChoiceKey, salt: str, tokens: Sequence[int], num_prompt_tokens: int) -> None:
+        self.rows.pop(key, None)
+
+
 KINDS = ("ngram", "random", "always wrong", "always right", "over-long", "half right")
+
+
+def install(scheduler: DecodeScheduler, speculator: Speculator) -> None:
+    """From now on it is this one that guesses."""
+    scheduler._speculator = scheduler._planner._speculator = speculator

@@ -95,7 +95,13 @@ class Operated:
 def readings(**change: int) -> WorkerReadings:
     """An idle worker's, but for `change`."""
     counts = dict.fromkeys((name for name, kind in WorkerReadings.__annotations__.items() if kind == "int"), 0)
-    others: dict[str, Any] = {"leases": LeaseReadings(), "steps_by_accepted": (), "work_s": {}, "masks": MaskReadings()}
+    others: dict[str, Any] = {
+        "leases": LeaseReadings(),
+        "steps_by_accepted": (),
+        "guesses_by_author": {},
+        "work_s": {},
+        "masks": MaskReadings(),
+    }
     return WorkerReadings(**{**counts, **others, "blocks_total": 100, "blocks_free": 100, **change})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -100,12 +101,14 @@ class ThreadRanks:
     def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
         """Threads are not lost."""
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        step = decode(encode_step(batch, wanted))
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
+        step = decode(encode_step(batch, wanted, kept))
         assert isinstance(step, StepOrder)
         hidden = list(self._pool.map(lambda share: share.compute(step.batch), self._shares))
         ends = [(share, rows) for share, rows in zip(self._shares, hidden, strict=True) if rows is not None]
-        return (torch.cat([share.logits(one, rows) for share, one in ends], dim=1) for rows in step.wanted)
+        logits = (torch.cat([share.logits(one, rows) for share, one in ends], dim=1) for rows in step.wanted)
+        first, rows = ends[0]
+        return chain(logits, (first.rows(rows, step.kept),)) if step.kept else logits
 
     def copy_block(self, source: int, destination: int) -> None:
         order = decode(encode_copy(source, destination))

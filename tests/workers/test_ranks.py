@@ -17,8 +17,12 @@ import pytest
 import torch
 
 from common.config import DecodeConfig, EngineConfig, PrefillConfig
+from common.engine.heads.heads import load_heads
 from common.errors import ConfigError, PdserveError, RankLost
+from common.model_store import resolve
 from common.types import Request
+from support.hostile_guesses import Headstrong, install
+from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, request, running_workers
 
@@ -77,6 +81,7 @@ async def groups(
             local_prefill="always" if local else "never",
             step_tokens=chunk_tokens,
             watermark_blocks=watermark_blocks,
+            growth_tokens=0,
         ),
         prefill=PrefillConfig(
             tensor_parallel=(prefill or decode)[0],
@@ -163,6 +168,27 @@ async def test_prefix_hits_and_preemption_keep_the_bits(model_path: Path) -> Non
         assert_same(await answers(workers, together=True), expected, bitwise=True)
         assert workers.decode._scheduler.totals.preemptions > 0, "the pool was large enough: nothing was tested"
         await workers.assert_nothing_leaks()
+
+
+async def test_heads_read_the_rows_of_the_last_stage(model_path: Path, tmp_path: Path) -> None:
+    """Whichever rank computes them, they are those of one process: up to the order of sums, and to bf16 on the way."""
+    digest = resolve(str(model_path)).digest()
+    path = make_tiny_heads(tmp_path / "heads", model_path)
+    heads = load_heads(path, model_path, model_digest=digest, device=torch.device("cpu"), dtype=torch.float32)
+    expected = await reference(model_path, exact=False)
+    begun = []
+    for decode, prefill in (((1, 1), None), ((1, 2), None), ((2, 2), (1, 2))):
+        async with groups(model_path, decode, prefill, local=prefill is None) as workers:
+            scheduler = workers.decode._scheduler
+            headstrong = Headstrong(heads)
+            install(scheduler, headstrong)
+            assert_same(await answers(workers, together=True), expected, bitwise=False)
+            assert scheduler.totals.drafted_tokens > 0
+            begun.append(headstrong.begun)
+    for rows in begun[1:]:
+        for name, row in begun[0].items():
+            size = float(row.values.std())
+            torch.testing.assert_close(rows[name].values.float(), row.values.float(), rtol=0.02, atol=0.02 * size)
 
 
 def alive(pid: int) -> bool:

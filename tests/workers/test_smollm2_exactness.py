@@ -70,7 +70,7 @@ WAYS = [
     Way("remote, tcp, chunks of 16", transport="tcp", prefill=PrefillConfig(chunk_tokens=16)),
     Way("remote, chunks of 512, twice", prefill=PrefillConfig(chunk_tokens=512), prefix_cache=True),
     # Room for the prompts, not for the answers.
-    Way("local, preempted", decode=LOCAL.model_copy(update={"watermark_blocks": 0}), kv_pool_tokens=480),
+    Way("local, preempted", decode=LOCAL.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}), kv_pool_tokens=480),
     Way("fast, local, batch", decode=LOCAL, exact=False),
     Way("fast, remote, shm", exact=False),
 ]

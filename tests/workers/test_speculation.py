@@ -17,7 +17,8 @@ from common.config import DecodeConfig, EngineConfig, PrefillConfig, Speculation
 from common.errors import ConfigError
 from common.types import FinishReason, Request
 from support import structured_work
-from support.hostile_guesses import KINDS, Hostile
+from support.hostile_guesses import KINDS, Headstrong, Hostile, install
+from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, request, running_workers
 
@@ -169,8 +170,8 @@ WAYS = [
     Way("local, one by one", together=False),
     Way("local, few rows", LOCAL.model_copy(update={"step_tokens": 24})),
     Way("remote", REMOTE),
-    Way("local, preempted", LOCAL.model_copy(update={"watermark_blocks": 0}), kv_pool_tokens=260),
-    Way("remote, preempted", REMOTE.model_copy(update={"watermark_blocks": 0}), kv_pool_tokens=260),
+    Way("local, preempted", LOCAL.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}), kv_pool_tokens=260),
+    Way("remote, preempted", REMOTE.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}), kv_pool_tokens=260),
 ]
 
 
@@ -188,7 +189,7 @@ async def check(model_path: Path, mode: Mode, way: Way, guesses: str) -> None:
     ) as workers:
         scheduler = workers.decode._scheduler
         if guesses != "default":
-            scheduler._speculator = Hostile(guesses, reference.work, reference.answers)
+            install(scheduler, Hostile(guesses, reference.work, reference.answers))
         if way.together:
             found = await workers.generate_together(reference.work)
         else:
@@ -243,7 +244,7 @@ async def test_a_further_turn_finds_only_what_was_said(model_path: Path) -> None
     both = Reference(reference.work + expected.work, reference.answers + expected.answers)
     for guesses in ("half right", "over-long"):
         async with running_workers(model_path, engine=engine, decode=LOCAL, num_prefill=0) as workers:
-            workers.decode._scheduler._speculator = Hostile(guesses, both.work, both.answers)
+            install(workers.decode._scheduler, Hostile(guesses, both.work, both.answers))
             await workers.generate_together(reference.work)
             found = [await workers.generate(item) for item in expected.work]
             assert_same(found, expected, EXACT)
@@ -274,7 +275,7 @@ async def test_an_answer_goes_on_elsewhere_from_any_token(model_path: Path, gues
                 for there in range(1, len(said))
             ]
             answers = [Answer(token_ids={choice: said[there:]}) for there in range(1, len(said))]
-            workers.decode._scheduler._speculator = Hostile(guesses, rests, answers)
+            install(workers.decode._scheduler, Hostile(guesses, rests, answers))
             for rest, found in zip(rests, await workers.generate_together(rests), strict=True):
                 there = rest.num_resumed_tokens
                 assert found.token_ids[choice] == said[there:], rest.request_id
@@ -293,7 +294,7 @@ async def test_a_draft_model_with_the_same_weights_is_always_right(model_path: P
             assert_same(await workers.generate_together(plain.work), plain, EXACT)
             totals = workers.decode._scheduler.totals
             assert totals.drafted_tokens == totals.accepted_tokens > 0
-            proposer = workers.decode._scheduler._speculator._proposer
+            proposer = workers.decode._scheduler._speculator._slow
             assert (proposer.num_sequences, proposer._blocks.num_used) == (0, 0)
 
 
@@ -329,6 +330,105 @@ async def test_a_draft_model_of_another_tokenizer_is_refused(model_path: Path, t
             raise AssertionError("it started")
 
 
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2], WAYS[4]], ids=lambda way: way.name)
+async def test_heads_change_nothing(model_path: Path, tmp_path: Path, way: Way) -> None:
+    """Those that are never asked whether it pays, and those of the configuration, beside n-grams."""
+    reference = await reference_of(model_path, EXACT)
+    decode = way.decode.model_copy(update={"speculation": with_heads(make_tiny_heads(tmp_path / "heads", model_path))})
+    for is_headstrong in (True, False):
+        async with running_workers(
+            model_path,
+            engine=EXACT.engine.model_copy(update={"kv_pool_tokens": way.kv_pool_tokens}),
+            prefill_engine=EXACT.engine,
+            decode=decode,
+            prefill=PrefillConfig(chunk_tokens=32),
+            num_prefill=1 if way.remote else 0,
+            transports=("shm",),
+        ) as workers:
+            scheduler = workers.decode._scheduler
+            heads = scheduler._speculator._slow._heads
+            if is_headstrong:
+                install(scheduler, Headstrong(heads))
+            if way.together:
+                found = await workers.generate_together(reference.work)
+            else:
+                found = [await workers.generate(item) for item in reference.work]
+            assert_same(found, reference, EXACT)
+            await workers.assert_nothing_leaks()
+            assert scheduler.totals.guesses_by_author["medusa"][0] > 0
+            if is_headstrong:
+                assert scheduler._speculator.rows == {}
+
+
+async def test_the_first_step_after_a_hand_off_has_guesses(model_path: Path, tmp_path: Path) -> None:
+    """The row that the first token was drawn from comes with the seal, and is the one that this worker would have had."""
+    heads = make_tiny_heads(tmp_path / "heads", model_path)
+    begun = []
+    for decode, num_prefill in ((LOCAL, 0), (REMOTE, 1)):
+        async with running_workers(
+            model_path,
+            engine=EXACT.engine,
+            decode=decode.model_copy(update={"speculation": with_heads(heads)}),
+            num_prefill=num_prefill,
+            transports=("shm",),
+        ) as workers:
+            scheduler = workers.decode._scheduler
+            install(scheduler, Headstrong(scheduler._speculator._slow._heads))
+            await workers.generate(request(prompt_of(46), request_id="whole", max_tokens=3))
+            assert scheduler.totals.drafted_tokens == 1, "of the only step before the last token"
+            begun.append(scheduler._speculator.begun["whole"].to_bytes())
+    assert begun[0] == begun[1]
+
+
+async def test_an_answer_that_goes_on_elsewhere_has_guesses_at_once(model_path: Path, tmp_path: Path) -> None:
+    """The rest of an answer is a request whose last row a prefill worker computes: nothing of the lost worker is needed."""
+    reference = await reference_of(model_path, EXACT)
+    item, said = reference.work[1], reference.answers[1].token_ids[0]
+    decode = REMOTE.model_copy(update={"speculation": with_heads(make_tiny_heads(tmp_path / "heads", model_path))})
+    async with running_workers(model_path, engine=EXACT.engine, decode=decode, transports=("shm",)) as workers:
+        scheduler = workers.decode._scheduler
+        install(scheduler, Headstrong(scheduler._speculator._slow._heads))
+        for there in (1, 7, NEW_TOKENS - 3):
+            before = scheduler.totals.drafted_tokens
+            rest = replace(
+                item,
+                request_id=f"{item.request_id}-{there}",
+                prompt_token_ids=(*item.prompt_token_ids, *said[:there]),
+                num_resumed_tokens=there,
+                sampling=replace(item.sampling, prompt_logprobs=None),
+            )
+            found = await workers.generate(rest)
+            assert found.token_ids[0] == said[there:]
+            assert scheduler.totals.drafted_tokens > before
+            assert scheduler._speculator.begun[rest.request_id].values.isfinite().all()
+
+
+async def test_heads_that_are_right_save_steps(model_path: Path, tmp_path: Path) -> None:
+    """Only one token may be drawn, and only one can be guessed."""
+    heads = make_tiny_heads(tmp_path / "heads", model_path, words=[5])
+    decode = LOCAL.model_copy(update={"speculation": with_heads(heads)})
+    async with running_workers(model_path, engine=EXACT.engine, decode=decode, num_prefill=0) as workers:
+        scheduler = workers.decode._scheduler
+        install(scheduler, Headstrong(scheduler._speculator._slow._heads))
+        await workers.generate(request(prompt_of(40), max_tokens=81, allowed_token_ids=(5,)))
+        assert scheduler.totals.guesses_by_author == {"medusa": (60, 60)}
+        assert scheduler.totals.steps_by_accepted == [0, 0, 0, 20]
+
+
+def with_heads(heads: Path) -> SpeculationConfig:
+    return SpeculationConfig(method="medusa", heads=str(heads))
+
+
+async def test_heads_of_another_model_are_refused(model_path: Path, tmp_path: Path) -> None:
+    heads = make_tiny_heads(tmp_path / "heads", make_tiny_model(tmp_path / "other", seed=8))
+    for path, reason in ((heads, "another model"), (tmp_path / "nowhere", "train-heads")):
+        decode = LOCAL.model_copy(update={"speculation": with_heads(path)})
+        with pytest.raises(ConfigError, match=reason) as caught:
+            async with running_workers(model_path, engine=EXACT.engine, decode=decode, num_prefill=0):
+                raise AssertionError("it started")
+        assert caught.value.param == "decode.speculation.heads"
+
+
 async def test_a_copy_takes_a_fraction_of_the_steps(model_path: Path) -> None:
     """A model that repeats itself is guessed right most of the time: what is configured by default, from end to end."""
     decode = LOCAL.model_copy(update={"speculation": DEFAULT})
@@ -348,7 +448,7 @@ async def test_nor_do_answers_of_a_given_form(model_path: Path, guesses: str) ->
     reference = Reference(structured.work, structured.answers)
     async with running_workers(model_path, engine=structured_work.ENGINE, decode=LOCAL, num_prefill=0) as workers:
         totals = workers.decode._scheduler.totals
-        workers.decode._scheduler._speculator = Hostile(guesses, structured.work, structured.answers)
+        install(workers.decode._scheduler, Hostile(guesses, structured.work, structured.answers))
         assert_same(await workers.generate_together(reference.work), reference, EXACT)
         assert totals.drafted_tokens > 0
         assert totals.accepted_tokens > 0 or guesses == "random"

@@ -82,8 +82,8 @@ WAYS = [
     Way("local, batch, chunks of 16", decode=DecodeConfig(local_prefill="always", step_tokens=16)),
     Way("remote", together=False),
     Way("remote over tcp, batch, chunks of 16", prefill=PrefillConfig(chunk_tokens=16), transport="tcp"),
-    Way("remote, preempted", decode=REMOTE.model_copy(update={"watermark_blocks": 0}), kv_pool_tokens=400),
-    Way("local, preempted", decode=LOCAL.model_copy(update={"watermark_blocks": 0}), kv_pool_tokens=400),
+    Way("remote, preempted", decode=REMOTE.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}), kv_pool_tokens=400),
+    Way("local, preempted", decode=LOCAL.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}), kv_pool_tokens=400),
 ]
 
 

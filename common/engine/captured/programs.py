@@ -35,6 +35,7 @@ class StepOutputs:
 
 class Program(Protocol):
     inputs: torch.Tensor
+    hidden: torch.Tensor  # hidden rows behind the logits, as long valid as they are
 
     def run(self) -> torch.Tensor:
         """fp32 logits [rows, vocab], valid until any program of the engine runs again."""
@@ -60,6 +61,7 @@ class EagerProgram:
         self._pool = pool
         self._attention = attention
         self._outputs = outputs
+        self.hidden = torch.empty(0)
 
     def run(self) -> torch.Tensor:
         return self._compute()
@@ -77,6 +79,7 @@ class EagerProgram:
         )
         hidden = self._model.forward(step, self._pool, _RowsBackend(self._attention, views.lengths))
         logits = self._model.logits(hidden)
+        self.hidden = hidden
         best, token_ids = logits.max(dim=-1)
         self._outputs.token_ids[: self._bucket.rows].copy_(token_ids)
         self._outputs.best[: self._bucket.rows].copy_(best)

@@ -28,9 +28,12 @@ IN_FLIGHT = 2  # steps whose inputs may not be written over yet
 
 
 class PendingStep:
-    def __init__(self, num_rows: int, logits: torch.Tensor, on_host: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+    def __init__(
+        self, num_rows: int, logits: torch.Tensor, hidden: torch.Tensor, on_host: torch.Tensor, copied: torch.cuda.Event | None
+    ) -> None:
         self._num_rows = num_rows
         self._logits = logits
+        self._hidden = hidden
         self._on_host = on_host
         self._copied = copied
 
@@ -42,6 +45,10 @@ class PendingStep:
     def logits(self) -> torch.Tensor:
         """Of the batch's rows; valid until the next launch."""
         return self._logits[: self._num_rows]
+
+    def rows(self) -> torch.Tensor:
+        """A copy of the batch's hidden rows; to be taken before the next launch."""
+        return self._hidden[: self._num_rows].clone()
 
     def token_ids(self) -> list[int]:
         """The best token of each row. Raises EngineFailure if a row has none."""
@@ -112,7 +119,7 @@ class DecodeSteps:
         lane.outputs.copy_(self._both[:, : bucket.rows], non_blocking=True)
         if lane.done is not None:
             lane.done.record()
-        return PendingStep(len(batch.slices), logits, lane.outputs, lane.done)
+        return PendingStep(len(batch.slices), logits, program.hidden, lane.outputs, lane.done)
 
     def _clear(self, lane: _Lane, blocks: Sequence[int]) -> None:
         """Blocks that a sequence enters are zeroed whole: its first token in there is written by this step."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from common.engine.block_matrix import Weight
-from common.engine.loader.architecture import Keep, KeepStored, Llama3RopeScaling, ModelArchitecture, keep_all
+from common.engine.loader.architecture import Keep, KeepStored, Llama3RopeScaling, ModelArchitecture, keep_all, keep_only
 from common.engine.loader.random_model import is_random, make_weights
 from common.engine.loader.random_model import read_architecture as read_random_architecture
 from common.errors import ModelLoadError
@@ -28,6 +28,7 @@ __all__ = [
     "Llama3RopeScaling",
     "ModelArchitecture",
     "keep_all",
+    "keep_only",
     "load_architecture",
     "load_stored_weights",
     "load_weights",

@@ -28,6 +28,13 @@ def keep_all(name: str, tensor: _Held) -> Mapping[str, _Held]:
     return {name: tensor}
 
 
+def keep_only(*names: str) -> Keep:
+    def keep(name: str, tensor: _Held) -> Mapping[str, _Held]:
+        return {name: tensor} if name in names else {}
+
+    return keep
+
+
 @dataclass(frozen=True, slots=True)
 class Llama3RopeScaling:
     """Llama 3.x stretches its context by slowing low rotary frequencies down, smoothly between two wavelengths."""

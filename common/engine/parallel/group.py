@@ -125,16 +125,19 @@ class RankGroup:
         if error is not None:
             on_lost(error)
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
         """Computes a step on all ranks; when it returns all keys and values are in the pool. The logits of each group of rows in
-        `wanted`, fp32 [rows, vocab], are to be taken one after the other, all of them, before the next step."""
+        `wanted`, fp32 [rows, vocab], and behind them the hidden rows `kept`, which are some of those, are to be taken one after
+        the other, all of them, before the next step."""
         try:
-            message = encode_step(batch, wanted)
+            message = encode_step(batch, wanted, kept)
             for control in self._controls.values():
                 control.send(message)
             hidden = self.mine.compute(batch)
             if wanted:
-                return chain((self._logits(hidden, wanted[0]),), (self._logits(hidden, rows) for rows in wanted[1:]))
+                rest = (self._logits(hidden, rows) for rows in wanted[1:])
+                rows = (self._rows(hidden, rows) for rows in (kept,) if rows)
+                return chain((self._logits(hidden, wanted[0]),), rest, rows)
             for _, control in self._results:
                 control.receive_into(memoryview(bytearray()))
             return iter(())
@@ -180,6 +183,14 @@ class RankGroup:
             control.receive_into(as_bytes(part))
             logits[:, share.vocab.start : share.vocab.stop] = part
         return logits
+
+    def _rows(self, hidden: torch.Tensor | None, kept: Sequence[int]) -> torch.Tensor:
+        if hidden is not None:
+            return self.mine.rows(hidden, kept)
+        control = next(control for share, control in self._results if share.shard == 0)
+        rows = self.mine.no_rows(len(kept))
+        control.receive_into(as_bytes(rows))
+        return rows
 
     def _raise_if_lost(self) -> None:
         if self._error is not None:

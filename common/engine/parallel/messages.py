@@ -1,11 +1,12 @@
 """What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, the end.
 
-    STEP   kind | slices | groups of rows | per slice: tokens, start, blocks | per group: rows | tokens | block tables | rows
+    STEP   kind | slices | groups of rows | rows kept | per slice: tokens, start, blocks | per group: rows | tokens | block tables
+                | rows of each group | rows kept
     COPY   kind | source | destination
     STOP   kind
 
 int32, in the byte order of the machine: the ranks of a group share one. What is drawn from the logits is no concern of the other
-ranks; they are told of which rows logits are wanted, in groups that are computed one after the other.
+ranks; they are told of which rows logits are wanted, in groups that are computed one after the other, and which hidden rows.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Kind(enum.IntEnum):
 class StepOrder:
     batch: ScheduledBatch  # without samples
     wanted: tuple[tuple[int, ...], ...]  # rows, in groups
+    kept: tuple[int, ...] = ()  # rows whose hidden state is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,12 @@ class StopOrder:
 Order = StepOrder | CopyOrder | StopOrder
 
 
-def encode_step(batch: ScheduledBatch, wanted: Sequence[Sequence[int]]) -> bytes:
+def encode_step(batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> bytes:
     slices = [(len(item.token_ids), item.start, len(item.block_table)) for item in batch.slices]
-    parts: list[Sequence[int]] = [(Kind.STEP, len(slices), len(wanted)), *slices, [len(rows) for rows in wanted]]
+    parts: list[Sequence[int]] = [(Kind.STEP, len(slices), len(wanted), len(kept)), *slices, [len(rows) for rows in wanted]]
     parts += [item.token_ids for item in batch.slices]
     parts += [item.block_table for item in batch.slices]
-    parts += list(wanted)
+    parts += [*wanted, kept]
     return _encode(parts)
 
 
@@ -75,7 +77,7 @@ def decode(message: bytes | bytearray) -> Order:
     order: Order
     match kind:
         case Kind.STEP:
-            num_slices, num_groups = reader.take(2)
+            num_slices, num_groups, num_kept = reader.take(3)
             slices = [reader.take(3) for _ in range(num_slices)]
             sizes = reader.take(num_groups)
             tokens = [reader.take(count) for count, _, _ in slices]
@@ -83,7 +85,7 @@ def decode(message: bytes | bytearray) -> Order:
             batch = ScheduledBatch(
                 tuple(SequenceSlice(ids, start, table) for (_, start, _), ids, table in zip(slices, tokens, tables, strict=True))
             )
-            order = StepOrder(batch, tuple(tuple(reader.take(size)) for size in sizes))
+            order = StepOrder(batch, tuple(tuple(reader.take(size)) for size in sizes), tuple(reader.take(num_kept)))
         case Kind.COPY:
             order = CopyOrder(*reader.take(2))
         case Kind.STOP:

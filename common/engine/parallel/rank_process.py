@@ -78,12 +78,14 @@ def _serve(control: Link, share: StageShare) -> None:
     while True:
         control.wait()
         match decode(control.receive()):
-            case StepOrder(batch, wanted):
+            case StepOrder(batch, wanted, kept):
                 hidden = share.compute(batch)
                 if hidden is None:
                     continue
                 for rows in wanted:
                     control.send(as_bytes(share.logits(hidden, rows)))
+                if kept and share.share.shard == 0:
+                    control.send(as_bytes(share.rows(hidden, kept)))
                 if not wanted:
                     control.send(b"")  # that all is computed
             case CopyOrder(source, destination):

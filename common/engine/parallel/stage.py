@@ -59,6 +59,15 @@ class StageShare:
         return self.model.logits(hidden[torch.tensor(rows)]).contiguous()
 
     @torch.inference_mode()
+    def rows(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Some of the hidden rows, which all shards of a stage have whole."""
+        return hidden[torch.tensor(rows)].contiguous()
+
+    def no_rows(self, count: int) -> torch.Tensor:
+        """Memory for so many hidden rows."""
+        return torch.empty(count, self._pipeline.row_width, dtype=self._pipeline.row_dtype)
+
+    @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
         self.pool.copy_block(source, destination)
 

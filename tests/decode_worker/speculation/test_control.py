@@ -160,7 +160,9 @@ def test_a_sequence_differs_from_all_others() -> None:
 class Scripted:
     """A proposer that always offers the same, and counts how often it is asked."""
 
-    makes_steps = False
+    name = "scripted"
+    takes_time = False
+    reads_rows = False
 
     def __init__(self, guess: Guess) -> None:
         self.guess = guess
@@ -178,7 +180,7 @@ def run(num_sequences: int, right: float, slope: float, *, steps: int = 400) -> 
     """Tokens per second with speculation over those without, and drafts per sequence and step, in a made-up machine."""
     rng = random.Random(1)
     proposer = Scripted(Guess(tuple(range(8)), 3))
-    speculator = AdaptiveSpeculator(proposer, 8, ManualClock())
+    speculator = AdaptiveSpeculator([proposer], 8, ManualClock())
     keys = [ChoiceKey(str(number), 0) for number in range(num_sequences)]
     tokens = seconds = drafted = 0.0
     for _ in range(steps):
@@ -223,7 +225,7 @@ def test_speculation_pays_or_does_not_happen(
 
 def test_guesses_that_become_right_are_used_again() -> None:
     """Nobody has to risk a row to find out: what was offered and not used is compared with what came."""
-    speculator = AdaptiveSpeculator(Scripted(Guess((1, 2, 3), 0)), 8, ManualClock())
+    speculator = AdaptiveSpeculator([Scripted(Guess((1, 2, 3), 0))], 8, ManualClock())
     wanted = [Wanted(ChoiceKey("a", 0), "", [], SAMPLING, 100)]
     for rows in (1, 2, 3, 4):
         for _ in range(3):
@@ -246,7 +248,7 @@ def test_in_a_large_batch_hopeless_sequences_are_asked_less_often() -> None:
 
 
 def test_nothing_is_kept_of_choices_that_ended() -> None:
-    speculator = AdaptiveSpeculator(NgramProposer(gram_tokens=2, shared_tokens=100), 8, ManualClock())
+    speculator = AdaptiveSpeculator([NgramProposer(gram_tokens=2, shared_tokens=100)], 8, ManualClock())
     keys = [ChoiceKey(str(number), 0) for number in range(5)]
     speculator.draft([Wanted(key, "", [1, 2, 1, 2], SAMPLING, 10) for key in keys], num_rows=5, most_rows=10)
     assert speculator.num_sequences == 5
@@ -258,7 +260,7 @@ def test_nothing_is_kept_of_choices_that_ended() -> None:
 
 
 def test_no_row_is_taken_that_is_not_there() -> None:
-    speculator = AdaptiveSpeculator(Scripted(Guess(tuple(range(20)), 0)), 8, ManualClock())
+    speculator = AdaptiveSpeculator([Scripted(Guess(tuple(range(20)), 0))], 8, ManualClock())
     wanted = [Wanted(ChoiceKey("a", 0), "", [], SAMPLING, 3), Wanted(ChoiceKey("b", 0), "", [], SAMPLING, 100)]
     assert speculator.draft(wanted, num_rows=2, most_rows=0) == [(), ()]
     drafts = speculator.draft(wanted, num_rows=2, most_rows=100)
@@ -270,7 +272,8 @@ def test_no_row_is_taken_that_is_not_there() -> None:
 class Dear(Scripted):
     """One whose guesses take time, by a clock that it turns itself."""
 
-    makes_steps = True
+    name = "dear"
+    takes_time = True
 
     def __init__(self, guess: Guess, clock: ManualClock, token_s: float) -> None:
         super().__init__(guess)
@@ -294,7 +297,7 @@ def test_guesses_that_take_steps_are_made_only_where_they_pay(
 ) -> None:
     rng, clock = random.Random(2), ManualClock()
     proposer = Dear(Guess(tuple(range(8))), clock, token_s)
-    speculator = AdaptiveSpeculator(proposer, 8, clock)
+    speculator = AdaptiveSpeculator([proposer], 8, clock)
     wanted = [Wanted(ChoiceKey("a", 0), "", [], SAMPLING, 100)]
     tokens, drafted, steps = 0, 0, 3000
     started_s = clock.monotonic_s()

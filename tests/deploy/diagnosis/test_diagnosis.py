@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from common.config import Config, RedisConfig, RouterConfig
+from common.model_store import heads_path, resolve
 from common.wire.worker_pb2 import InfoReply
 from deploy.app import app
 from deploy.diagnosis import machine, software
@@ -168,6 +169,23 @@ def test_models_are_looked_for(tmp_path: Path) -> None:
         "hub": Severity.NOTE,
     }
     assert "sha256" in found["here"].found
+
+
+def test_heads_that_are_missing_are_told_with_how_to_make_them(tmp_path: Path) -> None:
+    source = str(make_tiny_model(tmp_path / "tiny"))
+    given = tmp_path / "given.safetensors"
+
+    def finding(heads: str) -> Finding:
+        speculation = {"method": "medusa", "heads": heads}
+        model = {"name": "m", "source": source, "decode": {"speculation": speculation}}
+        return by_what(check_models(Config.model_validate({"models": [model]}), tmp_path))["m, heads"]
+
+    for heads, path in (("", heads_path(tmp_path, resolve(source).digest())), (str(given), given)):
+        assert finding(heads).severity is Severity.FAILURE
+        assert "train-heads" in finding(heads).advice
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert finding(heads).severity is Severity.OK
 
 
 def test_storage_that_is_full_or_closed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

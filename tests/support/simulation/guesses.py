@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
+from common.engine.heads.rows import HiddenRow
 from decode_worker.speculation.proposer import ChoiceKey, Wanted
 from support.simulation import oracle
 from support.simulation.scenario import RequestPlan
 
 
 class HalfRight:
+    keeps_rows = False
+
     def __init__(self, plans: Sequence[RequestPlan], random: Random, complain: Callable[[str], None]) -> None:
         self._plans = {plan.name: plan for plan in plans}
         self._random = random
@@ -26,7 +29,13 @@ class HalfRight:
         self._alive.update(item.key for item in wanted)
         return [self._guess(item) for item in wanted]
 
-    def settle(self, key: ChoiceKey, came: Sequence[int]) -> None:
+    def author(self, key: ChoiceKey) -> str:
+        return "half right"
+
+    def remember(self, key: ChoiceKey, row: HiddenRow) -> None:
+        self._complain("nobody asked for rows")
+
+    def settle(self, key: ChoiceKey, came: Sequence[int], row: HiddenRow | None = None) -> None:
         if not came:
             self._complain("a step gave no token")
 
