@@ -147,7 +147,7 @@ class Bench:
             if parts is not None:
                 del engine.runner.execute  # the class's own again
         turn.steps_ahead = scheduler.totals.steps_ahead
-        turn.steps = self.options.max_tokens
+        turn.steps = scheduler.totals.steps_ahead + sum(scheduler.totals.waits.values())
         return turn
 
     async def cell(self, batch: int) -> Cell:
@@ -182,7 +182,7 @@ class Bench:
             low=low,
             high=high,
             cpu_ratio=sum(turn.cpu_s for turn in off) / sum(turn.cpu_s for turn in on),
-            share_ahead=sum(turn.steps_ahead for turn in on) / sum(turn.steps for turn in on),
+            share_ahead=sum(turn.steps_ahead for turn in on) / max(1, sum(turn.steps for turn in on)),
             num_turns=len(on),
         )
 

@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,27 +148,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"other processes use {others:.2f} cores (load average {machine.load_average()[0]:.2f}): nothing is judged here")
             return EXIT_BUSY
         compile_kernels()
-        found_bandwidth = read_bytes_per_s(len(os.sched_getaffinity(0)))
+        bandwidth = read_bytes_per_s(len(os.sched_getaffinity(0)))
+        sizes = {BF16: bytes_per_token(folder, "model"), BEST: bytes_per_token(folder, options.weights)}
         fleet = Fleet(known, options.folder, say, absent=absent)
         before = machine.load_average()
-        runs, bases = runner.run(measure(options, fleet))
-    report = {
-        "command": ["python", "-m", "benchmarks.peers", *(sys.argv[1:] if arguments is None else arguments)],
-        "machine": {**machine.describe(), "load_average_before": before, "load_average_after": machine.load_average()},
-        "servers": {name: server.described() for name, server in known.items()},
-        "absent": fleet.absent,
-        "read_bytes_per_s": found_bandwidth,
-        "bytes_per_token": {
-            BF16: bytes_per_token(folder, "model"),
-            BEST: bytes_per_token(folder, options.weights),
-        },
-        "unloaded": {key: asdict(value) for key, value in bases.items()},
-        "runs": [asdict(run) for run in runs],
-    }
-    if options.json is not None:
-        report = joined(options.json, report)
-        options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    print(table(report))
+
+        def keep(runs: Sequence[Run], bases: Mapping[str, Unloaded]) -> dict[str, Any]:
+            """The report of what has been measured so far; in the file, if there is to be one."""
+            report = {
+                "command": ["python", "-m", "benchmarks.peers", *(sys.argv[1:] if arguments is None else arguments)],
+                "machine": {**machine.describe(), "load_average_before": before, "load_average_after": machine.load_average()},
+                "servers": {name: server.described() for name, server in known.items()},
+                "absent": fleet.absent,
+                "read_bytes_per_s": bandwidth,
+                "bytes_per_token": sizes,
+                "unloaded": {name: asdict(base) for name, base in bases.items()},
+                "runs": [asdict(run) for run in runs],
+            }
+            if options.json is not None:
+                report = joined(options.json, report)
+                options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+            return report
+
+        print(table(keep(*runner.run(measure(options, fleet, keep)))))
     return 0
 
 
@@ -226,7 +228,10 @@ def servers_at_hand(options: argparse.Namespace, installed: dict[str, Any], sour
     return known
 
 
-async def measure(options: argparse.Namespace, fleet: Fleet) -> tuple[list[Run], dict[str, Unloaded]]:
+async def measure(
+    options: argparse.Namespace, fleet: Fleet, keep: Callable[[Sequence[Run], Mapping[str, Unloaded]], object]
+) -> tuple[list[Run], dict[str, Unloaded]]:
+    """`keep` is called after each workload with all that there is."""
     chosen = [load for name, load in workloads(quick=options.quick).items() if name in options.workloads]
     budget_s = options.seconds or (25.0 if options.quick else 60.0)
     runs: list[Run] = []
@@ -246,6 +251,7 @@ async def measure(options: argparse.Namespace, fleet: Fleet) -> tuple[list[Run],
                         runs.append(await run_once(fleet, name, load, block, bases.get(load.name)))
                         spent_s[name] += timer.now() - started_s
                         say(told(runs[-1]))
+            keep(runs, bases)
     finally:
         await fleet.stop_all()
     return runs, bases

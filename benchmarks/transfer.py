@@ -107,7 +107,7 @@ class BeBareSocket:
 
 def prefill_process(control: Connection, shape: Shape, native: bool) -> None:
     if native:
-        prepare(pdserve_home() / "kernels")
+        prepare(pdserve_home() / "kernels", print)
     asyncio.run(_prefill(control, shape))
 
 
@@ -339,7 +339,7 @@ def main() -> None:
     process = context.Process(target=prefill_process, args=(theirs, shape, not options.python_copies))
     process.start()
     if not options.python_copies:
-        prepare(pdserve_home() / "kernels")
+        prepare(pdserve_home() / "kernels", print)
     load_before = os.getloadavg()[0]
     results = asyncio.run(measure_all(control, shape, options.rounds))
     control.send(None)

@@ -20,6 +20,7 @@ from common.clock import Clock
 from common.codec import layout_from_wire, ticket_from_wire
 from common.config import pdserve_home
 from common.errors import HandshakeRefused
+from common.logs import get_logger
 from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
@@ -34,6 +35,8 @@ from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.base import TransportOffer
 
 __all__ = ["MakeSender", "PoolMemory", "PrefillHandoff", "Push"]
+
+_log = get_logger(__name__)
 
 
 class MakeSender(Protocol):
@@ -76,7 +79,7 @@ class PrefillHandoff:
 
     def prepare(self) -> None:
         """Has the native library for copies ready before long, compiled if need be; transfers do not wait for it."""
-        threading.Thread(target=prepare, args=(pdserve_home() / "kernels",), name="kv-native", daemon=True).start()
+        threading.Thread(target=prepare, args=(pdserve_home() / "kernels", _log.warning), name="kv-native", daemon=True).start()
 
     async def handshake(self, message: worker_pb2.HandshakeRequest) -> worker_pb2.HandshakeReply:
         """A decode worker introduces itself. Raises HandshakeRefused naming what differs, or what could not be reached."""

@@ -1,12 +1,16 @@
 """How many threads a computation takes: all cores while nobody else on this host computes, a fair part of them otherwise.
 
-    with cores.computing() as threads: ...      one call of the native kernels: a step, or a layer of a long one
+    with cores.computing(rows) as threads: ...      one call of the native kernels: a step, or a layer of a long one
 
 A prefill and a decode worker on few cores are seldom busy at the same time, and then either should have all of them; when both
 are, threads that wait for each other's cores at every barrier are slower than one thread each. So workers of one host tell each
 other, in a page of shared memory, that they compute. Each has a place in it, held by a lock that ends with its process. A place
 says when its last computation began and ended; who ended a moment ago is taken for busy still, for between two steps there is
 only a moment. A process that died within a computation is forgotten after a while, or when its place is taken again.
+
+A short computation, such as a step of decoding, leaves one core free: whoever carries its tokens to their clients needs one
+in those very milliseconds, and a thread that is sent away from its core keeps all others waiting at the next barrier. On two
+cores, a token of one stream took 16 ms with both and 8 ms with one (benchmarks/RESULTS.md).
 
 Results do not depend on the number of threads. One thread uses an object of these.
 """
@@ -29,6 +33,7 @@ from common.errors import StartupError
 PLACES = 64
 _WORDS = 2  # of a place, int64: nanoseconds of the system's monotonic clock at which it began and ended
 _SIZE_BYTES = PLACES * _WORDS * 8
+_LONG_ROWS = 64  # at least; what is shorter is over in a few milliseconds
 _LINGER_NS = 10_000_000
 _FORGET_NS = 5_000_000_000
 _LOCK = struct.Struct("hhqqi")  # struct flock
@@ -40,8 +45,8 @@ class Cores(Protocol):
         """Threads that a computation may take at any time."""
         ...
 
-    def computing(self) -> AbstractContextManager[int]:
-        """Surrounds a computation and says how many threads it takes."""
+    def computing(self, num_rows: int) -> AbstractContextManager[int]:
+        """Surrounds a computation of so many rows and says how many threads it takes."""
         ...
 
 
@@ -52,7 +57,7 @@ class OwnCores:
         self.most = threads
 
     @contextmanager
-    def computing(self) -> Iterator[int]:
+    def computing(self, num_rows: int) -> Iterator[int]:
         yield self.most
 
 
@@ -85,11 +90,12 @@ class SharedCores:
         raise StartupError(f"more than {PLACES} engines share the cores of this host")
 
     @contextmanager
-    def computing(self) -> Iterator[int]:
+    def computing(self, num_rows: int) -> Iterator[int]:
         now_ns = self._now_ns()
         self._page[self._place] = now_ns
         try:
-            yield max(1, self.most // self._num_busy(now_ns))
+            free = self.most if num_rows >= _LONG_ROWS else self.most - 1
+            yield max(1, free // self._num_busy(now_ns))
         finally:
             self._page[self._place + 1] = self._now_ns()
 

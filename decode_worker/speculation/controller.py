@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from decode_worker.speculation.step_cost import StepCost
 
 _LEAST_GAIN = 1.03  # below, the noise of what is measured decides
-_MORE_PER_SEQUENCE, _MOST_LEAST_GAIN = 0.005, 1.1  # with many, a gain of few is soon less than what all pay for it on the host
+_MORE_PER_SEQUENCE, _MOST_LEAST_GAIN = 0.002, 1.04  # with many, a gain of few is soon less than what all pay for it on the host
 
 
 def choose_lengths(

@@ -30,7 +30,7 @@ def train_heads(
     minutes: Annotated[float, typer.Option(min=0.1, help="Most time: half of it for answers, half for training.")] = 16.0,
     guesses: Annotated[int, typer.Option(min=1, max=16, help="Tokens guessed at a time.")] = 3,
     words: Annotated[int, typer.Option(min=16, help="Tokens that can be guessed: those said most.")] = 4096,
-    width: Annotated[int, typer.Option(min=8, help="Of the heads' inner layer.")] = 768,
+    width: Annotated[int, typer.Option(min=8, help="Of the heads' inner layer.")] = 576,
     threads: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1,
 ) -> None:
     """Trains heads that guess a model's next tokens, on its own answers. Takes minutes; the model is not changed.

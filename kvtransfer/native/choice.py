@@ -1,14 +1,14 @@
 """Whether there is a library for this machine. A process asks for it once (`prepare`); until it is there, and where it cannot be
-had, pieces are copied and digested by what Python has, which is said once.
+had, pieces are copied and digested by what Python has, which is announced once.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from common.logs import get_logger
 from common.native_build import BuildError, NativeSource, build_library, find_library
 from kvtransfer.native.kernel import PieceKernel, check_kernel
 
@@ -18,7 +18,6 @@ _SOURCE = NativeSource(
     "pieces.cpp",
     ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"),
 )
-_log = get_logger(__name__)
 _asked = threading.Lock()
 _kernel: PieceKernel | None = None
 
@@ -28,16 +27,16 @@ def piece_kernel() -> PieceKernel | None:
     return _kernel
 
 
-def prepare(cache: Path) -> None:
+def prepare(cache: Path, announce: Callable[[str], None]) -> None:
     """Has the library ready, compiled if need be, which takes seconds. Only the first call does anything; blocking."""
     global _kernel
     if not _asked.acquire(blocking=False):
         return
     if sys.byteorder != "little":
-        _log.warning("no native copies of KV on a big-endian machine")
+        announce("no native copies of KV on a big-endian machine")
         return
     try:
         found = find_library(_SOURCE, cache)  # not behind whoever compiles another library there
         _kernel = PieceKernel(found or build_library(_SOURCE, cache, check_kernel))
     except BuildError as error:
-        _log.warning("native copies of KV cannot be had; Python's serve", reason=str(error))
+        announce(f"native copies of KV cannot be had; Python's serve: {error}")

@@ -312,7 +312,7 @@ def test_a_child_and_its_child_belong_to_it_and_so_does_their_time() -> None:
         child.stdout.readline()
         assert len(descendants([child.pid])) == 2
         assert os.getpid() not in descendants([child.pid])
-        with_it, without = Glance.now([child.pid]), Glance.now([])
+        without, with_it = Glance.now([]), Glance.now([child.pid])
         assert with_it.mine_s - without.mine_s > 0.25
         assert processor_s([child.pid]) > 0.3
         assert without.since(before).others >= 0

@@ -345,7 +345,7 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
             assert_right(driver, request)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_under_pressure_what_is_swapped_comes_back_as_it_was(data: st.DataObject) -> None:
     """A pool that holds little more than one answer, choices that share prompts, swap space that suffices or does not, aborts."""

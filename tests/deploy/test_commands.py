@@ -240,7 +240,7 @@ def test_keys_are_explained(tmp_path: Path) -> None:
     assert "router.http_port  whole number >= 0 <= 65535  default 8000" in one.stdout
     assert "0 takes a free port." in one.stdout
     part = run(tmp_path, "config", "explain", "models[].decode").stdout
-    assert "models[].decode.speculation.method  off | ngram | draft  default ngram" in part
+    assert "models[].decode.speculation.method  off | ngram | draft | medusa  default ngram" in part
     assert "did you mean 'router.http_port'" in run(tmp_path, "config", "explain", "http_prot").stderr
     markdown = run(tmp_path, "config", "schema", "--markdown").stdout
     assert "## models[].engine" in markdown

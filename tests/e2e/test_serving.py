@@ -224,7 +224,7 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
     async def load(lane: int) -> None:
         nonlocal count
         while not stop.is_set():
-            number = count % 7
+            number = count % 97  # more prompts than fit into the pools: there is always something to prefill
             count += 1
             answer = await async_client.completions.create(
                 model="tiny", prompt=[number + 3, *PROMPT], max_tokens=10, temperature=0.8, seed=number

@@ -1,4 +1,5 @@
-"""The configuration with two models as it is shipped, with real workers: by name, by alias, by rule, and with one model gone."""
+"""The configuration with two models as it is shipped, with real workers: by name, by alias, by rule, and with one model gone.
+One is the default model; the other, of another family, is tiny."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import yaml
 
 from common.model_store import ModelFiles
 from support.cluster import RunningCluster, launched
+from support.tiny_gemma import make_tiny_gemma
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -23,15 +25,17 @@ SMALL, LARGE = "smollm2-135m", "gemma3-270m"
 
 
 @pytest.fixture(scope="module")
-def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles, gemma3: ModelFiles) -> Iterator[RunningCluster]:
+def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles) -> Iterator[RunningCluster]:
     """Its names and routes, with the models where they are, and small pools."""
     config: dict[str, Any] = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
-    for model, files in zip(config["models"], (smollm2, gemma3), strict=True):
-        model.update(source=str(files.path), engine={"kv_pool_tokens": 2048, "kernels": "torch", "threads": 1})
+    folder = tmp_path_factory.mktemp("two")
+    for model, path in zip(config["models"], (smollm2.path, make_tiny_gemma(folder / "gemma")), strict=True):
+        model.update(source=str(path), engine={"kv_pool_tokens": 2048, "kernels": "torch", "threads": 1})
+    config["models"][1]["engine"] |= {"dtype": "float32", "exact": True}  # what goes on elsewhere goes on to the last bit
     # A worker that dies has to be back within the wait, however busy the machine is.
     router = {"http_port": 0, "grpc_port": 0, "migration_wait_s": 120.0}
     settings = {"models": config["models"], "routing": config["routing"], "router": router}
-    with launched(tmp_path_factory.mktemp("two"), model_path=smollm2.path, name="two", settings=settings) as cluster:
+    with launched(folder, model_path=smollm2.path, name="two", settings=settings) as cluster:
         cluster.wait_for("both models", lambda: len(cluster.workers("decode")) == 2, timeout_s=90.0)
         yield cluster
 

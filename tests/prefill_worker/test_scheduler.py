@@ -260,6 +260,17 @@ def test_short_prompts_share_a_step_and_a_long_one_goes_on_after_them() -> None:
     ]
 
 
+def test_chunks_end_where_they_always_do_whatever_was_cached() -> None:
+    driver = Driver(PrefillConfig(chunk_tokens=8, step_tokens=1), num_blocks=64)
+    driver.submit(make_request("a", 5))
+    driver.submit(make_request("b", 20))
+    driver.submit(make_request("c", 20))
+    while driver.step():
+        pass
+    # Of "b" four tokens were there, of "c" all but its last block, which is computed for what follows it.
+    assert driver.steps == [{"a": 5}, {"b": 4}, {"b": 8}, {"b": 4}, {"c": 4}]
+
+
 def test_how_long_shared_steps_are() -> None:
     config = PrefillConfig()
     assert (config.on("cpu").shared_tokens, config.on("cuda").shared_tokens) == (128, config.chunk_tokens)

@@ -152,10 +152,10 @@ async def test_a_prefill_worker_that_dies_in_the_middle_is_not_noticed(model_pat
 
 
 async def test_unequal_layouts_are_refused_by_name(model_path: Path) -> None:
-    """A prefill worker of another block size must not serve; without another way, the client hears why."""
-    other = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048, block_tokens=8)
+    """A prefill worker that rounds its KV must not serve; without another way, the client hears why."""
+    other = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048, kv_dtype="int8")
     async with running_workers(model_path, engine=ENGINE, decode=REMOTE, prefill_engine=other) as workers:
-        with pytest.raises(HandshakeRefused, match="block_tokens"):
+        with pytest.raises(HandshakeRefused, match="dtype"):
             await workers.generate(request(list(range(3, 60))))
         await workers.assert_nothing_leaks()
     async with running_workers(model_path, engine=ENGINE, decode=AUTO, prefill_engine=other) as workers:

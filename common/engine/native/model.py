@@ -149,7 +149,7 @@ class NativeModel:
             hidden.add_(add_up(partial))
 
     def _compute(self, task: Step) -> None:
-        with self._cores.computing() as threads:
+        with self._cores.computing(task.num_rows) as threads:
             self._library.use_threads(self._handle, threads)
             self._library.forward(self._handle, task)
 
@@ -157,7 +157,7 @@ class NativeModel:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self._head_size)
         if len(hidden):
-            with self._cores.computing() as threads:
+            with self._cores.computing(len(hidden)) as threads:
                 self._library.use_threads(self._handle, threads)
                 self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits

@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def threads_of(cores: SharedCores | OwnCores) -> int:
-    with cores.computing() as threads:
+    with cores.computing(512) as threads:
         return threads
 
 
@@ -44,13 +44,25 @@ def test_whoever_computes_alone_has_all_cores(path: Path, now: Now) -> None:
     assert threads_of(other) == 6
 
 
+def test_a_step_of_few_rows_leaves_a_core_to_those_who_carry_its_tokens(path: Path, now: Now) -> None:
+    for cores, threads in ((1, 1), (2, 1), (4, 3)):
+        mine, other = (SharedCores(path.with_name(f"{cores}"), cores, now_ns=now) for _ in range(2))
+        with mine.computing(63) as few:
+            assert few == threads
+        with mine.computing(64) as many:
+            assert many == cores
+        with other.computing(512), mine.computing(1) as few:
+            assert few == max(1, threads // 2)
+        now.ns += 10**9
+
+
 def test_those_who_compute_at_once_have_equal_parts(path: Path, now: Now) -> None:
     three = [SharedCores(path, 7, now_ns=now) for _ in range(3)]
-    with three[0].computing() as alone, three[1].computing() as second, three[2].computing() as third:
+    with three[0].computing(512) as alone, three[1].computing(512) as second, three[2].computing(512) as third:
         assert (alone, second, third) == (7, 3, 2)
     assert [threads_of(one) for one in three] == [2, 2, 2]
     two_on_one_core = [SharedCores(path, 1, now_ns=now) for _ in range(2)]
-    with two_on_one_core[0].computing(), two_on_one_core[1].computing() as threads:
+    with two_on_one_core[0].computing(512), two_on_one_core[1].computing(512) as threads:
         assert threads == 1
 
 
@@ -68,7 +80,7 @@ def test_who_dies_within_a_computation_is_forgotten(path: Path, now: Now) -> Non
 import os, sys, time
 from pathlib import Path
 from common.engine.cores import SharedCores
-with SharedCores(Path(sys.argv[1]), 4, now_ns=lambda: 10**15).computing():
+with SharedCores(Path(sys.argv[1]), 4, now_ns=lambda: 10**15).computing(512):
     os._exit(0)
 """
     subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=60)
@@ -76,7 +88,7 @@ with SharedCores(Path(sys.argv[1]), 4, now_ns=lambda: 10**15).computing():
     assert threads_of(survivors[1]) == 4, "the first place is free again, and whoever takes it begins anew"
 
     holder = SharedCores(path, 4, now_ns=now)
-    with holder.computing():
+    with holder.computing(512):
         now.ns += 4_000 * MS
         assert threads_of(survivors[1]) == 2
         now.ns += 2_000 * MS

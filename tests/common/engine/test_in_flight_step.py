@@ -22,6 +22,8 @@ from common.errors import EngineFailure
 from common.types import SampledToken
 from support.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.long
+
 MOST_TOKENS, NUM_BLOCKS_EACH = 96, 6
 KINDS: list[dict[str, object]] = [{}, {"temperature": 0.9}, {}, {"logprobs": 2}]
 

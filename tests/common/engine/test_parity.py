@@ -33,7 +33,7 @@ MODES = ["torch", "exact", "native"]
 
 
 def build(path: Path, mode: str, dtype: str = "float32") -> Engine:
-    kernels = "auto" if mode == "exact" else mode
+    kernels = "torch" if mode == "exact" else mode
     config = EngineConfig(device="cpu", dtype=dtype, exact=mode == "exact", kernels=kernels, kv_pool_tokens=4096)
     return build_engine(path, config, threads=1, model_digest="m", tokenizer_digest="t")
 

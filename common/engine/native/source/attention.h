@@ -162,8 +162,6 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
         if (pool.rounded) widen<Element>(tile, head_dim, scratch);
         const int64_t panels = tile.width / PANEL, width = tile.width;
         for (int64_t panel = 0; panel < panels; ++panel) {
-            // Nobody asked for the first tile before: its values come while its keys are turned.
-            if (start == 0) fetch(tile, panel * PANEL, panel * PANEL + PANEL, pool.row_values);
             turn(reinterpret_cast<const uint32_t* const*>(tile.keys + panel * PANEL), head_words,
                  scratch.keys.data() + panel * head_words * PANEL);
             fetch(next, panel * 8, panel * 8 + 8, pool.row_values);

@@ -32,7 +32,7 @@ def compiled(folder: Path, *parts: str) -> list[dict[str, Any]]:
     [
         (("llama", "llama exact"), 5),
         (("gemma",), 3),
-        (("rows", "heads", "rules", "moves"), 12),
+        (("rows", "heads", "rules", "moves"), 13),
         (("draws",), 9),
     ],
 )

@@ -14,7 +14,7 @@ from common.engine.triton_kernels.configurations import SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parents[4]
 ON_TENSOR_CORES = {"w4a16_kernel", "w8a8_kernel", "fp8_kernel", "exact_kernel", "grouped_kernel"}
-OTHERS = {"sum_partials_kernel", "round_rows_kernel", "copy_rows_kernel", "sum_rows_kernel"}
+OTHERS = {"sum_partials_kernel", "round_rows_kernel"}
 
 
 @pytest.mark.long
