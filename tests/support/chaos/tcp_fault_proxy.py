@@ -322,7 +322,9 @@ class TcpFaultProxy:
                     return spoiled
                 spoiled = chance.choice(self._old).data + spoiled
             case LinkFault.STALE:
-                fitting = [old.payload for old in self._old if len(old.payload) == len(payload) and old.payload != payload]
+                # Frames differ in size by what shared a step: of a longer one, as much as fits.
+                old_bytes = (old.payload[: len(payload)] for old in self._old if len(old.payload) >= len(payload))
+                fitting = [old for old in old_bytes if old != payload]
                 if not fitting:
                     return spoiled
                 spoiled = frame.head + chance.choice(fitting)
