@@ -53,13 +53,13 @@ test-cluster: install-dev ## Hosts of namespaces, `ray up`, load and faults; wri
 test-clients: install-dev .venv-clients/installed .venv-guidellm/installed ## Run openai, langchain, litellm, llm, lm-eval and guidellm against a cluster (2 GB of venvs)
 	$(BIN)/pytest -m clients
 
-chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (15 min)
+chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (12 min before blocks were cut anew in it)
 	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an answer; writes tests/chaos/KILL_SWEEP.md (5 min)
 	$(BIN)/python tests/chaos/sweep.py $(ARGS)
 
-exactness-grid: install-dev ## Every combination of speculation, TP, PP, preemption, overlap and prompt batching against one reference (half an hour)
+exactness-grid: install-dev ## Every combination of speculation, TP, PP, preemption, overlap and prompt batching against one reference (long; never timed whole)
 	$(BIN)/python tests/exactness/run.py $(ARGS)
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)
