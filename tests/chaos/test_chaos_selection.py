@@ -110,7 +110,7 @@ async def test_a_worker_dies_or_stops_at_a_step(bench: Bench, transport: str) ->
 async def test_a_bad_network_costs_time_and_nothing_else(bench: Bench, fault: LinkFault) -> None:
     policy = Policy.AUTO if fault is LinkFault.RESET else Policy.NEVER
     async with bench.rig("tcp", policy, proxied=True) as rig:
-        cell = without_problems(await link_cell(rig, policy, fault, 24, 1))
+        cell = without_problems(await link_cell(rig, policy, fault, 24, 1, least_hits=1 if fault is LinkFault.RESET else 9))
         assert cell.faulted
         assert fault is LinkFault.RESET or cell.corruptions > 8
 

@@ -258,8 +258,15 @@ BREAKING = frozenset(
 """They end the connection, or should: every transfer on it is concerned."""
 
 
-async def link_cell(rig: Rig, policy: Policy, fault: LinkFault, count: int, seed: int) -> CellResult:
-    """Many requests over one tcp link on which something goes wrong again and again, then two over the link as it was left."""
+_MOST_ROUNDS = 6
+
+
+async def link_cell(rig: Rig, policy: Policy, fault: LinkFault, count: int, seed: int, *, least_hits: int = 0) -> CellResult:
+    """Many requests over one tcp link on which something goes wrong again and again, then two over the link as it was left.
+
+    How many frames a transfer has depends on which prompts shared a step, so one seed does not fix how many are hit: `count` more
+    requests follow until `least_hits` transfers were.
+    """
     cell = CellResult("link", fault.value, "tcp", policy)
     clock = asyncio.get_running_loop().time
     begun_s = clock()
@@ -273,6 +280,10 @@ async def link_cell(rig: Rig, policy: Policy, fault: LinkFault, count: int, seed
             cell.outcomes.append(await rig.ask(request))
     else:
         cell.outcomes = await _many(rig, _requests(rig, count, seed))
+        for again in range(1, _MOST_ROUNDS):
+            if len(rig.data.hits) >= least_hits:
+                break
+            cell.outcomes += await _many(rig, _requests(rig, count, seed + 1_000_000 * again))
     rig.data.load(None)
     allowed = frozenset({EXACT}) if policy is Policy.AUTO else HANDOFF_ERRORS | LOST_OR_LATE | {EXACT}
     cell.judge(cell.outcomes, allowed, "request")

@@ -322,12 +322,13 @@ class TcpFaultProxy:
                     return spoiled
                 spoiled = chance.choice(self._old).data + spoiled
             case LinkFault.STALE:
-                # Frames differ in size by what shared a step: of a longer one, as much as fits.
-                old_bytes = (old.payload[: len(payload)] for old in self._old if len(old.payload) >= len(payload))
-                fitting = [old for old in old_bytes if old != payload]
-                if not fitting:
+                # Frames differ in size by what shared a step: an old one lies over as much of this one as both have.
+                overlaid = (old.payload[: len(payload)] + payload[len(old.payload) :] for old in self._old)
+                differing = [stale for stale in overlaid if stale != payload]
+                if not differing:
+                    self._occasion[frame.nonce] = 0  # nothing is old yet: the transfer's next frame
                     return spoiled
-                spoiled = frame.head + chance.choice(fitting)
+                spoiled = frame.head + chance.choice(differing)
             case LinkFault.BLACK_HOLE | LinkFault.BLACK_HOLE_FORWARD | LinkFault.BLACK_HOLE_BACK:
                 self._hit_all(connection, fault)
                 connection.deaf_forward = fault is not LinkFault.BLACK_HOLE_BACK
