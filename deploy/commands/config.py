@@ -12,7 +12,7 @@ from deploy.commands.output import FAILED, complain, err, errors_as_lines, out
 from deploy.commands.up import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
-    from common.config_file import Problem
+    from common.config.source import Problem
 
 app = typer.Typer(help="Checks and explains configurations.", no_args_is_help=True)
 

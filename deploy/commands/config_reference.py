@@ -13,7 +13,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from common.config_file import fields_of, part_of
+from common.config.source import fields_of, part_of
 
 
 @dataclass(frozen=True, slots=True)

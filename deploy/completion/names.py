@@ -41,7 +41,7 @@ def names_for(kind: str, cluster: str) -> list[str]:
 
 def _keys() -> list[str]:
     from common.config import Config
-    from common.config_file import fields_of
+    from common.config.source import fields_of
 
     return [key for key, _ in fields_of(Config)]
 

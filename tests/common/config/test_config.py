@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from common.config import Config, ModelConfig, RouterConfig, load_config, pdserve_home
 from common.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MINIMAL = "models:\n  - name: tiny\n    source: some/where\n"
 
 
@@ -204,7 +204,7 @@ def test_routes_that_lead_nowhere_are_refused(tmp_path: Path, change: dict[str, 
 
 
 def test_the_shipped_configuration_with_two_models_is_read() -> None:
-    config = load_config(Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml", environment={})
+    config = load_config(Path(__file__).parents[3] / "deploy" / "configs" / "two-models.yaml", environment={})
     assert {"auto", "best", "canary"} == set(config.routing.aliases)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config import CheckedConfig, Config, check_config, load_config
-from common.config_file import Place, field_at, fields_of
+from common.config.source import Place, field_at, fields_of
 from common.errors import ConfigError
 
 GOOD = "models:\n  - name: tiny\n    source: some/where\n"
