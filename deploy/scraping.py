@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from common.metrics_access import metrics_token
+from common.metrics.access import metrics_token
 from common.wire.registry_pb2 import ClusterSnapshot
 from router.observe.targets import scrape_targets
 

@@ -25,6 +25,13 @@ from common.errors import ConfigError
 Keys = tuple[str, ...]
 _MERGE = "<<"
 _LONGEST_SHOWN = 40  # characters of a wrong value
+# What YAML calls the shapes that pydantic names as Python does.
+_SHAPES = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "dict_type": "must be a mapping",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +269,7 @@ def _worded(found: Any, *, secret: bool) -> str:
     """pydantic's words, in ours where those are odd, and with the value where that is short and plain."""
     if found["type"] == "missing":
         return "is missing"
-    message = str(found["msg"]).removeprefix("Value error, ")
+    message = _SHAPES.get(found["type"]) or str(found["msg"]).removeprefix("Value error, ")
     given = found.get("input")
     plain = isinstance(given, (str, int, float)) and len(str(given)) <= _LONGEST_SHOWN
     if secret or not plain or found["type"] == "value_error":

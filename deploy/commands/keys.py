@@ -23,6 +23,8 @@ def new(tenant: Tenant = "default") -> None:
     """Prints a new key on stdout, once, and the line for router.keys_file that stands for it on stderr."""
     from common.api_keys import entry_of, new_key
 
+    with errors_as_lines():
+        _check_tenant(tenant)
     key = new_key()
     say("The key is shown this once. A router accepts it when its keys file has the line")
     say(f"{tenant} {entry_of(key)}")
@@ -38,8 +40,18 @@ def hash_(
     from common.api_keys import entry_of, slow_entry_of
     from common.errors import InvalidRequest
 
-    key = (typer.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()).strip()
     with errors_as_lines():
+        _check_tenant(tenant)
+        key = (typer.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()).strip()
         if not key or key.startswith(("sha256:", "scrypt:")):
             raise InvalidRequest("that is no key")
         out.print(f"{tenant} {slow_entry_of(key) if slow else entry_of(key)}", markup=False, soft_wrap=True)
+
+
+def _check_tenant(name: str) -> None:
+    """Raises InvalidRequest for one that no configuration can name."""
+    from common.config.tenants import TENANT_NAME
+    from common.errors import InvalidRequest
+
+    if not TENANT_NAME.fullmatch(name):
+        raise InvalidRequest(f"{name!r} is no name of a tenant: 1 to 64 letters, digits, '.', '_' or '-'", param="tenant")

@@ -71,7 +71,6 @@ def describe(snapshot: Any, state: ClusterState) -> dict[str, Any]:
     """The manager's picture, with what this machine knows of the processes."""
     from importlib.metadata import version as distribution_version
 
-    from common.codec import role_from_wire
     from deploy.cluster_state import running_for_s
 
     return {
@@ -82,66 +81,72 @@ def describe(snapshot: Any, state: ClusterState) -> dict[str, Any]:
         "config": state.config_path,
         "manager_address": state.manager_address,
         "manager_metrics_address": snapshot.manager_metrics_address,
-        "models": [
-            {
-                "name": model.name,
-                "context_tokens": model.context_tokens,
-                "desired_prefill": model.desired_prefill,
-                "desired_decode": model.desired_decode,
-                "wakes_on_demand": model.wakes_on_demand,
-            }
-            for model in snapshot.models
-        ],
-        "routers": [
-            {
-                "router_id": router.router_id,
-                "http_address": router.http_address,
-                "grpc_address": router.grpc_address,
-                "pid": router.pid,
-                "up_s": _up_s(router.http_address, router.pid),
-            }
-            for router in snapshot.routers
-        ],
-        "workers": [
-            {
-                "worker_id": worker.worker_id,
-                "model": worker.model,
-                "role": role_from_wire(worker.role).value,
-                "state": worker.state,
-                "incarnation": worker.incarnation,
-                "pid": worker.pid,
-                "up_s": _up_s(worker.address, worker.pid),
-                "address": worker.address,
-                "metrics_address": worker.metrics_address,
-                "blocks_total": worker.blocks_total,
-                "blocks_free": worker.blocks_free,
-                "blocks_in_transfer": worker.blocks_in_transfer,
-                "leases_open": worker.leases_open,
-                "requests_running": worker.requests_running,
-                "requests_waiting": worker.requests_waiting,
-                "requests_served": worker.requests_served,
-                "max_model_tokens": worker.max_model_tokens,
-                "device": worker.device,
-                "dtype": worker.dtype,
-                "exact": worker.exact,
-                "tensor_parallel": worker.tensor_parallel,
-                "pipeline_parallel": worker.pipeline_parallel,
-                "rank_pids": list(worker.rank_pids),
-                "failure": worker.failure,
-            }
-            for worker in snapshot.workers
-        ],
-        "events": [
-            {
-                "sequence": event.sequence,
-                "at_s": event.at_s,
-                "kind": event.kind,
-                "worker_id": event.worker_id,
-                "model": event.model,
-                "text": event.text,
-            }
-            for event in snapshot.events
-        ],
+        "models": [_model(one) for one in snapshot.models],
+        "routers": [_router(one) for one in snapshot.routers],
+        "workers": [_worker(one) for one in snapshot.workers],
+        "events": [_event(one) for one in snapshot.events],
+    }
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "context_tokens": model.context_tokens,
+        "desired_prefill": model.desired_prefill,
+        "desired_decode": model.desired_decode,
+        "wakes_on_demand": model.wakes_on_demand,
+    }
+
+
+def _router(router: Any) -> dict[str, Any]:
+    return {
+        "router_id": router.router_id,
+        "http_address": router.http_address,
+        "grpc_address": router.grpc_address,
+        "pid": router.pid,
+        "up_s": _up_s(router.http_address, router.pid),
+    }
+
+
+def _worker(worker: Any) -> dict[str, Any]:
+    from common.codec import role_from_wire
+
+    return {
+        "worker_id": worker.worker_id,
+        "model": worker.model,
+        "role": role_from_wire(worker.role).value,
+        "state": worker.state,
+        "incarnation": worker.incarnation,
+        "pid": worker.pid,
+        "up_s": _up_s(worker.address, worker.pid),
+        "address": worker.address,
+        "metrics_address": worker.metrics_address,
+        "blocks_total": worker.blocks_total,
+        "blocks_free": worker.blocks_free,
+        "blocks_in_transfer": worker.blocks_in_transfer,
+        "leases_open": worker.leases_open,
+        "requests_running": worker.requests_running,
+        "requests_waiting": worker.requests_waiting,
+        "requests_served": worker.requests_served,
+        "max_model_tokens": worker.max_model_tokens,
+        "device": worker.device,
+        "dtype": worker.dtype,
+        "exact": worker.exact,
+        "tensor_parallel": worker.tensor_parallel,
+        "pipeline_parallel": worker.pipeline_parallel,
+        "rank_pids": list(worker.rank_pids),
+        "failure": worker.failure,
+    }
+
+
+def _event(event: Any) -> dict[str, Any]:
+    return {
+        "sequence": event.sequence,
+        "at_s": event.at_s,
+        "kind": event.kind,
+        "worker_id": event.worker_id,
+        "model": event.model,
+        "text": event.text,
     }
 
 

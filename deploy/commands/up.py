@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import uuid
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _TOLD_CHARACTERS = 4000
 _LEAST_TOKEN_CHARACTERS = 32
+_STOP_TIMEOUT_S = 60.0
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "local.yaml"
 EXAMPLES = examples(
     ("one small model, a prefill and a decode worker, on this machine", "pdserve up"),
@@ -68,12 +70,30 @@ def _detach(path: Path, overrides: list[str], config: Config) -> None:
     for override in overrides:
         command += ["--set", override]
     with log.open("wb") as sink, os.fdopen(reading, "rb") as pipe:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True)
+        launcher = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True
+        )
         os.close(writing)
-        said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
+        try:
+            said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
+        except KeyboardInterrupt:
+            _stop(launcher)
+            raise
     if not said:
         raise ClusterError(f"the cluster did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD_CHARACTERS:]}")
     say(f"cluster {config.cluster!r} is starting its workers; what it says goes to {log}")
+
+
+def _stop(launcher: subprocess.Popen[bytes]) -> None:
+    """It has a session of its own, so the terminal's Ctrl-C does not reach it."""
+    from common.errors import ClusterError
+
+    say("stopping what was begun")
+    launcher.send_signal(signal.SIGINT)
+    try:
+        launcher.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"the launcher (pid {launcher.pid}) has not ended within {_STOP_TIMEOUT_S:g} s") from error
 
 
 def _launch(path: Path, overrides: tuple[str, ...], config: Config, announce: int | None) -> int:

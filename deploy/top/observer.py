@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from common.errors import EngineFailure
-from common.metrics_access import metrics_token
+from common.metrics.access import metrics_token
 from common.rpc import connect
 from deploy.commands.manager import ask_status, called, describe
 from deploy.commands.which_cluster import chosen_state

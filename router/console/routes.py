@@ -43,23 +43,24 @@ _NO_STORE = {"Cache-Control": "no-store"}
 def add_routes(app: FastAPI, console: Console, read_json: ReadJson) -> None:
     """`read_json` reads a body within the limits of the HTTP face."""
 
-    def reader(request: Request) -> None:
-        check_reader(request.state.identity, request.headers, authenticates=console.authenticates)
-
     async def page(request: Request) -> Response:
         return console.pages.answer(request.url.path, request.headers)
 
     for path in console.pages.paths:
         app.add_api_route(path, page, methods=["GET"], response_model=None)
+    _add_requests(app, console)
+    _add_cluster(app, console)
+    _add_actions(app, console, read_json)
 
-    @app.get("/admin/v1/cluster")
-    async def cluster(request: Request) -> Response:
-        reader(request)
-        return Json({**console.picture.now(), "events": console.picture.events()}, headers=_NO_STORE)
 
+def _check_reader(request: Request, console: Console) -> None:
+    check_reader(request.state.identity, request.headers, authenticates=console.authenticates)
+
+
+def _add_requests(app: FastAPI, console: Console) -> None:
     @app.get("/admin/v1/requests")
     async def requests(request: Request) -> Response:
-        reader(request)
+        _check_reader(request, console)
         limit = int(_number(request, "limit", _DEFAULT_LIMIT))
         model, outcome = request.query_params.get("model", ""), request.query_params.get("outcome", "")
         if outcome and outcome not in _OUTCOMES:
@@ -74,29 +75,38 @@ def add_routes(app: FastAPI, console: Console, read_json: ReadJson) -> None:
 
     @app.get("/admin/v1/requests/{request_id:path}")
     async def one_request(request: Request, request_id: str) -> Response:
-        reader(request)
+        _check_reader(request, console)
         record = console.observatory.request(request_id)
         if record is None:
             raise RequestNotFound("no request with this id has ended here lately", param="id")
         return Json(request_json(record), headers=_NO_STORE)
 
+
+def _add_cluster(app: FastAPI, console: Console) -> None:
+    @app.get("/admin/v1/cluster")
+    async def cluster(request: Request) -> Response:
+        _check_reader(request, console)
+        return Json({**console.picture.now(), "events": console.picture.events()}, headers=_NO_STORE)
+
     @app.get("/admin/v1/series")
     async def series(request: Request) -> Response:
-        reader(request)
+        _check_reader(request, console)
         seconds = console.observatory.series(after_s=_number(request, "after_s", 0.0))
         return Json({"series": [second_json(second) for second in seconds]}, headers=_NO_STORE)
 
     @app.get("/admin/v1/live")
     async def live(request: Request) -> Response:
-        reader(request)
+        _check_reader(request, console)
         console.live.check_room()
         return LiveStream(console.live)
 
     @app.get("/admin/v1/autoscaler")
     async def autoscaler(request: Request) -> Response:
-        reader(request)
+        _check_reader(request, console)
         return Json(await console.actions.autoscaler_report(), headers=_NO_STORE)
 
+
+def _add_actions(app: FastAPI, console: Console, read_json: ReadJson) -> None:
     async def act(request: Request) -> Response:
         check_actor(request.state.identity, request.headers, authenticates=console.authenticates)
         name = request.url.path.rpartition("/")[2]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from common.clock import ManualClock
 from common.config import RouterConfig
+from deploy.app import app
 from deploy.commands import keys
 from router.keys import KeyRing
 
@@ -103,6 +106,9 @@ def test_keys_are_shown_once_and_known_by_their_entries(tmp_path: Path) -> None:
     ring = KeyRing(RouterConfig.model_validate({"keys_file": str(file), "tenants": {"acme": {}}}), ManualClock())
     assert asyncio.run(ring.identify(f"Bearer {key}")).tenant.name == "acme"
     assert asyncio.run(ring.identify("Bearer chosen")).tenant.label == "keys"
+    for words in (["new"], ["hash"]):
+        refused = command.invoke(keys.app, [*words, "--tenant", "no name"], input="chosen\n")
+        assert (refused.exit_code, refused.stdout) == (1, "")
     for text in ("", line.split()[1]):
         refused = command.invoke(keys.app, ["hash"], input=f"{text}\n")
         assert (refused.exit_code, refused.stdout) == (1, "")
@@ -129,6 +135,24 @@ def test_up_refuses_what_cannot_work_before_anything_is_started(tmp_path: Path) 
     assert found.returncode == 1
     assert "nothing.gguf" in found.stderr
     assert "Ray" not in found.stderr
+
+
+def test_an_interrupt_while_a_detached_cluster_starts_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher is in a session of its own, which the terminal's Ctrl-C does not reach. Here a script stands for it."""
+    begun, ended, launcher = tmp_path / "begun", tmp_path / "ended", tmp_path / "launcher"
+    os.mkfifo(begun)
+    launcher.write_text(f"#!/bin/sh\ntrap 'echo >{ended}; exit' INT\necho >{begun}\nwhile :; do sleep 0.02; done\n")
+    launcher.chmod(0o700)
+
+    def interrupt() -> None:
+        begun.read_text()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    threading.Thread(target=interrupt).start()
+    found = CliRunner().invoke(app, ["up", "--detach"], env={"PDSERVE_HOME": str(tmp_path)})
+    assert found.exit_code == 130
+    assert ended.exists()
 
 
 def test_a_local_model_is_found_where_it_is(tmp_path: Path) -> None:

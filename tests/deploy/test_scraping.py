@@ -13,7 +13,7 @@ import yaml
 
 from common.config import Config, load_config
 from common.errors import ConfigError
-from common.metrics_access import metrics_token
+from common.metrics.access import metrics_token
 from common.wire.registry_pb2 import ClusterSnapshot, RouterInfo
 from common.wire.types_pb2 import ROLE_DECODE, ROLE_PREFILL
 from common.wire.worker_pb2 import InfoReply

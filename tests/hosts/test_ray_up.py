@@ -27,7 +27,7 @@ import httpx
 import pytest
 import yaml
 
-from common.metrics_access import metrics_token
+from common.metrics.access import metrics_token
 from common.wire.worker_pb2 import InfoRequest
 from common.wire.worker_pb2_grpc import WorkerStub
 from support.host_namespaces import Host, HostNetwork, network_of_hosts, what_is_missing

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import common.metrics
+import common.metrics.serving
 from kvtransfer.transports import TRANSPORTS
 from support.planted_links import PlantedPeer, PlantedTransport, Plants
 from support.tiny_models import make_tiny_model
@@ -25,8 +25,8 @@ def oracle(model_path: Path) -> Oracle:
 @pytest.fixture(autouse=True)
 def quick_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's metrics server notices within a tenth of a second that it is to end; hundreds of them end here."""
-    serve = common.metrics._Server.serve_forever
-    monkeypatch.setattr(common.metrics._Server, "serve_forever", lambda server, poll_interval: serve(server, 0.005))
+    serve = common.metrics.serving.MetricsServer.serve_forever
+    monkeypatch.setattr(common.metrics.serving.MetricsServer, "serve_forever", lambda server, poll_interval: serve(server, 0.005))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import { count, ms, percent } from "./format.js";
 
 const { uPlot } = globalThis; // vendor/uPlot.iife.min.js, as it is published
 
-const GOODPUT_S = 30; // a share over less says little
+const LONG_S = 30; // a share over less says little
 const HEIGHT = 132;
 const SPANS = [
   [60, "1 min"],
@@ -15,25 +15,46 @@ const SPANS = [
 
 const sync = uPlot.sync("pdserve");
 
-const second = (point, value) => value / Math.max(point.length_s, 0.001);
+// What a line says of the seconds up to one of them.
+const sum = (points, read) => points.reduce((total, point) => total + read(point), 0);
+const rate = (read) => (points) => sum(points, read) / Math.max(sum(points, (point) => point.length_s), 0.001);
+const last = (read) => (points) => read(points.at(-1)) ?? null;
+const perToken = (read) => (points) => {
+  const tokens = sum(points, (point) => point.tokens);
+  return tokens ? sum(points, read) / tokens : null;
+};
+const met = (point, promise) => point.slo[promise]?.[0] ?? 0;
+const share = (promise) => (points) => {
+  const promised = sum(points, (point) => met(point, promise) + (point.slo[promise]?.[1] ?? 0));
+  return promised ? sum(points, (point) => met(point, promise)) / promised : null;
+};
 
+const ofCosts = (read, parts) => parts.map(([name, colour]) => [name, colour, read((point) => point.cost_ms[name] / 1000)]);
+const PAID = [
+  ["prefill", "prefill"],
+  ["transfer", "transfer"],
+  ["decode", "decode"],
+  ["wasted", "bad"],
+];
+
+// `overS` are the seconds that one value is over; without it a second stands for itself.
 const CHARTS = [
   {
     title: "Tokens per second",
-    meanS: 5, // prompts count when they end
+    overS: 5, // prompts count when they end
     format: count,
     lines: [
-      ["generated", "decode", (point) => second(point, point.tokens)],
-      ["prompt", "prefill", (point) => second(point, point.prompt_tokens)],
+      ["generated", "decode", rate((point) => point.tokens)],
+      ["prompt", "prefill", rate((point) => point.prompt_tokens)],
     ],
   },
   {
     title: "Requests per second",
     format: count,
     lines: [
-      ["ended", "text", (point) => second(point, point.requests)],
-      ["failed", "bad", (point) => second(point, point.failed)],
-      ["in flight", "dim", (point) => point.in_flight],
+      ["ended", "text", rate((point) => point.requests)],
+      ["failed", "bad", rate((point) => point.failed)],
+      ["in flight", "dim", last((point) => point.in_flight)],
     ],
   },
   {
@@ -41,8 +62,8 @@ const CHARTS = [
     format: ms,
     sparse: true,
     lines: [
-      ["p50", "prefill", (point) => point.ttft_p50_ms],
-      ["p99", "transfer", (point) => point.ttft_p99_ms],
+      ["p50", "prefill", last((point) => point.ttft_p50_ms)],
+      ["p99", "transfer", last((point) => point.ttft_p99_ms)],
     ],
   },
   {
@@ -50,23 +71,45 @@ const CHARTS = [
     format: ms,
     sparse: true,
     lines: [
-      ["p50", "decode", (point) => point.tpot_p50_ms],
-      ["p99", "transfer", (point) => point.tpot_p99_ms],
+      ["p50", "decode", last((point) => point.tpot_p50_ms)],
+      ["p99", "transfer", last((point) => point.tpot_p99_ms)],
     ],
   },
   {
-    title: "Seconds of workers, per second",
-    meanS: 15,
-    format: (value) => (value === null || value === undefined ? "–" : value.toFixed(2)),
+    title: "Cost: seconds of workers, per second",
+    overS: 15,
+    format: fixed,
     stacked: true,
-    lines: [
-      ["prefill", "prefill", (point) => second(point, point.cost_ms.prefill / 1000)],
-      ["transfer", "transfer", (point) => second(point, point.cost_ms.transfer / 1000)],
-      ["decode", "decode", (point) => second(point, point.cost_ms.decode / 1000)],
-      ["wasted", "bad", (point) => second(point, point.cost_ms.wasted / 1000)],
-    ],
+    lines: ofCosts(rate, [...PAID, ["saved", "good"]]), // on top: what it would have been without caches
+  },
+  {
+    title: `Cost of 1,000 tokens in seconds of workers, over ${LONG_S} s`,
+    overS: LONG_S,
+    format: fixed,
+    stacked: true,
+    lines: ofCosts((read) => perToken((point) => 1000 * read(point)), PAID),
   },
 ];
+
+const COLOURS = ["decode", "prefill", "transfer"];
+
+// Per class of promises (`router.slo`).
+function ofPromises(names) {
+  const lines = (read) => names.map((name, index) => [name, COLOURS[index % COLOURS.length], read(name)]);
+  return [
+    {
+      title: `Goodput: requests per second as promised, over ${LONG_S} s`,
+      overS: LONG_S,
+      format: count,
+      lines: [...lines((name) => rate((point) => met(point, name))), ["ended", "dim", rate((point) => point.requests)]],
+    },
+    { title: `Promises kept, over ${LONG_S} s`, overS: LONG_S, format: percent, top: 1, sparse: true, lines: lines(share) },
+  ];
+}
+
+function fixed(value) {
+  return value === null || value === undefined ? "–" : value.toFixed(2);
+}
 
 export function charts() {
   let spanS = 300;
@@ -74,49 +117,45 @@ export function charts() {
     h("button", { type: "button", "aria-pressed": String(seconds === spanS), onclick: () => setSpan(seconds) }, label),
   );
   const grid = h("div.charts");
+  const unpromised = h("p.dim.none", {}, "Goodput is shown for what router.slo promises.");
   const element = h(
     "section.card.wide",
     { "aria-label": "Over time" },
     h("p.spread", {}, h("h2", {}, "Over time"), h("div.segments", { role: "group", "aria-label": "Span" }, ...buttons)),
     grid,
+    unpromised,
   );
   let all = [];
-  let last = null;
+  let drawn = null;
   let bands = "";
 
   function setSpan(seconds) {
     spanS = seconds;
     SPANS.forEach(([value], index) => buttons[index].setAttribute("aria-pressed", String(value === seconds)));
-    if (last) draw(...last);
+    if (drawn) draw(...drawn);
   }
 
   function build(promises) {
     for (const one of all) one.destroy();
-    const goodput = {
-      title: `SLO met, over ${GOODPUT_S} s`,
-      format: percent,
-      top: 1,
-      sparse: true,
-      lines: promises.map((name, index) => [name, ["decode", "prefill", "transfer"][index % 3], null, name]),
-    };
-    all = [...CHARTS, ...(promises.length ? [goodput] : [])].map((what) => chart(what));
+    all = [...CHARTS, ...(promises.length ? ofPromises(promises) : [])].map((what) => chart(what));
+    unpromised.hidden = promises.length > 0;
     grid.replaceChildren(...all.map((one) => one.element));
   }
 
   function draw(series, promises, atS) {
-    last = [series, promises, atS];
+    drawn = [series, promises, atS];
     if (promises.join() !== bands || !all.length) {
       bands = promises.join();
       build(promises);
     }
     const from = atS - spanS;
-    const points = series.filter((point) => point.at_s >= from - GOODPUT_S);
+    const points = series.filter((point) => point.at_s >= from - LONG_S);
     for (const one of all) one.draw(points, from, atS);
   }
 
   addEventListener("themechange", () => {
     bands = "\0";
-    if (last) draw(...last);
+    if (drawn) draw(...drawn);
   });
   return { element, draw };
 }
@@ -149,11 +188,7 @@ function chart(what) {
       const inside = points.filter((point) => point.at_s >= from);
       const times = inside.map((point) => point.at_s);
       const first = points.length - inside.length;
-      data = what.lines.map(([, , read, promise]) => {
-        if (!read) return inside.map((_, index) => kept(before(points, first + index, GOODPUT_S), promise));
-        if (what.meanS) return inside.map((_, index) => mean(before(points, first + index, what.meanS), read));
-        return inside.map((point) => read(point) ?? null);
-      });
+      data = what.lines.map(([, , read]) => inside.map((_, index) => read(before(points, first + index, what.overS ?? 0))));
       const shown = what.stacked ? stack(data) : data;
       plot ??= make(what, place, show);
       plot.batch(() => {
@@ -183,7 +218,7 @@ function make(what, place, show) {
     {
       width: place.clientWidth || 300,
       height: HEIGHT,
-      padding: [8, 6, 0, 0],
+      padding: [8, 20, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: sync.key }, y: false, drag: { x: false, y: false }, points: { size: 5 } },
       scales: { x: { time: true, auto: false }, y: { auto: false } },
@@ -210,23 +245,6 @@ function before(points, index, lengthS) {
   let from = index;
   while (from > 0 && points[from - 1].at_s > points[index].at_s - lengthS) from -= 1;
   return points.slice(from, index + 1);
-}
-
-function mean(points, read) {
-  return points.reduce((sum, point) => sum + read(point), 0) / points.length;
-}
-
-function kept(points, promise) {
-  let met = 0;
-  let missed = 0;
-  for (const point of points) {
-    const counts = point.slo[promise];
-    if (counts) {
-      met += counts[0];
-      missed += counts[1];
-    }
-  }
-  return met + missed ? met / (met + missed) : null;
 }
 
 function lastOf(values) {

@@ -51,6 +51,15 @@ def test_an_unknown_key_comes_with_a_way_out(tmp_path: Path, key: str, suggestio
     assert suggestion in problem.suggestion
 
 
+def test_shapes_are_named_as_yaml_names_them(tmp_path: Path) -> None:
+    found = checked(tmp_path, "models: hello\nrouter: 5\ncache: {redis: [1]}\n").problems
+    assert [one.message.partition(": ")[2] for one in found] == [
+        "must be a list, not 'hello'",
+        "must be a mapping, not 5",
+        "must be a mapping",
+    ]
+
+
 def test_a_key_that_is_given_twice_is_an_error_and_not_the_last_one(tmp_path: Path) -> None:
     found = checked(tmp_path, f"{GOOD}router:\n  http_port: 1\n  grpc_port: 2\n  http_port: 3\n")
     assert found.config is None

@@ -52,6 +52,9 @@ async def test_each_view_loads_without_a_complaint_and_fits_a_phone(chromium: Br
                 assert wide[0] <= wide[1] == width, (view, wide)
                 assert await page.evaluate(NAMELESS) == [], view
                 assert min(await contrasts(page)) >= 4.5, view
+    async with opened(chromium, cluster) as page:
+        await page.until("document.querySelectorAll('.chart .uplot').length === 6")
+        assert "router.slo" in await page.text(".charts + .none"), "without promises there is no goodput to show"
     async with opened(chromium, cluster, "requests") as page:
         await page.until("document.querySelectorAll('.requests tbody:last-child tr').length === 3")
         await page.click(".requests tbody:last-child tr button")
@@ -148,7 +151,7 @@ async def test_an_action_is_confirmed_and_its_refusal_is_shown(chromium: Browser
 
 
 async def test_with_keys_the_page_asks_once_and_keeps_the_key_in_its_tab(chromium: Browser, start_cluster: Any) -> None:
-    keys = {"tenants": {"ops": {"admin": True, "keys": ["root"]}, "acme": {"keys": ["plain"]}}}
+    keys = {"tenants": {"ops": {"admin": True, "keys": ["root"]}, "acme": {"keys": ["plain"]}}, "slo": {"batch": {"ttft_s": 9.0}}}
     async with start_cluster(**keys) as cluster, chromium.page(cluster.http_url) as page:
         for given, outcome in (("plain", "not for administration"), ("root", "")):
             await page.until("document.querySelector('dialog #key-input')")
@@ -161,6 +164,8 @@ async def test_with_keys_the_page_asks_once_and_keeps_the_key_in_its_tab(chromiu
                 await page.until(f"document.querySelector('#notice').innerText.includes({json.dumps(outcome)})")
                 await page.click("#key")
         await page.until(LIVE)
+        await page.until("document.querySelectorAll('.chart .uplot').length === 8")
+        assert [await page.text(f".chart:nth-last-child({place}) .figure") for place in (1, 2)] == ["batch –", "batch 0"]
         assert await page.evaluate("[sessionStorage.length, Object.keys(localStorage), document.cookie]") == [1, [], ""]
         await page.send("Page.reload")
         await page.until(LIVE)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from common.metrics_access import guarded, metrics_token
+from common.metrics.access import guarded, metrics_token
 
 
 def status(host: str, **headers: str) -> str:
