@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def asked_questions(questions: Questions, order: list[int], embedder: Embedder) 
     return found
 
 
+def drifted(asked: list[Asked], share: float, seed: int) -> list[Asked]:
+    """From half-way on, such a share of the classes has no common answer any more: each of their questions has its own."""
+    kinds = sorted({one.kind for one in asked})
+    moved = set(random.Random(seed).sample(kinds, int(share * len(kinds))))
+    half = len(asked) // 2
+    return [replace(one, kind=-1 - one.number) if place >= half and one.kind in moved else one for place, one in enumerate(asked)]
+
+
 def policies(file: PriorFile, revision: str, *, seed: int, shadow: float) -> Iterator[tuple[str, Policy]]:
     weights = word_weights(file)
     for bound in _BOUNDS:
@@ -125,6 +134,8 @@ def summary(name: str, outcomes: list[Outcome], seconds: float) -> dict[str, Any
         "policy": name,
         "hit_percent": round(100 * hits / requests, 2),
         "hit_percent_last_quarter": round(100 * sum(one.hits_by_quarter[3] for one in outcomes) * 4 / requests, 2),
+        "hits_by_quarter": [sum(one.hits_by_quarter[quarter] for one in outcomes) for quarter in range(4)],
+        "wrong_by_quarter": [sum(one.wrong_by_quarter[quarter] for one in outcomes) for quarter in range(4)],
         "error_percent": round(100 * wrong / requests, 3),
         "wrong_per_hit_percent": round(100 * wrong / max(1, hits), 2),
         "wrong_per_hit_interval": [round(100 * low, 2), round(100 * high, 2)],
@@ -269,7 +280,8 @@ def main() -> None:
     parser.add_argument("--embedder", choices=("hashed", "minilm"), default="hashed")
     parser.add_argument("--vectors", type=Path, help="an .npz that keeps vectors from run to run")
     parser.add_argument("--shadow", type=float, default=SemanticCacheConfig().shadow, help="share of hits that are verified")
-    parser.add_argument("--only", default="", help="only policies whose name begins like this")
+    parser.add_argument("--drift", type=float, default=0.0, help="share of classes whose questions part half-way")
+    parser.add_argument("--only", default="", help="only policies whose name holds one of these parts (part;part)")
     parser.add_argument("--edits", type=int, default=2_400)
     parser.add_argument("--probes", type=int, default=100_000)
     parser.add_argument("--train-prior", type=Path, metavar="OUT")
@@ -289,8 +301,9 @@ def main() -> None:
     for seed in range(options.seeds):
         asked = asked_questions(questions, stream(questions, to_judge, options.requests, seed), embedder)
         possible.append(1.0 - len({one.kind for one in asked}) / len(asked))
+        asked = drifted(asked, options.drift, seed)
         for name, policy in policies(file, embedder.revision, seed=seed, shadow=options.shadow):
-            if name.startswith(options.only):
+            if any(part in name for part in options.only.split(";")):
                 start = time.perf_counter()
                 outcomes.setdefault(name, []).append(policy.run(asked, len(asked)))
                 seconds[name] += time.perf_counter() - start
@@ -299,6 +312,7 @@ def main() -> None:
         "embedder": embedder.revision,
         "requests": options.requests,
         "seeds": options.seeds,
+        "drift": options.drift,
         "possible_hit_percent": round(100 * float(np.mean(possible)), 1),
         "policies": rows,
         "bounds": bounds_held(rows),

@@ -19,7 +19,7 @@ from common.types import Request, Role
 from router.admission.bands import Band
 from router.admission.forecast import Forecast, PoolRoom
 from router.admission.gate import Admitted, Gate
-from router.admission.limits import Limiter
+from router.admission.shared_limits import Limits
 from router.admission.tenants import Identity, Standing, standing_of
 from router.cache.answers import AnswerCache
 from router.cache.control import CacheControl
@@ -33,9 +33,9 @@ from router.models.facts import Header, facts_of
 from router.models.routes import ModelRouter, Route, Validate
 from router.observe.observatory import Observatory
 from router.registry import ModelView, Registry
-from router.schemas import ChatBody, CompletionBody, FeedbackBody, InvalidateBody
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, InvalidateBody, TokenizeBody
 from router.structured.examination import Examination
-from router.validate import Caller, Validator, ValidCall
+from router.validate import Caller, TokenizedText, Validator, ValidCall
 
 MAX_REQUEST_ID_CHARS = 128
 
@@ -50,6 +50,7 @@ class Front:
         cache: AnswerCache,
         semantics: SemanticLookup,
         in_flight: InFlight,
+        limits: Limits,
         metrics: RouterMetrics,
         tracer: Tracer,
         clock: Clock,
@@ -65,12 +66,12 @@ class Front:
         self.in_flight = in_flight
         self._cache = cache
         self._semantics = semantics
-        self.limiter = Limiter()
+        self.limits = limits
         self.gate = Gate(
             config.router.admission,
             dispatch=dispatcher,
             forecast=_forecast(config, registry, dispatcher.placer.predicted_ttft_s),
-            limiter=self.limiter,
+            limits=limits,
             metrics=metrics.admission,
             clock=clock,
         )
@@ -88,11 +89,11 @@ class Front:
     def draining(self) -> bool:
         return self.in_flight.closed
 
-    def admit(self, identity: Identity) -> None:
+    async def admit(self, identity: Identity) -> None:
         """At the door, before work is put into a request: counts it. Raises RateLimited, and NoWorkerAvailable once the router is
         being drained."""
         self.in_flight.check_open()
-        reached = self.limiter.ask(identity, self.clock.monotonic_s())
+        reached = await self.limits.ask(identity)
         if reached is not None:
             self.metrics.admission.rejected_total.labels(reached.limit, "").inc()
             whose = "this key" if reached.of_key else "this tenant"
@@ -116,6 +117,16 @@ class Front:
         known = self.registry.view.models
         routed = [(name, [known[model] for model in models if model in known]) for name, models in self.models.names.items()]
         return (*self.registry.names(), *((name, views[0]) for name, views in routed if views))
+
+    def tokenizing_model(self, name: str) -> str:
+        """Whose tokens are meant by a name."""
+        return self.models.stand_in(name)
+
+    async def tokenize(self, body: TokenizeBody) -> TokenizedText:
+        return await self.validator.tokenize(body.model_copy(update={"model": self.tokenizing_model(body.model)}))
+
+    async def detokenize(self, body: DetokenizeBody) -> str:
+        return await self.validator.detokenize(body.model_copy(update={"model": self.tokenizing_model(body.model)}))
 
     def _validation(self, body: ChatBody | CompletionBody, caller: Caller) -> Validate:
         async def validate(model: str) -> ValidCall:

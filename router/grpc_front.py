@@ -67,7 +67,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.InferenceRequest, context: Context) -> None:
         async with self._call(context, "Generate", request.request_id) as call, self._observed(call) as sighting:
-            self._front.admit(call.identity)
+            await self._front.admit(call.identity)
             control = cache_control(lambda name: call.metadata.get(name, ""))
             standing = sighting.standing = self._front.standing(call.identity, call.priority)
             tenant = call.identity.tenant
@@ -116,7 +116,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 data["prompt"] = request.prompt
             if request.HasField("add_special_tokens"):
                 data["add_special_tokens"] = request.add_special_tokens
-            text = await self._front.validator.tokenize(parse(TokenizeBody, data))
+            text = await self._front.tokenize(parse(TokenizeBody, data))
             return pb.TokenizeReply(token_ids=text.token_ids, max_model_tokens=text.model.max_model_tokens)
 
     @asynccontextmanager

@@ -1,61 +1,34 @@
-"""The routes of the OpenAI HTTP face, and nothing else: parse, validate, generate, format.
+"""The OpenAI HTTP face: its routes put together, and errors in the shapes that clients expect.
 
-A body is read here, within a size and a time; every PdserveError raised by a route becomes its status and an OpenAI-shaped body.
-The framework's own pages, validation and error shapes are switched off.
+Routes that generate are in `http_answers.py`, those that tokenise in `http_tokens.py`, bodies are read by `http_body.py`. Every
+PdserveError raised by a route becomes its status and an OpenAI-shaped body. The framework's own pages, validation and error
+shapes are switched off.
 """
 
 from __future__ import annotations
 
-import asyncio
-import re
-from contextlib import aclosing
-from dataclasses import replace
 from typing import cast
 
-import orjson
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PayloadTooLarge, PdserveError, RequestCancelled
+from common.errors import EngineFailure, ModelNotFound, PdserveError
 from common.metrics import METRICS_TYPE
-from router.admission.tenants import Standing
-from router.cache.control import CacheControl, cache_control
-from router.chat_format import ChatFormat
-from router.completion_format import CompletionFormat
 from router.console.console import Console
 from router.console.routes import add_routes
-from router.event_stream import EventStream, until_disconnect
 from router.front import Front
-from router.generation import Generation
+from router.http_answers import ReadJson, add_answer_routes
+from router.http_body import read_json
 from router.http_edge import Edge, Json, error_response
-from router.models.facts import Header
-from router.models.fallback import Answer, LateFormat
-from router.models.routes import Route
-from router.openai_format import VERSION, whole_choices
+from router.http_tokens import add_token_routes
+from router.openai_format import VERSION
 from router.openai_format import Json as JsonObject
 from router.registry import ModelView
-from router.schemas import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    FeedbackBody,
-    GenerationBody,
-    InvalidateBody,
-    TokenizeBody,
-    parse,
-)
-from router.validate import Caller
-
-_BODY_TIMEOUT_S = 30.0
-# What is too large is still read, up to here, and thrown away: a client that is cut off while it sends may not see the answer.
-_DISCARDED_BYTES = 16 * 1024 * 1024
-_SLOW_CLIENT_S = 30.0  # beyond the request's own deadline, to take what is still being written
-_TIMEOUT_HEADER = "x-request-timeout-s"
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
+from router.schemas import FeedbackBody, InvalidateBody, parse
 
 
 def build_app(front: Front, prometheus: CollectorRegistry, console: Console | None = None) -> ASGIApp:
@@ -64,60 +37,21 @@ def build_app(front: Front, prometheus: CollectorRegistry, console: Console | No
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        front.admit(request.state.identity)
-        control = _cache_control(request)
-        body = parse(ChatBody, await _read_json(request, front))
-        request.state.standing = standing(request, body)
-        route = await front.route(body, _caller(request), _header(request), _tenant(request))
-        return await answer(request, route, control, ChatFormat)
+    async def read(request: Request) -> object:
+        return await read_json(request, limit_bytes=front.config.max_body_bytes)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        front.admit(request.state.identity)
-        control = _cache_control(request)
-        body = parse(CompletionBody, await _read_json(request, front))
-        request.state.standing = standing(request, body)
-        route = await front.route(body, _caller(request), _header(request), _tenant(request))
-        return await answer(request, route, control, CompletionFormat)
+    add_answer_routes(app, front, read)
+    add_token_routes(app, front, read)
+    _add_model_routes(app, front)
+    _add_cache_routes(app, front, read)
+    _add_state_routes(app, front, prometheus)
+    if console is None:
+        return Edge(app, front)
+    add_routes(app, console, read)
+    return Edge(app, front, open_paths=console.pages.paths)
 
-    @app.post("/v1/route/explain")
-    async def explain(request: Request) -> Response:
-        data = await _read_json(request, front)
-        is_completion = isinstance(data, dict) and "prompt" in data
-        body = parse(CompletionBody, data) if is_completion else parse(ChatBody, data)
-        return Json((await front.explain(body, _caller(request), _header(request), _tenant(request))).as_json())
 
-    async def answer(
-        request: Request, route: Route, control: CacheControl, kind: type[ChatFormat] | type[CompletionFormat]
-    ) -> Response:
-        state = request.state
-
-        def begin(route: Route) -> Generation:
-            call = route.call
-            state.model, state.answer_headers = call.model.name, route.headers
-            if request.headers.get("x-pdserve-timings") == "1":
-                call = replace(call, plan=replace(call.plan, timings=True))
-            generation = front.generation(call, state.received_s, state.standing, control)
-            state.sighting.generation = generation
-            return generation
-
-        given = Answer(route, begin)
-        created_s = int(front.clock.wall_s())
-        formatter = LateFormat(lambda: kind(given.generation, request_id=state.request_id, created_s=created_s))
-        timeout_s = front.config.request_timeout_s + _SLOW_CLIENT_S
-        if route.call.plan.stream:
-            return EventStream(given, formatter, timeout_s=timeout_s)
-        async with until_disconnect(request.receive, timeout_s), aclosing(given.deltas()) as stream:
-            deltas = [delta async for delta in stream]
-        return Json(formatter.body(whole_choices(deltas, route.call.num_choices)), headers=given.generation.cache_headers)
-
-    def standing(request: Request, body: GenerationBody) -> Standing:
-        found = front.standing(request.state.identity, request.headers.get("x-priority"), body.priority)
-        request.state.sighting.standing = found
-        return found
-
+def _add_model_routes(app: FastAPI, front: Front) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         return Json({"object": "list", "data": [_model(name, model, front) for name, model in front.names()]})
@@ -129,41 +63,20 @@ def build_app(front: Front, prometheus: CollectorRegistry, console: Console | No
                 return Json(_model(name, view, front))
         raise ModelNotFound(f"The model {model_id[:256]!r} does not exist.", param="model")
 
+
+def _add_cache_routes(app: FastAPI, front: Front, read: ReadJson) -> None:
     @app.post("/v1/cache/invalidate")
     async def invalidate(request: Request) -> Response:
-        body = parse(InvalidateBody, await _read_json(request, front))
+        body = parse(InvalidateBody, await read(request))
         return Json(await front.invalidate(body, request.state.identity))
 
     @app.post("/v1/cache/feedback")
     async def feedback(request: Request) -> Response:
-        body = parse(FeedbackBody, await _read_json(request, front))
+        body = parse(FeedbackBody, await read(request))
         return Json(await front.feedback(body, request.state.identity))
 
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeBody, await _read_json(request, front))
-        text = await front.validator.tokenize(body)
-        ids = text.token_ids
-        strings = [text.model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-        return Json({"count": len(ids), "max_model_len": text.model.max_model_tokens, "tokens": ids, "token_strs": strings})
 
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeBody, await _read_json(request, front))
-        return Json({"prompt": await front.validator.detokenize(body)})
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info(request: Request) -> Response:
-        tokenizer = (await front.registry.model(request.query_params.get("model", ""))).tokenizer
-        end, begin = tokenizer.eos_token_ids, tokenizer.bos_token_id
-        return Json(
-            {
-                "eos_token": tokenizer.token_text(end[0]) if end else None,
-                "bos_token": tokenizer.token_text(begin) if begin is not None else None,
-                "vocab_size": tokenizer.vocab_size,
-            }
-        )
-
+def _add_state_routes(app: FastAPI, front: Front, prometheus: CollectorRegistry) -> None:
     @app.get("/health")
     async def health(request: Request) -> Response:
         return Response(status_code=200)
@@ -187,33 +100,6 @@ def build_app(front: Front, prometheus: CollectorRegistry, console: Console | No
         front.require_admin(request.state.identity)
         return Json(front.registry.view.scrape_targets)
 
-    if console is None:
-        return Edge(app, front)
-    add_routes(app, console, lambda request: _read_json(request, front))
-    return Edge(app, front, open_paths=console.pages.paths)
-
-
-def _caller(request: Request) -> Caller:
-    given = request.headers.get(_TIMEOUT_HEADER)
-    # Not what `float` takes: "nan" and "1_0" are no times.
-    timeout_s = float(given) if given is not None and _SECONDS.fullmatch(given) else None
-    if given is not None and not timeout_s:
-        raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds above 0", param=_TIMEOUT_HEADER)
-    return Caller(request.state.request_id, request.state.identity.tenant.cache_salt, timeout_s)
-
-
-def _tenant(request: Request) -> str:
-    name: str = request.state.identity.tenant.name
-    return name
-
-
-def _header(request: Request) -> Header:
-    return lambda name: request.headers.get(name, "")
-
-
-def _cache_control(request: Request) -> CacheControl:
-    return cache_control(lambda name: ",".join(request.headers.getlist(name)))
-
 
 def _model(name: str, model: ModelView, front: Front) -> JsonObject:
     return {
@@ -225,34 +111,6 @@ def _model(name: str, model: ModelView, front: Front) -> JsonObject:
         "parent": None,
         "max_model_len": front.registry.max_model_tokens(model) or None,
     }
-
-
-async def _read_json(request: Request, front: Front) -> object:
-    limit_bytes = front.config.max_body_bytes
-    too_large = PayloadTooLarge(f"the body is larger than {limit_bytes} bytes")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit_bytes + _DISCARDED_BYTES:
-        raise too_large
-    body = bytearray()
-    size_bytes = 0
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            async for piece in request.stream():
-                size_bytes += len(piece)
-                if size_bytes > limit_bytes + _DISCARDED_BYTES:
-                    raise too_large
-                if size_bytes <= limit_bytes:
-                    body += piece
-    except TimeoutError:
-        raise InvalidRequest(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
-    except ClientDisconnect:
-        raise RequestCancelled("the client went away") from None
-    if size_bytes > limit_bytes:
-        raise too_large
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -78,7 +78,7 @@ class Edge:
                 headers_out = MutableHeaders(scope=message)
                 headers_out.update({**state["answer_headers"], "X-Request-Id": request_id})
                 if "identity" in state and scope["path"] in _LIMITED_PATHS:
-                    headers_out.update(self._front.limiter.headers(state["identity"], self._front.clock.monotonic_s()))
+                    headers_out.update(self._front.limits.headers(state["identity"]))
             await send(message)
 
         with bind_request(request_id), entered(NO_SPAN if sighting is None else sighting.span):

@@ -13,37 +13,27 @@ import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 import uvicorn
-from prometheus_client import CollectorRegistry
 
 from common.clock import Clock, SystemClock
 from common.config import Config, RouterConfig
 from common.errors import ClusterError
 from common.logs import get_logger
-from common.metrics import RouterMetrics
-from common.rpc import cancel_and_wait, start_server
-from common.tracing.tracer import make_tracer
+from common.rpc import start_server
 from common.wire import inference_pb2_grpc, registry_pb2
-from router.cache.answers import AnswerCache
-from router.console.console import Console
+from router.assembly import assemble
 from router.dispatch import Dispatcher
 from router.front import Front
-from router.generation import InFlight
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
-from router.placement.watching import Watching
-from router.registry import Registry
-from router.semantic.making import make_semantics
-from router.store.making import make_store
 
 log = get_logger(__name__)
 
 DRAIN_GRACE_S = 30.0
 _ABORTED_S = 5.0  # after the grace: for the typed errors of aborted streams to reach their clients
 _CLOSING_S = 1.0  # for the last bytes of what has ended, and for calls that never end, such as health watches
-_LONG_S = 3600.0
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65  # longer than the idle time of common load balancers
 
@@ -62,35 +52,17 @@ async def run(
 
     Raises ClusterError if a port is taken.
     """
-    clock = clock or SystemClock()
-    tracer = make_tracer(config.tracing, service="pdserve-router", instance=uuid.uuid4().hex, clock=clock)
-    prometheus = CollectorRegistry()
-    metrics = RouterMetrics(prometheus)
-    store = make_store(config.cache, cluster_token=cluster_token, clock=clock, metrics=metrics.store)
-    registry = Registry(config, manager_address=manager_address, cluster_token=cluster_token, clock=clock)
-    dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics)
-    in_flight = InFlight()
-    semantics = make_semantics(config.cache, store=store, clock=clock, metrics=metrics.semantic)
-    cache = AnswerCache(
-        config.cache,
-        store=store,
-        semantics=semantics,
-        clock=clock,
-        metrics=metrics,
-        draining=lambda: in_flight.closed,
-    )
-    front = Front(
+    router_id = uuid.uuid4().hex
+    router = assemble(
         config,
-        registry=registry,
-        dispatcher=dispatcher,
-        cache=cache,
-        semantics=semantics,
-        in_flight=in_flight,
-        metrics=metrics,
-        tracer=tracer,
-        clock=clock,
+        manager_address=manager_address,
+        cluster_token=cluster_token,
+        router_id=router_id,
+        clock=clock or SystemClock(),
     )
-    with _bound_socket(config.router) as listener:
+    front, console = router.front, router.console
+    async with AsyncExitStack() as ending:
+        listener = ending.enter_context(_bound_socket(config.router))
         rpc = await start_server(
             lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), server),
             host=config.router.grpc_host,
@@ -99,74 +71,21 @@ async def run(
             services=(SERVICE,),
         )
         http_address = _address(config.router.http_host, listener)
-        announcement = registry_pb2.WatchRequest(
-            router_id=uuid.uuid4().hex, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()
+        router.start(
+            registry_pb2.WatchRequest(router_id=router_id, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()),
+            ending,
         )
-        watching = asyncio.create_task(registry.run(announcement), name="watch registry")
-        reports = Watching(
-            config.router.placement,
-            registry,
-            dispatcher.placer,
-            cluster_token=cluster_token,
-            connect_timeout_s=config.router.connect_timeout_s,
-            router_id=announcement.router_id,
-            metrics=metrics,
-        )
-        watching_workers = asyncio.create_task(reports.run(), name="watch workers")
-        storing = asyncio.create_task(store.run(), name="store")
-        reading = asyncio.create_task(semantics.run(), name="semantic cache")
-        console = None
-        if config.router.console.enabled:
-            console = Console(
-                config,
-                front=front,
-                registry=registry,
-                dispatcher=dispatcher,
-                metrics=metrics,
-                clock=clock,
-                router_id=announcement.router_id,
-                manager_address=manager_address,
-                cluster_token=cluster_token,
-            )
-        showing = asyncio.create_task(console.run(), name="console") if console is not None else None
-        observing = asyncio.create_task(front.observatory.run(), name="observatory")
-        following = asyncio.create_task(_follow(registry, front, dispatcher), name="follow the registry")
-        try:
-            async with _http_server(build_app(front, prometheus, console), listener):
-                on_ready(http_address, rpc.address)
-                log.info("router is up", http=http_address, grpc=rpc.address)
-                await stop.wait()
-                front.in_flight.close()
-                await rpc.set_serving(False)
-                await _drain(front, dispatcher, drain_grace_s)
-                if console is not None:
-                    await console.close()
-        finally:
-            if showing is not None:
-                await cancel_and_wait(showing)
-            await rpc.stop(_CLOSING_S)
-            await cancel_and_wait(watching_workers)
-            await cancel_and_wait(following)
-            await cancel_and_wait(observing)
-            await cancel_and_wait(watching)
-            await registry.close()
-            await cache.close()
-            await cancel_and_wait(reading)
-            await semantics.close()
-            await cancel_and_wait(storing)
-            await dispatcher.close()
-            await front.examination.close()
-            await store.close()
-            await tracer.close()
+        ending.push_async_callback(rpc.stop, _CLOSING_S)
+        async with _http_server(build_app(front, router.prometheus, console), listener):
+            on_ready(http_address, rpc.address)
+            log.info("router is up", http=http_address, grpc=rpc.address)
+            await stop.wait()
+            front.in_flight.close()
+            await rpc.set_serving(False)
+            await _drain(front, router.dispatcher, drain_grace_s)
+            if console is not None:
+                await console.close()
     log.info("router stopped")
-
-
-async def _follow(registry: Registry, front: Front, dispatcher: Dispatcher) -> None:
-    """What waits for room hears of workers that come; what is sent to a worker that is lost goes elsewhere."""
-    while True:
-        await registry.wait_changed(_LONG_S)
-        front.gate.workers_changed()
-        dispatcher.leave_lost()
 
 
 async def _drain(front: Front, dispatcher: Dispatcher, grace_s: float) -> None:

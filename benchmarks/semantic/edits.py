@@ -14,6 +14,20 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 _NAME = re.compile(r"(?<=[a-z,] )([A-Z][a-z]{2,})(?![a-z])")
 _FROM_TO = re.compile(r"\bfrom (\w+) to (\w+)\b")
 
+_PAIRS = (
+    "ancient modern, guilty innocent, strength weakness, strengths weaknesses, domestic foreign, temporary permanent, real fake, "
+    "local global, teacher student, teachers students, employer employee, demand supply, theory practice, urban rural, wet dry, "
+    "heaven hell, friend enemy, friends enemies, profit loss, debit credit, natural artificial, online offline, single married, "
+    "buyer seller, landlord tenant, hardware software, civil criminal, major minor, junior senior, analog digital, liquid solid, "
+    "conservative liberal, capitalism communism, democrats republicans, introvert extrovert, king queen, parents children, "
+    "acid base, theist atheist, winter spring, science arts, doctor patient, doctors patients, cause cure, causes cures"
+)
+_UNLISTED: dict[str, str] = {}
+for _pair in _PAIRS.split(", "):
+    _one, _other = _pair.split()
+    _UNLISTED |= {_one: _other, _other: _one}
+_UNLISTED = {one: other for one, other in _UNLISTED.items() if other not in OPPOSITES.get(one, ())}
+
 Edit = Callable[[str, random.Random, list[str]], str | None]
 
 
@@ -60,6 +74,15 @@ def _opposite(text: str, dice: random.Random, names: list[str]) -> str | None:
     return None if re.search(rf"\b{other}\b", text) else re.sub(rf"\b{word}\b", other, text, count=1)
 
 
+def _unlisted_opposite(text: str, dice: random.Random, names: list[str]) -> str | None:
+    """Of words that no veto knows for opposites."""
+    words = [word for word in re.findall(r"[A-Za-z]+", text) if word in _UNLISTED]
+    if not words:
+        return None
+    word = dice.choice(words)
+    return re.sub(rf"\b{word}\b", _UNLISTED[word], text, count=1)
+
+
 def _turned(text: str, dice: random.Random, names: list[str]) -> str | None:
     found = _FROM_TO.search(text)
     if found is None or any(word.lower() in FUNCTION_WORDS for word in found.groups()):
@@ -73,6 +96,7 @@ EDITS: dict[str, Edit] = {
     "name": _other_name,
     "name, small letters": _other_name_in_small_letters,
     "opposite": _opposite,
+    "opposite, unlisted": _unlisted_opposite,
     "direction": _turned,
 }
 

@@ -42,12 +42,15 @@ class Outcome:
     requests: int = 0
     wrong_hits: list[tuple[int, int]] = field(default_factory=list)
     hits_by_quarter: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    wrong_by_quarter: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
 
     def count(self, place: float, *, hit: bool, wrong: bool = False) -> None:
         self.requests += 1
         self.hits += hit
         self.wrong += wrong
-        self.hits_by_quarter[min(3, int(4 * place))] += hit
+        quarter = min(3, int(4 * place))
+        self.hits_by_quarter[quarter] += hit
+        self.wrong_by_quarter[quarter] += wrong
 
 
 class Policy(Protocol):

@@ -17,7 +17,7 @@ BandName = Literal["interactive", "batch", "background"]
 
 
 class LimitsConfig(Part):
-    """Each router counts on its own."""
+    """All routers count together where they share a Redis, but for `max_concurrent`; else each on its own."""
 
     requests_per_minute: int | None = Field(None, ge=1, description="More get 429. A minute's worth may come at once.")
     tokens_per_minute: int | None = Field(

@@ -27,8 +27,8 @@ from common.types import Request
 from router.admission.bands import Band
 from router.admission.desk import Desk, Reason, Refusal
 from router.admission.forecast import Forecast
-from router.admission.limits import Limiter
 from router.admission.queue import Item
+from router.admission.shared_limits import Limits
 from router.admission.tenants import Identity, Standing
 from router.dispatch import DispatchEvent
 
@@ -80,14 +80,14 @@ class Gate:
         *,
         dispatch: Dispatch,
         forecast: Forecast,
-        limiter: Limiter,
+        limits: Limits,
         metrics: AdmissionMetrics,
         clock: Clock,
     ) -> None:
         self._config = config
         self._dispatch = dispatch
         self._forecast = forecast
-        self._limiter = limiter
+        self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._serials = itertools.count()
@@ -108,9 +108,9 @@ class Gate:
     @asynccontextmanager
     async def admit(self, request: Request, standing: Standing) -> AsyncIterator[Grant]:
         """Raises RateLimited, Overloaded or DeadlineExceeded; NoWorkerAvailable when the router goes away."""
-        now_s = self._clock.monotonic_s()
         identity = standing.identity
-        self._check_limits(identity, request.num_prompt_tokens, standing.band, now_s)
+        await self._check_limits(identity, request.num_prompt_tokens, standing.band)
+        now_s = self._clock.monotonic_s()
         item = self._item(request, standing, now_s)
         desk = self._desk(request.model)
         dispatched = False
@@ -129,12 +129,12 @@ class Gate:
             yield Grant(ranked, desk, item, self, standing, queued_s=granted_s - now_s)
         finally:
             ended_s = self._clock.monotonic_s()
-            self._limiter.leave(identity, ended_s)
+            self._limits.leave(identity)
             if dispatched:
                 desk.finished(item.serial, ended_s)
                 self._pump(request.model)
             else:
-                self._limiter.spend(identity, -request.num_prompt_tokens, ended_s)
+                self._limits.spend(identity, -request.num_prompt_tokens)
 
     def served(self, desk: Desk, item: Item, standing: Standing, tokens: int, cached_tokens: int | None) -> None:
         """Of a grant: new tokens; `cached_tokens` comes with the first of them."""
@@ -146,7 +146,7 @@ class Gate:
         if tokens:
             desk.generated(item.serial, tokens)
             self._metrics.serve(label, "generated", tokens)
-            self._limiter.spend(identity, tokens, self._clock.monotonic_s())
+            self._limits.spend(identity, tokens)
 
     def workers_changed(self) -> None:
         """There may be more room."""
@@ -236,8 +236,8 @@ class Gate:
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 
-    def _check_limits(self, identity: Identity, prompt_tokens: int, band: Band, now_s: float) -> None:
-        reached = self._limiter.enter(identity, prompt_tokens, now_s)
+    async def _check_limits(self, identity: Identity, prompt_tokens: int, band: Band) -> None:
+        reached = await self._limits.enter(identity, prompt_tokens)
         if reached is not None:
             self._metrics.rejected_total.labels(reached.limit, band).inc()
             whose = "this key" if reached.of_key else "this tenant"

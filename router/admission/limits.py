@@ -5,14 +5,14 @@
     at a time  from its place in the queue to its last token
 
 A bucket holds a minute's worth and fills evenly. A prompt that is larger than a bucket waits for it to be full. What is served
-from a cache costs no tokens. Time is handed in.
+from a cache costs no tokens. Time is handed in. This is what one router counts; `shared_limits.py` makes one count of several.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from common.config import LimitsConfig
@@ -35,7 +35,10 @@ class LimitReached:
 
 
 class Bucket:
-    def __init__(self, per_minute: int, now_s: float) -> None:
+    """`name` tells it from all others, in every router alike."""
+
+    def __init__(self, name: str, per_minute: int, now_s: float) -> None:
+        self.name = name
         self.size = per_minute
         self._level = float(per_minute)
         self._seen_s = now_s
@@ -58,14 +61,20 @@ class Bucket:
         """May be less than zero, which gives back."""
         self._level = min(float(self.size), self._level - cost)
 
+    def correct(self, level: float, now_s: float) -> None:
+        """To what others know better."""
+        self._level = min(float(self.size), level)
+        self._seen_s = max(self._seen_s, now_s)
+
 
 class Account:
     """Of a tenant, or of one of its keys."""
 
-    def __init__(self, limits: LimitsConfig, *, of_key: bool, now_s: float) -> None:
+    def __init__(self, name: str, limits: LimitsConfig, *, of_key: bool, now_s: float) -> None:
+        requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
         self.of_key = of_key
-        self.requests = Bucket(limits.requests_per_minute, now_s) if limits.requests_per_minute else None
-        self.tokens = Bucket(limits.tokens_per_minute, now_s) if limits.tokens_per_minute else None
+        self.requests = Bucket(f"{name}\0requests", requests, now_s) if requests else None
+        self.tokens = Bucket(f"{name}\0tokens", tokens, now_s) if tokens else None
         self.max_concurrent = limits.max_concurrent
         self.concurrent = 0
 
@@ -79,53 +88,51 @@ class Limiter:
 
     def ask(self, identity: Identity, now_s: float) -> LimitReached | None:
         """At the door. Counts the request, unless a limit is reached."""
-        mine = self._of(identity, now_s)
-        for account in mine:
-            if account.requests is not None and (wait_s := account.requests.wait_s(1, now_s)) > 0:
-                return LimitReached(Limit.REQUESTS, account.of_key, wait_s)
-        for account in mine:
-            if account.requests is not None:
-                account.requests.spend(1)
-        return None
+        return take(Limit.REQUESTS, self.accounts(identity, now_s), 1, now_s)
 
     def enter(self, identity: Identity, prompt_tokens: int, now_s: float) -> LimitReached | None:
         """Before the queue. Counts prompt and request, unless a limit is reached; then `leave` is due once."""
-        mine = self._of(identity, now_s)
+        reached = self.begin(identity, now_s)
+        if reached is None:
+            reached = take(Limit.TOKENS, self.accounts(identity, now_s), prompt_tokens, now_s)
+            if reached is not None:
+                self.leave(identity, now_s)
+        return reached
+
+    def begin(self, identity: Identity, now_s: float) -> LimitReached | None:
+        """The part of `enter` that counts requests at a time."""
+        mine = self.accounts(identity, now_s)
         for account in mine:
             if account.max_concurrent is not None and account.concurrent >= account.max_concurrent:
                 return LimitReached(Limit.CONCURRENT, account.of_key, 1.0)
-            if account.tokens is not None and (wait_s := account.tokens.wait_s(prompt_tokens, now_s)) > 0:
-                return LimitReached(Limit.TOKENS, account.of_key, wait_s)
         for account in mine:
             account.concurrent += 1
-            if account.tokens is not None:
-                account.tokens.spend(prompt_tokens)
         return None
 
     def spend(self, identity: Identity, tokens: int, now_s: float) -> None:
         """Of an answer; or, below zero, of a prompt that was not computed after all."""
-        for account in self._of(identity, now_s):
-            if account.tokens is not None:
-                account.tokens.level(now_s)
-                account.tokens.spend(tokens)
+        for _, bucket in buckets(Limit.TOKENS, self.accounts(identity, now_s)):
+            bucket.level(now_s)
+            bucket.spend(tokens)
 
     def leave(self, identity: Identity, now_s: float) -> None:
-        for account in self._of(identity, now_s):
+        for account in self.accounts(identity, now_s):
             account.concurrent -= 1
 
     def headers(self, identity: Identity, now_s: float) -> Mapping[str, str]:
         """What an answer says of the tightest of the caller's limits, in the names that OpenAI gave them."""
-        mine = self._of(identity, now_s)
+        mine = self.accounts(identity, now_s)
         found: dict[str, str] = {}
-        for name, buckets in (("requests", [one.requests for one in mine]), ("tokens", [one.tokens for one in mine])):
-            tightest = min((bucket for bucket in buckets if bucket is not None), key=lambda one: one.level(now_s), default=None)
+        for name, limit in (("requests", Limit.REQUESTS), ("tokens", Limit.TOKENS)):
+            tightest = min((bucket for _, bucket in buckets(limit, mine)), key=lambda one: one.level(now_s), default=None)
             if tightest is not None:
                 found[f"x-ratelimit-limit-{name}"] = str(tightest.size)
                 found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(tightest.level(now_s))))
                 found[f"x-ratelimit-reset-{name}"] = _duration(tightest.full_in_s(now_s))
         return found
 
-    def _of(self, identity: Identity, now_s: float) -> tuple[Account, ...]:
+    def accounts(self, identity: Identity, now_s: float) -> tuple[Account, ...]:
+        """All that a request of this caller counts against."""
         name = (identity.tenant.name, identity.key_id)
         found = self._by_key.get(name)
         if found is None:
@@ -133,15 +140,33 @@ class Limiter:
             mine = []
             if tenant.limits != _UNLIMITED:
                 if tenant.name not in self._by_tenant:
-                    self._by_tenant[tenant.name] = Account(tenant.limits, of_key=False, now_s=now_s)
+                    self._by_tenant[tenant.name] = Account(f"tenant\0{tenant.name}", tenant.limits, of_key=False, now_s=now_s)
                 mine.append(self._by_tenant[tenant.name])
             if tenant.key_limits != _UNLIMITED:
-                mine.append(Account(tenant.key_limits, of_key=True, now_s=now_s))
+                key = f"key\0{tenant.name}\0{identity.key_id}"
+                mine.append(Account(key, tenant.key_limits, of_key=True, now_s=now_s))
             found = self._by_key[name] = tuple(mine)
         return found
 
 
 _UNLIMITED = LimitsConfig()
+
+
+def buckets(limit: Limit, accounts: Iterable[Account]) -> list[tuple[Account, Bucket]]:
+    """Those of one kind, with whose they are."""
+    found = ((account, account.requests if limit is Limit.REQUESTS else account.tokens) for account in accounts)
+    return [(account, bucket) for account, bucket in found if bucket is not None]
+
+
+def take(limit: Limit, accounts: Iterable[Account], cost: float, now_s: float) -> LimitReached | None:
+    """Out of every bucket of this kind, or out of none of them."""
+    found = buckets(limit, accounts)
+    for account, bucket in found:
+        if (wait_s := bucket.wait_s(cost, now_s)) > 0:
+            return LimitReached(limit, account.of_key, wait_s)
+    for _, bucket in found:
+        bucket.spend(cost)
+    return None
 
 
 def _duration(seconds: float) -> str:

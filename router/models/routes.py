@@ -47,6 +47,18 @@ class ModelRouter:
         """The names that stand for several models, with these."""
         return {name: alias.models for name, alias in self._config.aliases.items()}
 
+    def stand_in(self, name: str) -> str:
+        """Of a name's models the one that is meant where there is no call to decide about, such as a text to tokenise: the first
+        that serves; before those that are dear the cheap, before those with little weight the heavy."""
+        alias = self._config.aliases.get(name)
+        if alias is None:
+            return name
+        order = sorted(alias.weights, key=lambda model: -alias.weights[model]) or list(alias.candidates)
+        if alias.policy != "first":
+            order.sort(key=lambda model: self._costs[name][model])
+        order += alias.fallback
+        return next((model for model in order if self._is_ready(model)), order[0])
+
     async def route(self, facts: Facts, validate: Validate) -> Route:
         """Raises what the validator says of a plain name; of a routed one, if nobody can serve it, what its first model says."""
         alias = self._config.aliases.get(facts.asked)

@@ -30,7 +30,7 @@ from router.placement.worker import Worker
 _LEAST_LOADED = 4  # looked at whatever they hold
 _GROUPS = 6  # of those that hold the same part of the prompt, the ones that hold most
 _LOOKED_AT = 48  # from the front of the order, before the members of a group are gone through
-_KEY, _COST, _LAST_USED = attrgetter("key"), itemgetter(0), itemgetter(1)
+_KEY, _COST = attrgetter("key"), itemgetter(0)
 _EQUAL_S, _EQUAL_SHARE = 5e-4, 0.03
 _TPOT_TOKENS = 16.0  # a client feels a slower step as often, before somebody else comes or goes
 _REMAINING_TOKENS = 128.0  # of a sequence that decodes; how long a slot takes to become free
@@ -101,14 +101,15 @@ def decode_options(
 
 def _best(ways: list[tuple[float, int, Worker, int, float]]) -> Option:
     equal_s = min(ways, key=_COST)[0] + _EQUAL_S
-    cost_s, _, worker, cached, ttft_s = min((way for way in ways if way[0] <= equal_s), key=_LAST_USED)
+    cost_s, _, worker, cached, ttft_s = min((way for way in ways if way[0] <= equal_s), key=lambda way: (-way[3], way[1]))
     return Option(worker, cached, ttft_s, cost_s)
 
 
 def _ordered(options: list[Option], compute_s: float) -> list[Option]:
-    """Best first. Costs that differ by less than a prediction is worth are equal: the least recently used is best."""
+    """Best first. Costs that differ by less than a prediction is worth are equal: then who holds most of the prompt is best, so
+    that caches do not fill with copies of what is quickly computed; of those the least recently used."""
     equal_s = min(option.cost_s for option in options) + _EQUAL_S + _EQUAL_SHARE * compute_s
-    options.sort(key=lambda option: (max(option.cost_s, equal_s), option.worker.last_used))
+    options.sort(key=lambda option: (max(option.cost_s, equal_s), -option.cached_tokens, option.worker.last_used))
     return options
 
 

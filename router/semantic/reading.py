@@ -41,6 +41,10 @@ _TOKEN = re.compile(
 )
 _SENTENCE_ENDS = frozenset(".?!;:")
 _SYMBOLS_THAT_COUNT = frozenset("+*^=<>")
+_NEGATED_WITHOUT_APOSTROPHE = frozenset(["dont", "cant", "wont", "doesnt", "didnt", "isnt", "shouldnt", "wouldnt", "arent"])
+_ROOTS = {"ca": "can", "wo": "will"}  # of "can't" and "won't"
+_BETWEEN_NUMBER_AND_UNIT = frozenset(("more", "square", "cubic", "fluid"))
+_FIRST_PERSON = frozenset(("i", "i'm", "i'd", "i've", "i'll"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,90 +83,105 @@ def read(text: str) -> Reading:
     quoted = {part for match in _QUOTED.finditer(text) for part in match.groups() if part}
     code = {match.group().rstrip(".,;:?!") for match in _CODE.finditer(text)}
     versions = {match.group().lower().removeprefix("v") for match in _VERSION.finditer(text)}
-    words: list[str] = []
-    content: list[str] = []
-    numbers = {f"version {version}" for version in versions}
-    names: set[str] = set()
-    negations = 0
-    symbols: set[str] = set()
-    starts = True  # a sentence, where a capital means nothing
-    units: set[str] = set()
-    follows_number = False
-    shouting = sum(map(str.isupper, text)) > 0.6 * max(1, sum(map(str.isalpha, text)))
     tokens = _TOKEN.findall(text)
-    capitalised = [token[0].isupper() for token in tokens if token[0].isalpha() and len(token) > 3]
-    titled = len(capitalised) > 3 and all(capitalised)  # Every Word Like This: capitals tell nothing
-    currency = ""  # a sign that waits for its number
+    pass_over = _Pass(capitals_count=not _shouts(text) and not _is_titled(tokens))
     for token in tokens:
-        if token in _SYMBOLS_THAT_COUNT:
-            symbols.add(token)
-            continue
-        if token in UNITS and not token.isalpha():
-            if follows_number:
-                units.add(UNITS[token])
-            else:
-                currency = UNITS[token]
-            continue
-        if not token[0].isalpha():
-            follows_number = token[-1].isalnum()
-            if follows_number:
-                number = _plain_number(token)
-                numbers.add(number)
-                words.append(number)
-                content.append(number)
-                if currency:
-                    units.add(currency)
-            else:
-                starts = starts or token in _SENTENCE_ENDS
-            currency = ""
-            continue
-        word = token.lower().replace("’", "'")
-        if follows_number and word in UNITS:
-            units.add(UNITS[word])
-        follows_number = word in NUMBER_WORDS or (follows_number and word in ("more", "square", "cubic", "fluid"))
-        negated = word.endswith("n't") or word in (
-            "dont",
-            "cant",
-            "wont",
-            "doesnt",
-            "didnt",
-            "isnt",
-            "shouldnt",
-            "wouldnt",
-            "arent",
-        )
-        if negated or word in NEGATIONS:
-            negations += 1
-        if negated:
-            root = word.removesuffix("n't") if word.endswith("n't") else word.removesuffix("nt")
-            words += [{"ca": "can", "wo": "will", "do": "do"}.get(root, root), "not"]
-        else:
-            word = word.removesuffix("'s")
-            words.append(word)
-            if word in NUMBER_WORDS:
-                numbers.add(NUMBER_WORDS[word])
-            elif word in DATE_WORDS or (word == "may" and token == "May" and not starts):
-                numbers.add(word[:3])
-            if not shouting and not titled and token[0].isupper() and word not in ("i", "i'm", "i'd", "i've", "i'll"):
-                capitals = token.isupper() and len(token) > 1
-                inner = any(letter.isupper() for letter in token[1:])
-                if (not starts or capitals or inner) and word not in FUNCTION_WORDS:
-                    names.add(stem(word))
-            if word not in FUNCTION_WORDS and word not in NEGATIONS:
-                content.append(stem(word))
-        starts = False
+        pass_over.token(token)
     return Reading(
-        words=tuple(words),
-        content=tuple(content),
-        stems=frozenset(content),
-        numbers=frozenset(numbers),
-        units=frozenset(units),
-        code=frozenset(code | quoted | symbols),
-        names=frozenset(names),
-        negations=negations,
-        asks=_asks(words),
+        words=tuple(pass_over.words),
+        content=tuple(pass_over.content),
+        stems=frozenset(pass_over.content),
+        numbers=frozenset(pass_over.numbers | {f"version {version}" for version in versions}),
+        units=frozenset(pass_over.units),
+        code=frozenset(code | quoted | pass_over.symbols),
+        names=frozenset(pass_over.names),
+        negations=pass_over.negations,
+        asks=_asks(pass_over.words),
         latin_share=_latin_share(text),
     )
+
+
+class _Pass:
+    """One pass over the tokens of a text."""
+
+    def __init__(self, *, capitals_count: bool) -> None:
+        self.words: list[str] = []
+        self.content: list[str] = []
+        self.numbers: set[str] = set()
+        self.units: set[str] = set()
+        self.names: set[str] = set()
+        self.symbols: set[str] = set()
+        self.negations = 0
+        self._capitals_count = capitals_count
+        self._starts = True  # a sentence, where a capital means nothing
+        self._follows_number = False
+        self._currency = ""  # a sign that waits for its number
+
+    def token(self, token: str) -> None:
+        if token in _SYMBOLS_THAT_COUNT:
+            self.symbols.add(token)
+        elif token in UNITS and not token.isalpha():
+            self._sign(UNITS[token])
+        elif token[0].isalpha():
+            self._word(token)
+        elif token[-1].isalnum():
+            self._number(_plain_number(token))
+        else:
+            self._follows_number, self._currency = False, ""
+            self._starts = self._starts or token in _SENTENCE_ENDS
+
+    def _sign(self, unit: str) -> None:
+        """Of a unit: behind its number, or before it as that of a currency."""
+        if self._follows_number:
+            self.units.add(unit)
+        else:
+            self._currency = unit
+
+    def _number(self, number: str) -> None:
+        self.numbers.add(number)
+        self.words.append(number)
+        self.content.append(number)
+        if self._currency:
+            self.units.add(self._currency)
+        self._follows_number, self._currency = True, ""
+
+    def _word(self, token: str) -> None:
+        word = token.lower().replace("’", "'")
+        if self._follows_number and word in UNITS:
+            self.units.add(UNITS[word])
+        self._follows_number = word in NUMBER_WORDS or (self._follows_number and word in _BETWEEN_NUMBER_AND_UNIT)
+        if word.endswith("n't") or word in _NEGATED_WITHOUT_APOSTROPHE:
+            root = word.removesuffix("n't") if word.endswith("n't") else word.removesuffix("nt")
+            self.words += [_ROOTS.get(root, root), "not"]
+            self.negations += 1
+        else:
+            self.negations += word in NEGATIONS
+            self._plain_word(token, word.removesuffix("'s"))
+        self._starts = False
+
+    def _plain_word(self, token: str, word: str) -> None:
+        self.words.append(word)
+        if word in NUMBER_WORDS:
+            self.numbers.add(NUMBER_WORDS[word])
+        elif word in DATE_WORDS or (word == "may" and token == "May" and not self._starts):
+            self.numbers.add(word[:3])
+        if self._capitals_count and token[0].isupper() and word not in _FIRST_PERSON:
+            capitals = token.isupper() and len(token) > 1
+            inner = any(letter.isupper() for letter in token[1:])
+            if (not self._starts or capitals or inner) and word not in FUNCTION_WORDS:
+                self.names.add(stem(word))
+        if word not in FUNCTION_WORDS and word not in NEGATIONS:
+            self.content.append(stem(word))
+
+
+def _shouts(text: str) -> bool:
+    return sum(map(str.isupper, text)) > 0.6 * max(1, sum(map(str.isalpha, text)))
+
+
+def _is_titled(tokens: list[str]) -> bool:
+    """Every Word Like This: capitals tell nothing."""
+    capitalised = [token[0].isupper() for token in tokens if token[0].isalpha() and len(token) > 3]
+    return len(capitalised) > 3 and all(capitalised)
 
 
 def _plain_number(token: str) -> str:

@@ -20,6 +20,7 @@ from common.errors import ClusterError
 from common.rpc import connect
 from router.server import _bound_socket, run
 from support.fake_cluster import MODEL, TOKEN, FakeCluster, FakeManager, router_config
+from support.plain_http import NO_CERTIFICATES
 from support.router_clients import http_client, openai_client
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 50}
@@ -174,7 +175,9 @@ async def test_the_process_serves_and_ends_on_a_signal(cluster: FakeCluster, con
                 await asyncio.sleep(0.01)
         announcement = cluster.manager.announced[1]
         assert announcement.pid == process.pid
-        async with httpx.AsyncClient(base_url=f"http://{announcement.http_address}", trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=f"http://{announcement.http_address}", trust_env=False, verify=NO_CERTIFICATES
+        ) as client:
 
             async def served() -> bool:
                 return (await client.post("/v1/completions", json=BODY)).status_code == 200

@@ -22,6 +22,7 @@ from common.tokenizer import Tokenizer
 from common.types import FinishReason, Request, StageTimings, Started, TokenChunk, TokenLogprob, WorkAccount
 from common.wire import registry_pb2, registry_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from router.server import run
+from support.plain_http import NO_CERTIFICATES
 from support.tiny_models import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, make_tiny_tokenizer
 
 TOKEN = "cluster-secret"
@@ -285,7 +286,8 @@ class FakeCluster:
         """Returns when the router has taken over the manager's snapshot, as a client can tell."""
         infos = [info for info in self.manager.snapshot.workers if info.role == types_pb2.ROLE_DECODE]
         ready = sorted({info.model for info in infos if info.state == "ready"})
-        async with httpx.AsyncClient(base_url=self.http_url, trust_env=False) as client, asyncio.timeout(10):
+        client = httpx.AsyncClient(base_url=self.http_url, trust_env=False, verify=NO_CERTIFICATES)
+        async with client, asyncio.timeout(10):
             while (await client.get("/ready")).json()["models"] != ready:
                 await asyncio.sleep(0.005)
 

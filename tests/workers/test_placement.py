@@ -27,8 +27,7 @@ from router.registry import Registry
 from support.tiny_models import make_tiny_model
 from support.workers import TOKEN, request, running_workers
 
-# By torch: where a step is much longer than what carries it, what a prefix is worth stands out of the noise.
-ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048, kernels="torch")
+ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048)
 BLOCK = ENGINE.block_tokens
 AnyWorker = PrefillWorker | DecodeWorker
 

@@ -19,6 +19,7 @@ from common.rpc import connect, error_from_rpc
 from common.wire import inference_pb2 as pb
 from common.wire.inference_pb2_grpc import InferenceStub
 from support.fake_cluster import MODEL, FakeCluster
+from support.redis_server import RedisServer
 from support.router_clients import http_client, openai_client
 
 StartCluster = Callable[..., AbstractAsyncContextManager[FakeCluster]]
@@ -54,6 +55,30 @@ async def held(start_cluster: StartCluster) -> AsyncIterator[tuple[FakeCluster, 
 
 
 # -- tenants and their limits ------------------------------------------------------------------------------------------
+
+
+async def test_two_routers_on_one_redis_give_a_minutes_worth_once(
+    start_cluster: StartCluster, redis_server: Callable[[str], RedisServer], namespace: str
+) -> None:
+    settings: dict[str, Any] = {
+        "cache": {"exact": {"enabled": False}, "redis": {"url": redis_server("system").url, "namespace": namespace}},
+        "api_keys": ("key",),
+        "tenants": {"default": {"key_limits": {"requests_per_minute": 5}}},
+    }
+    async with (
+        start_cluster(**settings) as one,
+        start_cluster(**settings) as two,
+        http_client(one, headers=bearer("key")) as first,
+        http_client(two, headers=bearer("key")) as second,
+    ):
+        for http in (first, second):
+            async with asyncio.timeout(10):
+                while not await sample(http, 'pdserve_store_breaker{state="closed"}'):
+                    await asyncio.sleep(0.005)
+        answers = [await http.post("/v1/completions", json=BODY) for http in (first, second) * 4]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 3
+        assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == [*"43210", *"000"]
+        assert answers[-1].json()["error"]["param"] == "requests_per_minute"
 
 
 async def test_a_tenant_with_several_keys_shares_what_no_other_sees(start_cluster: StartCluster, tmp_path: Path) -> None:

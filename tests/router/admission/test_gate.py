@@ -21,7 +21,7 @@ from common.types import FinishReason, Request, SamplingParams, StageTimings, St
 from router.admission.bands import Band
 from router.admission.forecast import Room
 from router.admission.gate import Gate
-from router.admission.limits import Limiter
+from router.admission.shared_limits import Limits
 from router.admission.tenants import Identity, Standing, Tenant
 from router.dispatch import Admission, DispatchEvent
 
@@ -76,7 +76,7 @@ class Rig:
     forecast: Forecast
     gate: Gate
     prometheus: CollectorRegistry
-    limiter: Limiter
+    limits: Limits
 
     def start(self, name: str, band: Band = Band.INTERACTIVE, **more: Any) -> asyncio.Task[int]:
         return asyncio.create_task(self.generate(name, band, **more), name=name)
@@ -101,16 +101,18 @@ def standing(band: Band, tenant: str, limits: Any = None) -> Standing:
 
 
 def rig(*, clock: Clock | None = None, **config: Any) -> Rig:
-    prometheus, workers, forecast, limiter = CollectorRegistry(), Workers(), Forecast(), Limiter()
+    prometheus, workers, forecast = CollectorRegistry(), Workers(), Forecast()
+    clock = clock or SystemClock()
+    limits = Limits(None, namespace="", clock=clock)
     gate = Gate(
         AdmissionConfig.model_validate(config),
         dispatch=workers,
         forecast=forecast,
-        limiter=limiter,
+        limits=limits,
         metrics=AdmissionMetrics(prometheus),
-        clock=clock or SystemClock(),
+        clock=clock,
     )
-    return Rig(workers, forecast, gate, prometheus, limiter)
+    return Rig(workers, forecast, gate, prometheus, limits)
 
 
 async def settled() -> None:
@@ -332,13 +334,13 @@ async def test_tokens_are_counted_as_they_come_and_given_back_if_nothing_was_com
     first, second = one.start("first", limits=limits), one.start("second", limits=limits)
     await settled()  # 10 and 10 for prompts, 2 for an answer
     who = standing(Band.INTERACTIVE, "a", limits).identity
-    assert one.limiter.headers(who, 0.0)["x-ratelimit-remaining-tokens"] == "8"
+    assert one.limits.headers(who)["x-ratelimit-remaining-tokens"] == "8"
     second.cancel()
     await settled()
-    assert one.limiter.headers(who, 0.0)["x-ratelimit-remaining-tokens"] == "18"
+    assert one.limits.headers(who)["x-ratelimit-remaining-tokens"] == "18"
     one.workers.let("first").set()
     await first
-    assert one.limiter.headers(who, 0.0)["x-ratelimit-remaining-tokens"] == "17"
+    assert one.limits.headers(who)["x-ratelimit-remaining-tokens"] == "17"
     with pytest.raises(asyncio.CancelledError):
         await second
 

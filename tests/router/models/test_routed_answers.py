@@ -15,9 +15,11 @@ import grpc.aio
 import httpx
 import pytest
 
+from common.config import RoutingConfig
 from common.errors import EngineFailure, InvalidRequest, Overloaded
 from common.wire import inference_pb2, inference_pb2_grpc
 from router.models.predictor import NUM_FACTS, Logistic, Predictor, features
+from router.models.routes import ModelRouter
 from support.fake_cluster import CONTEXT, MODEL, FakeCluster
 from support.router_clients import http_client
 
@@ -69,6 +71,44 @@ async def test_names_lead_to_models_and_headers_say_which(http: httpx.AsyncClien
         assert answer.json()["model"] == answer.headers["x-route-model"]
         assert model in (None, answer.json()["model"])
         assert why in answer.headers["x-route-reason"]
+
+
+async def test_a_name_of_several_models_tokenises_as_one_of_them(http: httpx.AsyncClient, two: FakeCluster) -> None:
+    asked = {"prompt": "a few words", "return_token_strs": True}
+    plain = (await http.post("/tokenize", json={"model": MODEL, **asked})).json()
+    for name in ("auto", "best", "missing", "canary", "small"):
+        routed = await http.post("/tokenize", json={"model": name, **asked})
+        assert (routed.status_code, routed.json()) == (200, plain)  # both models have one tokenizer
+        back = await http.post("/detokenize", json={"model": name, "tokens": plain["tokens"]})
+        assert back.json() == {"prompt": "a few words"}
+        assert (await http.get("/tokenizer_info", params={"model": name})).status_code == 200
+    assert (await http.post("/tokenize", json={"model": "else", **asked})).status_code == 404
+    assert (await http.post("/tokenize", json={"model": "nobody", **asked})).status_code == 503  # configured, and not up
+    async with grpc.aio.insecure_channel(two.grpc_address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        reply = await stub.Tokenize(inference_pb2.TokenizeRequest(model="auto", prompt="a few words"))
+        assert list(reply.token_ids) == plain["tokens"]
+
+
+def test_who_stands_for_a_name_without_a_call() -> None:
+    routing = RoutingConfig.model_validate(
+        {
+            "aliases": {
+                "listed": {"candidates": ["dear", "cheap"], "fallback": ["other"]},
+                "cheapest": {"candidates": ["dear", "cheap"], "policy": "cheapest"},
+                "canary": {"weights": {"dear": 5, "cheap": 95}},
+            },
+            "prices": {"dear": {"input": 2, "output": 2}, "cheap": {"input": 1, "output": 1}},
+        }
+    )
+    up = {"dear", "cheap", "other"}
+    router = ModelRouter(routing, is_ready=lambda model: model in up)
+    names = ("listed", "cheapest", "canary", "dear")
+    assert [router.stand_in(name) for name in names] == ["dear", "cheap", "cheap", "dear"]
+    up.remove("cheap")
+    assert [router.stand_in(name) for name in names] == ["dear", "dear", "dear", "dear"]
+    up.clear()
+    assert [router.stand_in(name) for name in names] == ["dear", "cheap", "cheap", "dear"]
 
 
 async def test_a_model_asked_by_its_name_is_not_routed(http: httpx.AsyncClient, two: FakeCluster) -> None:

@@ -73,11 +73,11 @@ class Rig:
         )
         return self.placer.report(to, report)
 
-    def learn(self, *, handoff_s: float = 0.01, **all_load: str) -> None:
+    def learn(self, *, handoff_s: float = 0.01, speed: float = 1.0, **all_load: str) -> None:
         """Everybody has computed for a while, and hand-offs were seen."""
         for one in self.views:
             sizes = [16, 64, 200, 1, 128, 32, 250, 8] * 6
-            steps = tuple(StepSample(n, pairs(n, 3 * n), A + B * n + C * pairs(n, 3 * n)) for n in sizes)
+            steps = tuple(StepSample(n, pairs(n, 3 * n), (A + B * n + C * pairs(n, 3 * n)) / speed) for n in sizes)
             self.report(one.ref.worker_id, steps=steps, **all_load)  # type: ignore[arg-type]
         for tokens in (64, 512, 2048) * 5:
             self.placer.fleet.handoff("m").learn(tokens, handoff_s + 1e-6 * tokens)
@@ -194,6 +194,21 @@ def test_the_holder_of_a_prefix_is_worth_some_wait_but_not_any() -> None:
     rig.report("p1", evicted=keys)
     rig.report("p0", queued_tokens=100)
     assert names(rig.place(1024, keys))[1][0] == "p1"
+
+
+def test_where_prompts_are_computed_in_no_time_they_still_go_to_who_holds_them() -> None:
+    """Costs are as good as equal; copies of a prefix on every worker would still take the place of others."""
+    rig = Rig(*ALL)
+    rig.learn(speed=100.0)
+    keys = tuple(range(1, 17))  # 256 tokens: a quarter of a millisecond
+    for name in ("p1", "d1"):
+        rig.report(name, registered=keys)
+    for _ in range(2):  # the holders were used last
+        rig.send()[2].close()  # type: ignore[attr-defined]
+    decode, (prefill, *_) = names(rig.place(300, keys))
+    assert (decode, prefill) == ("d1", "p1")
+    rig.report("p1", queued_tokens=5000)
+    assert names(rig.place(300, keys))[1][0] == "p0"
 
 
 def test_a_dispatch_counts_as_a_prefix_until_it_is_known_or_too_old() -> None:
