@@ -30,15 +30,15 @@ from common.codec import (
 )
 from common.config import TransferConfig
 from common.engine.heads.rows import HiddenRow
-from common.errors import EngineFailure, HandshakeRefused, PdserveError, SealMismatch, TransferBroken, WorkerLost
-from common.logs import get_logger
+from common.errors import EngineFailure, PdserveError, SealMismatch, WorkerLost
 from common.metrics import LeaseReadings
 from common.tracing.span import Kind, Span, Value, current_span, within
 from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from decode_worker.events import RemotePrefill, RemotePrefillWanted
-from decode_worker.prefill_peer import ConnectPrefill, PrefillPeer
+from decode_worker.prefill_links import PrefillLink, PrefillLinks
+from decode_worker.prefill_peer import ConnectPrefill
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
@@ -66,24 +66,9 @@ class MakeReceiver(Protocol):
     ) -> KVReceiver: ...
 
 
-_log = get_logger(__name__)
-
-
 def region_of_pool(memory: PoolMemory, device_memory: DeviceMemory | None, block_bytes: int) -> BlockRegion:
     """Where the engine's KV pool lies; on a GPU the engine brings the memory itself. Raises StartupError."""
     return memory.region if device_memory is None else region_of(device_memory, block_bytes)
-
-
-@dataclass(slots=True)
-class _Peer:
-    ref: WorkerRef
-    rpc: PrefillPeer
-    transport: str = ""  # "" until the handshake succeeded
-    handshake: asyncio.Task[None] | None = None  # the one that is under way, for all who need it
-    num_waiting: int = 0  # for it
-    num_transfers: int = 0  # that were verified
-    num_failures: int = 0
-    transferred_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -91,7 +76,7 @@ class _Progress:
     """How far a fetch has come; what must be undone if it does not succeed."""
 
     wanted: RemotePrefillWanted
-    peer: _Peer | None = None
+    link: PrefillLink | None = None
     incoming: Incoming | None = None
     succeeded: bool = False
 
@@ -115,7 +100,6 @@ class DecodeHandoff:
         self._layout = layout
         self._region = region
         self._clock = clock
-        self._connect = connect
         self._on_drained = on_drained
         secret = derive_secret(spec.cluster_token)
         self._receiver = make_receiver(
@@ -123,8 +107,8 @@ class DecodeHandoff:
         )
         self._probes = ProbeTarget(spec.worker_id, spec.incarnation, secret, clock)
         self._offers: list[TransportOffer] = []
-        self._peers: dict[str, _Peer] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._links = PrefillLinks(connect, self._introduction, spec.transfer.handshake_timeout_s, self._spawn)
 
     def leases(self) -> LeaseReadings:
         """From any thread."""
@@ -137,17 +121,7 @@ class DecodeHandoff:
 
     def link_uses(self) -> tuple[worker_pb2.LinkUse, ...]:
         """What came from each prefill worker that is known, in the order in which they were met."""
-        return tuple(
-            worker_pb2.LinkUse(
-                prefill_worker_id=peer.ref.worker_id,
-                prefill_incarnation=peer.ref.incarnation,
-                transport=peer.transport,
-                transfers=peer.num_transfers,
-                failures=peer.num_failures,
-                bytes=peer.transferred_bytes,
-            )
-            for peer in self._peers.values()
-        )
+        return self._links.uses()
 
     async def start(self) -> None:
         self._offers = await self._receiver.start(
@@ -165,11 +139,7 @@ class DecodeHandoff:
     async def close(self) -> None:
         """Ends all links. The memory stays with whoever keeps the engine."""
         await self._receiver.close()
-        for peer in self._peers.values():
-            if peer.handshake is not None:
-                peer.handshake.cancel()
-            await peer.rpc.close()
-        self._peers.clear()
+        await self._links.close()
         if self._background:
             await asyncio.wait(self._background)
 
@@ -196,10 +166,10 @@ class DecodeHandoff:
     async def probe(self, ref: WorkerRef) -> worker_pb2.PeerReport:
         """Whether hand-offs from this prefill worker work, and how well each kind of link would do."""
         report = worker_pb2.PeerReport(prefill_worker_id=ref.worker_id)
-        peer = self._peer(ref)
+        link = self._links.to(ref)
         try:
-            await self._handshake(peer)
-            report.transport = peer.transport
+            await self._links.shake_hands(link)
+            report.transport = link.transport
         except PdserveError as error:
             report.refused.CopyFrom(error_to_wire(error))
 
@@ -212,20 +182,20 @@ class DecodeHandoff:
                 layout=layout_to_wire(order.layout),
                 tickets=[ticket_to_wire(ticket) for ticket in order.tickets],
             )
-            reply = await peer.rpc.push_probe(message, self._config.handshake_timeout_s)
+            reply = await link.rpc.push_probe(message, self._config.handshake_timeout_s)
             return [PushReport(_seal(account), account.transfer_s) for account in reply.accounts]
 
         configured = self._config.transports
         others = (kind for kind in TRANSPORTS if kind not in (*configured, "inproc", *LOSSY))
         # What this pool's memory rules out is never offered, so there is nothing to try.
         kinds = [kind for kind in (*configured, *others) if create_transport(kind).can_serve(self._region)]
-        for link in await self._probes.measure(ref, kinds, self._spec.host, ask):
+        for found in await self._probes.measure(ref, kinds, self._spec.host, ask):
             report.links.add(
-                kind=link.kind,
-                configured=link.kind in configured,
-                error=None if link.error is None else error_to_wire(link.error),
-                latency_s=link.latency_s,
-                bytes_per_s=link.bytes_per_s,
+                kind=found.kind,
+                configured=found.kind in configured,
+                error=None if found.error is None else error_to_wire(found.error),
+                latency_s=found.latency_s,
+                bytes_per_s=found.bytes_per_s,
             )
         return report
 
@@ -233,22 +203,20 @@ class DecodeHandoff:
         try:
             ready = await self._obtain(progress)
         except PdserveError as error:
-            if progress.peer is not None:
-                progress.peer.transport = ""  # whatever went wrong, shake hands again before the next ticket
-                progress.peer.num_failures += 1
+            if progress.link is not None:
+                progress.link.failed()
             report(error)
         else:
             # No await between the last one of the hand-off and here: an abort comes before both, or after both.
             progress.succeeded = True
-            if progress.peer is not None:
-                progress.peer.num_transfers += 1
-                progress.peer.transferred_bytes += ready.timings.transfer_bytes
+            if progress.link is not None:
+                progress.link.succeeded(ready.timings.transfer_bytes)
             report(ready)
 
     async def _obtain(self, progress: _Progress) -> RemotePrefill:
         wanted = progress.wanted
-        peer = progress.peer = self._peer(wanted.prefill)
-        await self._handshake(peer)
+        link = progress.link = self._links.to(wanted.prefill)
+        await self._links.shake_hands(link)
         incoming = progress.incoming = self._receiver.open(
             request_id=wanted.request.request_id,
             attempt=wanted.attempt,
@@ -260,14 +228,14 @@ class DecodeHandoff:
         )
         attributes: dict[str, Value] = {"pdserve.prefill_worker": wanted.prefill.worker_id, "pdserve.attempt": wanted.attempt}
         with within(current_span().child("remote prefill", kind=Kind.CLIENT, attributes=attributes)) as span:
-            return await self._run(peer, incoming, wanted, span)
+            return await self._run(link, incoming, wanted, span)
 
-    async def _run(self, peer: _Peer, incoming: Incoming, wanted: RemotePrefillWanted, span: Span) -> RemotePrefill:
+    async def _run(self, link: PrefillLink, incoming: Incoming, wanted: RemotePrefillWanted, span: Span) -> RemotePrefill:
         started_s = self._clock.monotonic_s()
         message = worker_pb2.PrefillRequest(
             request=request_to_wire(wanted.request), ticket=ticket_to_wire(incoming.ticket), wants_row=wanted.wants_row
         )
-        run = asyncio.ensure_future(peer.rpc.run(message, incoming.ticket.ttl_s))
+        run = asyncio.ensure_future(link.rpc.run(message, incoming.ticket.ttl_s))
         failed = asyncio.ensure_future(incoming.wait_failed())
         try:
             await asyncio.wait({run, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -285,17 +253,17 @@ class DecodeHandoff:
             "transfer",  # what the computation did not hide
             start_s=max(started_s, replied_s - reply.tail_s),
             attributes={
-                "pdserve.transport": peer.transport,
+                "pdserve.transport": link.transport,
                 "pdserve.blocks": num_blocks,
                 "pdserve.bytes": num_blocks * self._layout.block_bytes,
             },
         )
         transfer.end()
-        return self._account(peer, incoming, wanted.request, reply, replied_s - started_s, verify_s)
+        return self._account(link, incoming, wanted.request, reply, replied_s - started_s, verify_s)
 
     def _account(
         self,
-        peer: _Peer,
+        link: PrefillLink,
         incoming: Incoming,
         request: Request,
         reply: worker_pb2.PrefillReply,
@@ -326,37 +294,15 @@ class DecodeHandoff:
                 transfer_exposed_s=exposed_s,
                 rpc_s=max(0.0, run_s - reply.queue_s - reply.prefill_s - reply.tail_s),
                 transfer_hidden_s=max(0.0, reply.transfer_s - exposed_s),
-                prefill_worker=peer.ref.worker_id,
-                transport=peer.transport,
+                prefill_worker=link.ref.worker_id,
+                transport=link.transport,
                 transfer_bytes=num_blocks * self._layout.block_bytes,
                 transfer_blocks=num_blocks,
             ),
         )
 
-    async def _handshake(self, peer: _Peer) -> None:
-        """One at a time per peer, with one budget, shared by all who wait for it: its failure is the failure of each. It is given
-        up when the last of them no longer waits."""
-        if peer.transport:
-            return
-        shared = peer.handshake
-        if shared is None or shared.done():
-            shared = peer.handshake = self._spawn(self._shake_hands(peer))
-        peer.num_waiting += 1
-        try:
-            await asyncio.shield(shared)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise TransferBroken("this worker's KV transfer is closed") from None  # it is the shared one that was cancelled
-        finally:
-            peer.num_waiting -= 1
-            if peer.num_waiting == 0 and peer.handshake is not None:
-                peer.handshake.cancel()  # of no effect if it is done
-                peer.handshake = None
-
-    async def _shake_hands(self, peer: _Peer) -> None:
-        message = worker_pb2.HandshakeRequest(
+    def _introduction(self) -> worker_pb2.HandshakeRequest:
+        return worker_pb2.HandshakeRequest(
             protocol_version=PROTOCOL_VERSION,
             decode_worker_id=self._spec.worker_id,
             decode_incarnation=self._spec.incarnation,
@@ -364,31 +310,14 @@ class DecodeHandoff:
             offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
             pool_blocks=self._region.num_blocks,
         )
-        reply = await peer.rpc.handshake(message, self._config.handshake_timeout_s)
-        if (reply.prefill_worker_id, reply.prefill_incarnation) != (peer.ref.worker_id, peer.ref.incarnation):
-            raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
-        peer.transport = reply.transport
-        _log.info("linked", prefill=peer.ref.worker_id, incarnation=peer.ref.incarnation, transport=reply.transport)
-
-    def _peer(self, ref: WorkerRef) -> _Peer:
-        known = self._peers.get(ref.worker_id)
-        if known is not None and known.ref == ref:
-            return known
-        if known is not None:
-            if known.ref.incarnation > ref.incarnation:
-                raise HandshakeRefused("a later incarnation of this prefill worker is known", param="incarnation")
-            self._spawn(known.rpc.close())
-        peer = _Peer(ref, self._connect(ref))
-        self._peers[ref.worker_id] = peer
-        return peer
 
     async def _drain(self, progress: _Progress) -> None:
-        peer, incoming = progress.peer, progress.incoming
-        if peer is not None and incoming is not None:
+        link, incoming = progress.link, progress.incoming
+        if link is not None and incoming is not None:
 
             async def release() -> None:
                 message = worker_pb2.ReleaseRequest(nonces=[incoming.ticket.nonce])
-                await peer.rpc.release(message, self._config.release_timeout_s)
+                await link.rpc.release(message, self._config.release_timeout_s)
 
             await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
         self._on_drained(progress.wanted.blocks)

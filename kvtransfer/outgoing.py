@@ -35,7 +35,7 @@ from common.errors import (
 from common.types import Ticket
 from kvtransfer.digest import block_digest_of
 from kvtransfer.lease import PULSES_PER_LEASE, Lease
-from kvtransfer.recutting import Cut, Recutting
+from kvtransfer.recutting import Cut, Made, Recutting
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName, SenderLink
 
@@ -224,15 +224,39 @@ class Outgoing:
                 if self._recutting is None:
                     await self._write(link, [queued.piece for queued in batch if queued.piece is not None])
                 else:
-                    cuts = [queued.cut for queued in batch if queued.cut is not None]
-                    async with self._recutting.made(cuts, self.ticket.num_tokens) as pieces:
-                        await self._write(link, pieces)
+                    await self._write_cut(link, self._recutting, batch)
                 self._transfer_s += self._side.clock.monotonic_s() - started_s
             if self._stopping() or (self._phase is _Phase.FINISHING and not self._queue):
                 return
             if not self._can_write():
                 self._changed.clear()
                 await self._changed.wait()  # bounded by the lease and by the ticket's time
+
+    async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[_Queued]) -> None:
+        """This batch, and those that there is credit for behind it: each is made while the one before it is written. When it has
+        returned or raised, no source is read any more."""
+        making = self._start_making(recutting, batch)
+        try:
+            while making is not None:
+                made = await making
+                making = None if self._stopping() else self._start_making(recutting, self._next_batch())
+                try:
+                    await self._write(link, made.pieces)
+                finally:
+                    recutting.give_back(made)
+        finally:
+            if making is not None:
+                await self._let_end(recutting, making)
+
+    def _start_making(self, recutting: Recutting, batch: Sequence[_Queued]) -> asyncio.Task[Made] | None:
+        cuts = [queued.cut for queued in batch if queued.cut is not None]
+        return asyncio.create_task(recutting.make(cuts, self.ticket.num_tokens), name="kv-cut") if cuts else None
+
+    async def _let_end(self, recutting: Recutting, making: asyncio.Task[Made]) -> None:
+        """What is being made is not wanted any more."""
+        await asyncio.wait({making})
+        if not making.cancelled() and making.exception() is None:
+            recutting.give_back(making.result())
 
     async def _write(self, link: SenderLink, pieces: Sequence[Piece]) -> None:
         digests = await link.write(self.ticket.nonce, pieces, self._stopping)

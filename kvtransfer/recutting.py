@@ -3,8 +3,9 @@
     a prompt's blocks here  --covering-->  those that hold one block of the peer's  --make-->  a piece of it, in staging memory
 
 Everything that travels is in the peer's layout, so links, frames, digests and the receiver know nothing of it. Pieces are made
-when it is their turn to be written, off the event loop; until then the source blocks must stay as they are, as without recutting.
-Staging memory is lent for one batch and kept for the next ones: some links register memory, and do that once for each.
+shortly before it is their turn to be written, off the event loop; until then the source blocks must stay as they are, as without
+recutting. Staging memory is lent for one batch, which may be made while another is written, and kept for the next ones: some
+links register memory, and do that once for each.
 
 One per peer. It does not know tickets, links or transfers.
 """
@@ -12,12 +13,11 @@ One per peer. It does not know tickets, links or transfers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.blocks import num_blocks
-from common.errors import HandshakeRefused, TicketRefused
+from common.errors import HandoffError, HandshakeRefused, TicketRefused
 from common.types import KVLayout
 from kvtransfer.gather import gather_piece, must_gather
 from kvtransfer.region import BlockRegion
@@ -34,6 +34,13 @@ class Cut(NamedTuple):
     name: PieceName
     destination_offset_bytes: int
     table: BlockTable  # the blocks here that hold its tokens
+
+
+class Made(NamedTuple):
+    """A batch of pieces, in memory that is lent."""
+
+    pieces: list[Piece]
+    staging: memoryview
 
 
 class Recutting:
@@ -58,15 +65,18 @@ class Recutting:
     def size_bytes(self, name: PieceName) -> int:
         return name.num_layers * self._destination.layer_bytes
 
-    @asynccontextmanager
-    async def made(self, cuts: Sequence[Cut], num_tokens: int) -> AsyncIterator[list[Piece]]:
-        """The pieces, of a prompt of `num_tokens` tokens; their memory is lent. Raises HandoffError for a value that the peer's
-        dtype does not have."""
+    async def make(self, cuts: Sequence[Cut], num_tokens: int) -> Made:
+        """The pieces, of a prompt of `num_tokens` tokens; `give_back` once they are written. Raises HandoffError for a value that
+        the peer's dtype does not have. Not to be cancelled: the thread would go on reading."""
         staging = self._idle.pop() if self._idle else memoryview(bytearray(self.staging_bytes))
         try:
-            yield await asyncio.to_thread(self._make, cuts, num_tokens, staging)
-        finally:
+            return Made(await asyncio.to_thread(self._make, cuts, num_tokens, staging), staging)
+        except HandoffError:
             self._idle.append(staging)
+            raise
+
+    def give_back(self, made: Made) -> None:
+        self._idle.append(made.staging)
 
     def _make(self, cuts: Sequence[Cut], num_tokens: int, staging: memoryview) -> list[Piece]:
         pieces: list[Piece] = []

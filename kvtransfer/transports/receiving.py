@@ -4,9 +4,11 @@
 
 A link reads on the event loop: header, table of pieces, and then straight into the places that the landing names, several pieces
 with one system call. It asks anew before each read: once the landing says "nowhere", what is still on the wire goes to scratch.
-At most `READS_PER_WAKEUP` reads happen before others get their turn. A peer that breaks the rules is hung up on. If it writes
-into the pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn: before that it may
-still be writing.
+Where no payload comes over the socket, all frames that are there are read at once; else a header and as long a table as the last
+one was, and what turns out to be payload is copied to its place. At most `READS_PER_WAKEUP` reads happen, and pieces of about
+`BYTES_PER_WAKEUP` are looked at, before others get their turn. A peer that breaks the rules is hung up on. If it writes into the
+pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn: before that it may still be
+writing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvtransfer.transports.authentication import PoolShape, authenticate_as_deco
 from kvtransfer.transports.base import Landing, LinkCredentials, PeerName, Refusal, Written
 
 READS_PER_WAKEUP = 4
+BYTES_PER_WAKEUP = 4 * 1024 * 1024  # announced by the frames that are looked at in one turn
 MAX_PLACES_PER_READ = 64
 MIN_READ_BYTES, MAX_READ_BYTES = 64 * 1024, 1024 * 1024  # places are asked for in proportion to what a read brought last
 WORTH_WAKING_BYTES = 512 * 1024
@@ -40,6 +43,9 @@ class _Part(enum.Enum):
     TABLE = "table"
     PAYLOAD = "payload"
     REMAINS = "remains"  # of a peer that broke the rules: read for its end only
+
+
+_FRAMED = (_Part.HEADER, _Part.TABLE)
 
 
 class StreamReceiverLink:
@@ -66,9 +72,10 @@ class StreamReceiverLink:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._part = _Part.HEADER
-        self._header = memoryview(bytearray(HEADER_BYTES))
-        self._table = memoryview(bytearray(MAX_TABLE_BYTES))
-        self._filled = 0  # of the header or the table
+        self._inbox = memoryview(bytearray(HEADER_BYTES + MAX_TABLE_BYTES))
+        self._begin = self._end = 0  # of what was read there and not looked at: a part of a header or a table, or more
+        self._reads_ahead_bytes = len(self._inbox) if data_kind is FrameKind.WRITTEN else HEADER_BYTES
+        self._allowance_bytes = 0  # that may still be announced before others get their turn
         self._frame = Frame(FrameKind.CLOSE, b"")  # whose table or payload is being read
         self._pieces: list[Written] = []  # of that payload
         self._next = 0  # the piece that is being read
@@ -117,19 +124,29 @@ class StreamReceiverLink:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
+        if self._ended:
+            return
+        self._allowance_bytes = BYTES_PER_WAKEUP
+        self._handle_frames()  # that were left to this turn
         for _ in range(READS_PER_WAKEUP):
-            if self._ended or not self._read_once():
+            if self._ended or self._has_more or not self._read_once():
                 break
-        if not self._ended:
+        if self._ended:
+            return
+        if self._has_more:
+            self._loop.call_soon(self._readable)
+        else:
             self._wait_for_enough()
 
     def _read_once(self) -> bool:
         """One receive; False when the socket has no more for now, or for ever."""
         try:
             if self._part is _Part.PAYLOAD:
-                received = self._sock.recvmsg_into(self._places())[0]
+                received, whole = self._sock.recvmsg_into(self._places())[0], False
             else:
-                received = self._sock.recv_into(self._target())
+                target = self._target()
+                received = self._sock.recv_into(target)
+                whole = received < len(target)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
@@ -137,11 +154,13 @@ class StreamReceiverLink:
         if received == 0:
             self.end()
             return False
-        try:
-            self._received(received)
-        except TransferBroken:
-            self._condemn()
-        return True
+        if self._part is _Part.PAYLOAD:
+            self._read_bytes = min(max(2 * received, MIN_READ_BYTES), MAX_READ_BYTES)
+            self._payload_received(received)
+        elif self._part is not _Part.REMAINS:
+            self._end += received
+            self._handle_frames()
+        return not whole
 
     def _wait_for_enough(self) -> None:
         """In the middle of a payload it is not worth while to wake up for a single packet; but what is left must wake us."""
@@ -153,26 +172,40 @@ class StreamReceiverLink:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough_bytes)
 
     def _target(self) -> memoryview:
-        if self._part is _Part.HEADER:
-            return self._header[self._filled :]
-        if self._part is _Part.TABLE:
-            return self._table[self._filled : self._frame.table_bytes]
-        return self._header
+        """For the rest of a header or a table, and for what may come behind it."""
+        if self._part is _Part.REMAINS:
+            return self._inbox
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin + self._part_bytes > len(self._inbox):
+            left = bytes(self._inbox[self._begin : self._end])
+            self._inbox[: len(left)] = left
+            self._begin, self._end = 0, len(left)
+        return self._inbox[self._end : self._begin + max(self._part_bytes, self._reads_ahead_bytes)]
 
-    def _received(self, size_bytes: int) -> None:
-        if self._part is _Part.PAYLOAD:
-            self._payload_received(size_bytes)
-            return
-        self._filled += size_bytes
-        if self._part is _Part.HEADER and self._filled == HEADER_BYTES:
-            self._filled = 0
-            self._header_received(decode_header(self._header, block_bytes=self._layout.block_bytes))
-        elif self._part is _Part.TABLE and self._filled == self._frame.table_bytes:
-            self._filled = 0
-            self._part = _Part.HEADER
-            self._table_received(
-                decode_table(self._frame, self._table[: self._frame.table_bytes], self._layout.num_layers, self._layer_bytes)
-            )
+    @property
+    def _part_bytes(self) -> int:
+        return HEADER_BYTES if self._part is _Part.HEADER else self._frame.table_bytes
+
+    @property
+    def _has_more(self) -> bool:
+        """A whole header or table is there and was not looked at."""
+        return self._part in _FRAMED and self._end - self._begin >= self._part_bytes
+
+    def _handle_frames(self) -> None:
+        try:
+            while not self._ended and self._has_more and self._allowance_bytes > 0:
+                part = self._inbox[self._begin : self._begin + self._part_bytes]
+                self._begin += len(part)
+                if self._part is _Part.HEADER:
+                    self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
+                else:
+                    self._part = _Part.HEADER
+                    self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
+                while self._part is _Part.PAYLOAD and self._begin < self._end:
+                    self._take_payload()
+        except TransferBroken:
+            self._condemn()
 
     def _header_received(self, frame: Frame) -> None:
         match frame.kind:
@@ -197,7 +230,9 @@ class StreamReceiverLink:
             self._next = self._into_piece = 0
             self._payload_left_bytes = self._frame.amount
             self._dropping = False
+            self._reads_ahead_bytes = HEADER_BYTES + self._frame.table_bytes
         else:
+            self._allowance_bytes -= sum([name.num_layers for name, _, _ in pieces]) * self._layer_bytes
             self._landing.pieces_written(self, self._frame.nonce, pieces)
 
     # -- payload ------------------------------------------------------------------------------------------------------
@@ -226,8 +261,15 @@ class StreamReceiverLink:
             self._scratch = memoryview(bytearray(self._layout.block_bytes))
         return self._scratch[:size_bytes]
 
+    def _take_payload(self) -> None:
+        """What was read behind a table."""
+        place = self._places()[0]
+        size_bytes = min(place.nbytes, self._end - self._begin)
+        place[:size_bytes] = self._inbox[self._begin : self._begin + size_bytes]
+        self._begin += size_bytes
+        self._payload_received(size_bytes)
+
     def _payload_received(self, size_bytes: int) -> None:
-        self._read_bytes = min(max(2 * size_bytes, MIN_READ_BYTES), MAX_READ_BYTES)
         nonce = self._frame.nonce
         self._payload_left_bytes -= size_bytes
         self._into_piece += size_bytes

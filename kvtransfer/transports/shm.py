@@ -9,9 +9,10 @@
 The writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A process that dies loses its
 mapping before its sockets, and a link that is closed unmaps first; a fork of p inherits no mapping.
 
-What is there is announced, and checked by d, while the rest is still being copied; the last announcements are small, for they are
-checked when nothing else is left to do. Copies are digested in the same pass where there is a compiled library
-(`kvtransfer.native`); where there is none, or cores to spare, a large batch is copied by two threads, the lane and a helper.
+What is there is announced, and checked by d, while the rest is still being copied; the first announcement is small, for d waits
+for it, and the last ones are, for they are checked when nothing else is left to do. Copies are digested in the same pass where
+there is a compiled library (`kvtransfer.native`); where there is none, or cores to spare, a large batch is copied by two threads,
+the lane and a helper.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "shm"
 PART_BYTES = 256 * 1024  # copied at once, and digested while in a core's cache; a larger piece by itself
+NATIVE_PART_BYTES = 768 * 1024  # copied and digested by one call
 ANNOUNCED_SHARE = 4  # of what is left, so much is announced at once, down to a part
 MAX_ANNOUNCED_BYTES = 2 * 1024 * 1024
 CORES = len(os.sched_getaffinity(0))
@@ -125,44 +127,20 @@ class MappedWriter:
         if not pieces:
             return []
         kernel = piece_kernel()
-        piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
-        part = min(max(PART_BYTES // piece_bytes, 1), MAX_PIECES)  # pieces that are copied at once
-        digests = [b""] * len(pieces)
-        starts = iter(range(0, len(pieces), part))  # a step of it is one for the interpreter: no two threads get the same
-        announcing = threading.Lock()
-
-        def announce(indexes: Sequence[int]) -> None:
-            table = encode_table([pieces[index].name for index in indexes], [digests[index] for index in indexes])
-            with announcing:
-                send([Frame(FrameKind.WRITTEN, nonce, count=len(indexes)).encode() + table])
-
-        def work() -> None:
-            mine: list[int] = []  # written and not announced
-            while not stop() and (start := next(starts, None)) is not None:
-                taken = pieces[start : start + part]
-                for index, digest in enumerate(self._copy(taken, nonce, kernel), start):
-                    digests[index] = digest
-                    mine.append(index)
-                worth = min(max((len(pieces) - start) // ANNOUNCED_SHARE, part), MAX_ANNOUNCED_BYTES // piece_bytes)
-                if len(mine) >= worth or len(mine) + part > MAX_PIECES:
-                    announce(mine)
-                    mine.clear()
-            if mine:
-                announce(mine)
-
+        batch = _Batch(nonce, pieces, stop, send, PART_BYTES if kernel is None else NATIVE_PART_BYTES)
         # With the kernel one thread copies as fast as memory does, and the reader needs a core, too.
         worth_helping = (
             (kernel is None or CORES > 2)
-            and piece_bytes >= LARGE_PIECE_BYTES
-            and piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+            and batch.piece_bytes >= LARGE_PIECE_BYTES
+            and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
         )
-        helping = self._helper.submit(work) if worth_helping else None
+        helping = self._helper.submit(batch.write, self._copy, kernel) if worth_helping else None
         try:
-            work()
+            batch.write(self._copy, kernel)
         finally:
             if helping is not None:
                 helping.result()  # only now are the sources not read any more
-        return [digest for digest in digests if digest]
+        return [digest for digest in batch.digests if digest]
 
     def _copy(self, pieces: Sequence[Piece], nonce: bytes, kernel: PieceKernel | None) -> list[bytes]:
         """The pieces' digests. Copies without the GIL."""
@@ -185,6 +163,49 @@ class MappedWriter:
     def close(self) -> None:
         self._helper.shutdown()
         self._mapping.close()
+
+
+Copy = Callable[[Sequence[Piece], bytes, "PieceKernel | None"], list[bytes]]
+
+
+class _Batch:
+    """Pieces that one or two threads copy, a part at a time, and announce."""
+
+    def __init__(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send, part_bytes: int) -> None:
+        self.piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
+        self.digests = [b""] * len(pieces)  # of those that were written
+        self._nonce = nonce
+        self._pieces = pieces
+        self._stop = stop
+        self._send = send
+        self._part = min(max(part_bytes // self.piece_bytes, 1), MAX_PIECES)  # pieces that are copied at once
+        # A step of it is one for the interpreter: no two threads get the same.
+        self._starts = iter(range(0, len(pieces), self._part))
+        self._announcing = threading.Lock()
+
+    def write(self, copy: Copy, kernel: PieceKernel | None) -> None:
+        """Until nothing is left to take."""
+        mine: list[int] = []  # written and not announced
+        while not self._stop() and (start := next(self._starts, None)) is not None:
+            written = copy(self._pieces[start : start + self._part], self._nonce, kernel)
+            for index, digest in enumerate(written, start):
+                self.digests[index] = digest
+                mine.append(index)
+            if len(mine) >= self._worth_announcing(start) or len(mine) + self._part > MAX_PIECES:
+                self._announce(mine)
+                mine.clear()
+        if mine:
+            self._announce(mine)
+
+    def _worth_announcing(self, start: int) -> int:
+        """Pieces, when the part at `start` was the last one that was taken. Whoever reads waits for the first."""
+        share = (len(self._pieces) - start) // ANNOUNCED_SHARE if start else 0
+        return min(max(share, self._part), MAX_ANNOUNCED_BYTES // self.piece_bytes)
+
+    def _announce(self, indexes: Sequence[int]) -> None:
+        names, digests = [self._pieces[index].name for index in indexes], [self.digests[index] for index in indexes]
+        with self._announcing:
+            self._send([Frame(FrameKind.WRITTEN, self._nonce, count=len(indexes)).encode() + encode_table(names, digests)])
 
 
 def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:

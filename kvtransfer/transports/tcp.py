@@ -23,7 +23,7 @@ from kvtransfer.transports.sending import Send, StreamSenderLink
 
 KIND = "tcp"
 BACKLOG = 64
-FRAME_BYTES = 2 * 1024 * 1024  # pieces go out together, up to so much in one frame
+FRAME_BYTES = 768 * 1024  # pieces go out together, up to so much in one frame: what was digested is sent from a core's cache
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 
 

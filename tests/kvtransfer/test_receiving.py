@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -13,6 +14,7 @@ import pytest
 from common.errors import HandoffError
 from common.types import KVLayout
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
+from kvtransfer.transports import receiving
 from kvtransfer.transports.base import PeerName, PieceName, ReceiverLink, Refusal, Written
 from kvtransfer.transports.receiving import MAX_PLACES_PER_READ, StreamReceiverLink
 
@@ -140,7 +142,7 @@ SOME = [PieceName(block, first, number) for block in range(6) for first, number 
 async def test_pieces_land_in_their_places_however_the_bytes_come(wire: Door, seed: int) -> None:
     chance = random.Random(seed)
     names = chance.sample(SOME, len(SOME))
-    frames = [names[:1], names[1:6], names[6:]]
+    frames = [names[:1], names[1:6], names[6:7], names[7:]]  # behind a long table payload is read with the next, short one
     notes = await wire.sent_and_read(*cut_at_random(b"".join(map(blocks_frame, frames)), chance))
     expected = bytearray(len(notes.pool))
     for name in names:
@@ -222,6 +224,19 @@ async def test_pieces_that_are_in_the_pool_are_reported_together(mapped: Door) -
     notes = await mapped.sent_and_read(*cut_at_random(frame, random.Random(1)))
     assert notes.written == [(NONCE, name, digest_of(name), None) for name in SOME]
     assert notes.asked == 0
+
+
+async def test_many_announcements_at_once_do_not_keep_the_loop(mapped: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "BYTES_PER_WAKEUP", 1)
+    frames = [Frame(FrameKind.WRITTEN, NONCE, 1).encode() + encode_table([name], [digest_of(name)]) for name in SOME]
+    mapped.sock.sendall(b"".join([*frames, Frame(FrameKind.CLOSE, NONCE).encode()]))
+    seen = [0]
+    async with asyncio.timeout(PATIENCE_S):
+        while not mapped.notes.closed:
+            await asyncio.sleep(0)
+            seen.append(len(mapped.notes.written))
+    assert [name for _, name, _, _ in mapped.notes.written] == SOME
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= 2  # a turn of its own, and one behind it
 
 
 def table_of(*names: PieceName) -> bytes:

@@ -6,8 +6,9 @@ The oracle is a prompt's KV as one array [token][layer][head][K,V][dim]; where i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from common.errors import DigestMismatch, HandoffError, HandshakeRefused, Illega
 from common.types import KVLayout, WorkerRef
 from kvtransfer import recutting
 from kvtransfer.incoming import Incoming
+from kvtransfer.outgoing import Outgoing
 from kvtransfer.receiver import KVReceiver
-from kvtransfer.recutting import recutting_for
+from kvtransfer.recutting import Made, Recutting, recutting_for
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
+from kvtransfer.transports.base import Piece, SenderLink
 from support.device_pools import HostMemory, VisibleRegion
 
 LAYOUT = KVLayout("model", "tokenizer", 3, 2, 4, 16, "float32", True)
@@ -145,6 +148,38 @@ async def test_a_prompt_arrives_in_the_receivers_blocks(
     for index, block in enumerate(incoming.ticket.blocks):
         assert bytes(pair.pool.block(block)) == block_of(pair.kv, pair.there, first_block + index), index
     assert bytes(pair.pool.block(0)) == untouched
+
+
+async def test_a_batch_is_made_while_the_one_before_it_is_written(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recutting, "STAGING_BYTES", 1)  # a block is a batch
+    pair = await started(pairs, "inproc", LAYOUT, replace(LAYOUT, block_tokens=32))
+    incoming = pair.offer(0)
+    num_batches = len(incoming.ticket.blocks)
+    make, write = Recutting.make, Outgoing._write
+    begun = [asyncio.Event() for _ in range(num_batches)]
+    num_written = 0
+
+    async def make_and_tell(self: Recutting, *batch: Any) -> Made:
+        next(event for event in begun if not event.is_set()).set()
+        return await make(self, *batch)
+
+    async def write_behind(self: Outgoing, link: SenderLink, pieces: Sequence[Piece]) -> None:
+        nonlocal num_written
+        num_written += 1
+        await begun[min(num_written, num_batches - 1)].wait()  # the next one
+        await write(self, link, pieces)
+
+    monkeypatch.setattr(Recutting, "make", make_and_tell)
+    monkeypatch.setattr(Outgoing, "_write", write_behind)
+    outgoing = pair.sender.open(incoming.ticket)
+    async with asyncio.timeout(PATIENCE_S):
+        await outgoing.push_prompt(range(num_batches), pair.blocks)
+        account = await outgoing.finish()
+        await incoming.complete(Seal(incoming.ticket.nonce, PROMPT_TOKENS, account.digests))
+    assert num_written == num_batches > 2
+    assert [bytes(pair.pool.block(block)) for block in incoming.ticket.blocks] == [
+        block_of(pair.kv, pair.there, index) for index in range(num_batches)
+    ]
 
 
 async def test_a_bit_that_is_lost_after_the_cutting_is_noticed(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:

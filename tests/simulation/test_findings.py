@@ -11,17 +11,17 @@ from common.engine.batch import ForwardResult, SliceResult
 from common.engine.block_manager import BlockManager
 from common.types import Request, SampledToken, SamplingParams
 from decode_worker.scheduler import DecodeScheduler
-from support.simulation.hosts import LAYOUT
 from support.simulation.network import Disorder, Point
-from support.simulation.scenario import Fault, RequestPlan, Trouble, draw_scenario
+from support.simulation.scenario import ALIKE, Fault, RequestPlan, Trouble, draw_scenario
 from support.simulation.world import simulate, simulated_rpc
 
 
 def test_no_copy_is_made_into_a_block_that_was_given_back() -> None:
     """Choices that end with their first token had a copy of the prompt's last block still to be made, into a free block."""
-    blocks = BlockManager(16, LAYOUT.block_tokens, lambda salt: root_hash(LAYOUT.fingerprint, salt))
-    scheduler = DecodeScheduler(DecodeConfig(local_prefill="always"), LAYOUT, blocks, ManualClock())
-    prompt = tuple(range(LAYOUT.block_tokens + 1))
+    layout = ALIKE.layout
+    blocks = BlockManager(16, layout.block_tokens, lambda salt: root_hash(layout.fingerprint, salt))
+    scheduler = DecodeScheduler(DecodeConfig(local_prefill="always"), layout, blocks, ManualClock())
+    prompt = tuple(range(layout.block_tokens + 1))
     request = Request("r", "m", prompt, SamplingParams(max_tokens=1, seed=1), num_choices=2)
     scheduler.submit(request, ())
     plan = scheduler.schedule()

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from common.blocks import num_blocks
 from support.simulation import campaign, oracle
 from support.simulation.mutants import broken_by, digest_skipped
 from support.simulation.network import Disorder
-from support.simulation.scenario import Trouble, draw_scenario
+from support.simulation.pool_cut import PoolCut
+from support.simulation.scenario import UNEQUAL_BLOCKS, Trouble, draw_scenario
 from support.simulation.world import simulate, simulated_rpc
 
 RUN = Path(__file__).with_name("run.py")
@@ -91,6 +93,10 @@ def test_seeds_bring_every_kind_of_trouble() -> None:
     assert {(scenario.guesses, scenario.overlap) for scenario in scenarios} == {
         (a, b) for a in (True, False) for b in (True, False)
     }
+    assert {(scenario.prefill_cut.block_tokens, scenario.decode_cut.block_tokens) for scenario in scenarios} == set(
+        UNEQUAL_BLOCKS
+    )
+    assert any(scenario.decode_cut.wide for scenario in scenarios)
     assert {scenario.transports for scenario in scenarios} == {("shm",), ("shm", "tcp"), ("tcp",)}
 
 
@@ -99,9 +105,31 @@ def test_in_the_oracle_every_byte_counts(changed: int) -> None:
     prompt = tuple(range(10))
     other = (*prompt[:changed], 999, *prompt[changed + 1 :])
     assert oracle.answer(prompt, 5, seed=1, choice=0) != oracle.answer(other, 5, seed=1, choice=0)
-    blocks = oracle.blocks_of(prompt)
-    assert [len(block) for block in blocks] == [64, 64, 32]
-    assert oracle.answer(prompt, 1, seed=1, choice=0) == (oracle.draw(b"".join(blocks), 1, 0, 10),)
-    broken = bytearray(b"".join(blocks))
+    kv = oracle.KV(prompt).all()
+    assert len(kv) == oracle.NUM_LAYERS * len(prompt) * oracle.TOKEN_BYTES
+    assert oracle.answer(prompt, 1, seed=1, choice=0) == (oracle.draw(kv, 1, 0, 10),)
+    broken = bytearray(kv)
     broken[changed] ^= 1
-    assert oracle.draw(bytes(broken), 1, 0, 10) != oracle.draw(b"".join(blocks), 1, 0, 10)
+    assert oracle.draw(bytes(broken), 1, 0, 10) != oracle.draw(kv, 1, 0, 10)
+
+
+@pytest.mark.parametrize("cut", [PoolCut(4), PoolCut(3), PoolCut(8, wide=True)], ids=str)
+def test_in_a_pool_every_byte_counts_however_it_is_cut(cut: PoolCut) -> None:
+    kv = oracle.KV(tuple(range(10)))
+    table = (3, 1, 4, 2)[: num_blocks(10, cut.block_tokens)]
+    content = bytearray(5 * cut.block_bytes)
+    for index, block in enumerate(table):
+        whole = cut.block_of(kv, index)
+        for layer in range(oracle.NUM_LAYERS):  # as the engine writes it; a whole block must then look as the oracle says
+            for position in range(index * cut.block_tokens, min((index + 1) * cut.block_tokens, 10)):
+                keys, values = kv.planes[layer]
+                row = slice(position * oracle.ROW_BYTES, (position + 1) * oracle.ROW_BYTES)
+                cut.write(content, table, layer, position, bytes(keys[row] + values[row]))
+                assert cut.read(content, table, layer, position) == bytes(keys[row] + values[row])
+        if len(whole) == cut.block_bytes:
+            assert content[block * cut.block_bytes : (block + 1) * cut.block_bytes] == whole
+    assert cut.all_kv(content, table, 10) == kv.all()
+    for at in range(table[0] * cut.block_bytes, (table[0] + 1) * cut.block_bytes):
+        content[at] ^= 1
+        assert cut.all_kv(content, table, 10) != kv.all()
+        content[at] ^= 1

@@ -484,7 +484,7 @@ async def test_z29_a_first_contact_ends_with_the_last_who_waits_for_it(model_pat
         _address_of("silence", workers) as address,
     ):
         wrong = WorkerRef("tiny/prefill/9", 1, address)
-        peers = workers.decode._handoff._peers
+        peers = workers.decode._handoff._links.known
         calls = [workers.open(request(prompt_of(40, 129), request_id=f"w{index}"), prefill=[wrong]) for index in range(2)]
         await until(lambda: wrong.worker_id in peers and peers[wrong.worker_id].num_waiting == 2, "both wait")
         calls[0].cancel()

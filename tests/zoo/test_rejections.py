@@ -110,17 +110,21 @@ async def test_z03_without_digests_the_answer_is_wrong(
 # -- unequal workers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["tensor", "pipeline"])
+@pytest.mark.parametrize(
+    ("decode", "prefill"),
+    [({"tensor_parallel": 2}, {"tensor_parallel": 2}), ({"pipeline_parallel": 2}, {})],
+    ids=["tensor", "pipeline"],
+)
 async def test_z23_a_rejected_hand_off_takes_no_rank_down(
-    model_path: Path, oracle: Oracle, plants: Plants, parallel: dict[str, int]
+    model_path: Path, oracle: Oracle, plants: Plants, decode: dict[str, int], prefill: dict[str, int]
 ) -> None:
     """Z23, sglang#16903. There: each rank polled its transfers, one failed poll cascaded over all ranks, and the decode worker
     had to be restarted. Ours: one process of a worker knows of transfers, so a rejected one is one request's error; the ranks go
     on, the same prompt is right when it is asked for again, and so is another."""
-    decode = REMOTE.model_copy(update=parallel)
-    async with running_workers(model_path, engine=ENGINE, decode=decode, prefill=PrefillConfig(**parallel)) as workers:
+    pools = {"decode": REMOTE.model_copy(update=decode), "prefill": PrefillConfig(**prefill)}
+    async with running_workers(model_path, engine=ENGINE, **pools) as workers:
         before = [list((await workers.info(ref.address)).rank_pids) for ref in (workers.decode_ref, *workers.prefill_refs)]
-        assert all(len(pids) == 1 for pids in before)
+        assert [len(pids) for pids in before] == [1, len(prefill)]
         work = request(prompt_of(5 * BLOCK + 7, 40), request_id="spoiled", max_tokens=6)
         spoiler = Spoiler(plants, work.request_id, 2)
         assert isinstance(await ending(workers, work, workers.prefill_refs), DigestMismatch)

@@ -45,7 +45,7 @@ from support.chaos.tcp_fault_proxy import LinkFault
 from support.chaos.zygote import Zygote
 from support.tiny_models import make_tiny_model
 
-TIMES = Times(lease_s=1.0, ticket_ttl_s=2.5, handshake_timeout_s=1.0, release_timeout_s=0.3)
+TIMES = Times(lease_s=1.0, ticket_ttl_s=2.5, handshake_timeout_s=2.5, release_timeout_s=0.3)
 CELL_DEADLINE_S = 60.0
 SETTLE_TIMEOUT_S = 6.0
 MAX_GROWTH = 16  # of descriptors, tasks or threads, over all cells that a worker lives through

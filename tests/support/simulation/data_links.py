@@ -13,6 +13,7 @@ its sender (shm); the end of an shm link arrives only after the sender has stopp
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ from typing import Any
 from common.errors import HandoffError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.digest import piece_digest
+from kvtransfer.gather import gather_piece
 from kvtransfer.region import BlockRegion
+from kvtransfer.reshard import Side
 from kvtransfer.transports import authentication
 from kvtransfer.transports.authentication import CHALLENGE_BYTES, LINK_VERSION, Hello, Verdict, prefill_proof, refusal
 from kvtransfer.transports.base import (
@@ -37,7 +40,7 @@ from kvtransfer.transports.base import (
     Written,
 )
 from support.simulation.network import Network, Point, Wire
-from support.simulation.oracle import blocks_of
+from support.simulation.oracle import KV
 from support.simulation.pool import Memory
 from support.simulation.virtual_loop import ProcessLoop
 
@@ -530,14 +533,17 @@ class SimSenderLink:
         return piece_digest(self._source(piece, nonce), nonce, *piece.name)
 
     def _source(self, piece: Piece, nonce: bytes) -> memoryview:
-        """What is read, after a look at whether it may be, and whether it is what the ticket's prompt has there."""
-        self._memory.check_sent(self._memory.block_at(piece.source))
+        """What is read, after a look at whether it may be, and whether it is what the ticket's prompt has there. (Of what was
+        made of blocks that are cut otherwise, `watched_gather` has looked at the sources.)"""
+        if self._memory.holds(piece.source):
+            self._memory.check_sent(self._memory.block_at(piece.source))
         issued = self._network.witness.tickets.get(nonce)
         if issued is not None:
-            block = _expected(issued.prompt)[piece.name.logical_block]
+            cut = self._remote.loop.host.cut
+            block = cut.block_of(_expected(issued.prompt), piece.name.logical_block)
             layer_bytes = piece.source.nbytes // piece.name.num_layers
             start = piece.name.first_layer * layer_bytes
-            if len(block) == self._memory.block_bytes and block[start : start + piece.source.nbytes] != piece.source:
+            if len(block) == cut.block_bytes and block[start : start + piece.source.nbytes] != piece.source:
                 self._network.complain(f"{self.loop.name} sends logical block {piece.name.logical_block} with other bytes in it")
         return piece.source
 
@@ -572,16 +578,17 @@ class SimSenderLink:
             self._network.time.tell(self.loop.name, f"-> {text} {nonce.hex()[:6]} to {self._remote.loop.name}")
 
 
-_BLOCKS: dict[tuple[int, ...], list[bytes]] = {}
+@functools.lru_cache(maxsize=64)
+def _expected(prompt: tuple[int, ...]) -> KV:
+    return KV(prompt)
 
 
-def _expected(prompt: tuple[int, ...]) -> list[bytes]:
-    blocks = _BLOCKS.get(prompt)
-    if blocks is None:
-        if len(_BLOCKS) > 64:
-            _BLOCKS.clear()
-        blocks = _BLOCKS[prompt] = blocks_of(prompt)
-    return blocks
+def watched_gather(source: Side, pool: memoryview, *arguments: Any, **options: Any) -> memoryview:
+    """Blocks that are cut anew are read by a thread, which is looked at here."""
+    memory: Memory = _process().host.memory
+    for block in source.table.blocks:
+        memory.check_sent(block)
+    return gather_piece(source, pool, *arguments, **options)
 
 
 def _shm() -> Transport:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.core import group_ends
 from common.engine.in_flight_step import with_tokens_of
 from common.types import SampledToken
-from support.simulation.oracle import BLOCK_TOKENS, NUM_LAYERS, START, TOKEN_BYTES, draw, kv_of_next
+from support.simulation.oracle import NUM_LAYERS, START, draw, kv_of_next
 from support.simulation.pool import Memory
+from support.simulation.pool_cut import PoolCut
 from support.simulation.virtual_loop import ProcessLoop
 
-LAYER_BYTES = BLOCK_TOKENS * TOKEN_BYTES
-BLOCK_BYTES = NUM_LAYERS * LAYER_BYTES
 THREAD_S = 50e-6  # at most, from one thread to the other
 
 
@@ -35,6 +34,7 @@ class StandInEngine:
         loop: ProcessLoop,
         scheduler: Any,
         memory: Memory,
+        cut: PoolCut,
         deliver: Callable[[list[Any]], None],
         random: Callable[[], float],
         *,
@@ -48,6 +48,7 @@ class StandInEngine:
         self._loop = loop
         self._scheduler = scheduler
         self._memory = memory
+        self._cut = cut
         self._deliver = deliver
         self._random = random
         self._step_s, self._token_s = step_s, token_s
@@ -138,21 +139,16 @@ class StandInEngine:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def _write(self, item: SequenceSlice, first_layer: int, end_layer: int) -> None:
-        memory, table, start = self._memory, item.block_table, item.start
+        memory, cut, table, start = self._memory, self._cut, item.block_table, item.start
         content = memory.bytes
         memory.check_engine_use(table)
-        for index in range(start // BLOCK_TOKENS, (start + len(item.token_ids) - 1) // BLOCK_TOKENS + 1):
+        for index in range(start // cut.block_tokens, (start + len(item.token_ids) - 1) // cut.block_tokens + 1):
             memory.check_engine_write(table[index])
         for layer in range(first_layer, end_layer):
-            last = START if start == 0 else self._read(table, layer, start - 1)
+            last = START if start == 0 else cut.read(content, table, layer, start - 1)
             for position, token_id in enumerate(item.token_ids, start=start):
                 last = kv_of_next(last, layer, token_id)
-                at = _place(table, layer, position)
-                content[at : at + TOKEN_BYTES] = last
-
-    def _read(self, table: Sequence[int], layer: int, position: int) -> bytes:
-        at = _place(table, layer, position)
-        return bytes(self._memory.bytes[at : at + TOKEN_BYTES])
+                cut.write(content, table, layer, position, last)
 
     def _sample(self, item: SequenceSlice) -> SliceResult:
         if not item.samples:
@@ -172,23 +168,10 @@ class StandInEngine:
         return SliceResult(tuple(tokens))
 
     def _all_kv(self, item: SequenceSlice, end: int) -> bytes:
-        content = self._memory.bytes
-        parts = [content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] for block in item.block_table[: end // BLOCK_TOKENS]]
-        if rest := end % BLOCK_TOKENS:
-            begin = item.block_table[end // BLOCK_TOKENS] * BLOCK_BYTES
-            for layer in range(NUM_LAYERS):
-                parts.append(content[begin + layer * LAYER_BYTES : begin + layer * LAYER_BYTES + rest * TOKEN_BYTES])
-        return b"".join(parts)
+        return self._cut.all_kv(self._memory.bytes, item.block_table, end)
 
     def _copy(self, source: int, destination: int) -> None:
-        content = self._memory.bytes
+        content, size = self._memory.bytes, self._memory.block_bytes
         self._memory.check_engine_use((source, destination))
         self._memory.check_engine_write(destination)
-        content[destination * BLOCK_BYTES : (destination + 1) * BLOCK_BYTES] = content[
-            source * BLOCK_BYTES : (source + 1) * BLOCK_BYTES
-        ]
-
-
-def _place(table: Sequence[int], layer: int, position: int) -> int:
-    block, within = table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
-    return block * BLOCK_BYTES + layer * LAYER_BYTES + within * TOKEN_BYTES
+        content[destination * size : (destination + 1) * size] = content[source * size : (source + 1) * size]

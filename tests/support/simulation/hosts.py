@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
-from common.blocks import root_hash
+from common.blocks import num_blocks, root_hash
 from common.codec import chunk_to_wire, request_from_wire, started_to_wire, worker_ref_from_wire
 from common.config import Config, DecodeConfig, ModelConfig, PrefillConfig, RouterConfig, TransferConfig
 from common.errors import DeadlineExceeded
 from common.metrics import RouterMetrics, WorkerMetrics
-from common.types import KVLayout, Request, Role, WorkerRef
+from common.types import Request, Role, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from decode_worker.handoff import DecodeHandoff
@@ -40,12 +40,13 @@ from prefill_worker.scheduler import PrefillScheduler
 from router.dispatch import Dispatcher
 from router.placement.membership import WorkerView
 from router.registry import Registry
-from support.simulation import oracle, rpc
+from support.simulation import rpc
 from support.simulation.data_links import SIM_TRANSPORTS, SimSenderLink
-from support.simulation.engine import BLOCK_BYTES, StandInEngine
+from support.simulation.engine import StandInEngine
 from support.simulation.guesses import HalfRight
 from support.simulation.network import Point
 from support.simulation.pool import Memory, WatchedBlocks
+from support.simulation.pool_cut import PoolCut
 from support.simulation.virtual_loop import ProcessLoop
 
 if TYPE_CHECKING:
@@ -53,18 +54,6 @@ if TYPE_CHECKING:
 
 MODEL, TOKEN = "stand-in", "simulated-cluster-token"
 STEP_S, TOKEN_S = 1e-3, 50e-6
-
-LAYOUT = KVLayout(
-    model_digest="00",
-    tokenizer_digest="00",
-    num_layers=oracle.NUM_LAYERS,
-    num_kv_heads=1,
-    head_dim=2,
-    block_tokens=oracle.BLOCK_TOKENS,
-    dtype="bfloat16",
-    exact=True,
-)
-assert LAYOUT.block_bytes == BLOCK_BYTES
 
 
 @functools.cache
@@ -114,7 +103,9 @@ def _router_config() -> tuple[RouterConfig, Config]:
     return RouterConfig(connect_timeout_s=5.0, migration_wait_s=3.0), Config(models=(model,))
 
 
-_root = functools.cache(lambda salt: root_hash(LAYOUT.fingerprint, salt))
+@functools.cache
+def _root(fingerprint: bytes, salt: str) -> bytes:
+    return root_hash(fingerprint, salt)
 
 
 class ProcessClock:
@@ -159,6 +150,7 @@ class Host:
 class WorkerProcess(Host):
     is_worker = True
     role: Role
+    cut: PoolCut
     handoff: Any
     engine: StandInEngine
     scheduler: Any
@@ -170,10 +162,17 @@ class WorkerProcess(Host):
     def engine_failed(self) -> None:
         """What the control code is told when the engine's thread has raised."""
 
-    def _build_pool(self, num_blocks: int) -> WatchedBlocks:
-        self.memory = Memory(self.loop.name, num_blocks, BLOCK_BYTES, self.network.complain)
+    def _build_pool(self, cut: PoolCut, size_tokens: int) -> WatchedBlocks:
+        """Of so many tokens, and the null block."""
+        self.cut = cut
+        num_usable = num_blocks(size_tokens, cut.block_tokens)
+        self.memory = Memory(self.loop.name, 1 + num_usable, cut.block_bytes, self.network.complain)
         blocks = WatchedBlocks(
-            num_blocks, oracle.BLOCK_TOKENS, _root, prefix_cache=self.world.scenario.prefix_cache, first_block=1
+            1 + num_usable,
+            cut.block_tokens,
+            functools.partial(_root, cut.layout.fingerprint),
+            prefix_cache=self.world.scenario.prefix_cache,
+            first_block=1,
         )
         blocks.memory = self.memory
         self.memory.blocks = self.blocks = blocks
@@ -199,6 +198,7 @@ class WorkerProcess(Host):
             self.loop,
             self.scheduler,
             self.memory,
+            self.cut,
             deliver,
             self.world.random.random,
             step_s=STEP_S,
@@ -239,10 +239,11 @@ class PrefillProcess(WorkerProcess):
     async def start(self) -> None:
         scenario = self.world.scenario
         spec = self._spec()
-        blocks = self._build_pool(scenario.prefill_blocks)
-        self.scheduler = PrefillScheduler(spec.model.prefill, LAYOUT, blocks, self.clock)
+        blocks = self._build_pool(scenario.prefill_cut, scenario.prefill_tokens)
+        layout = self.cut.layout
+        self.scheduler = PrefillScheduler(spec.model.prefill, layout, blocks, self.clock)
         self.handoff = PrefillHandoff(
-            spec, LAYOUT, self.memory.view, self.clock, make_sender=functools.partial(KVSender, transports=SIM_TRANSPORTS)
+            spec, layout, self.memory.view, self.clock, make_sender=functools.partial(KVSender, transports=SIM_TRANSPORTS)
         )
         self.engine = self._engine(lambda events: self.runs.deliver(events), watched=True)
         self.runs = PrefillRuns(
@@ -296,18 +297,19 @@ class DecodeProcess(WorkerProcess):
     async def start(self) -> None:
         scenario = self.world.scenario
         spec = self._spec()
-        blocks = self._build_pool(scenario.decode_blocks)
-        region = BlockRegion(self.memory.view, BLOCK_BYTES, scenario.decode_blocks)
+        blocks = self._build_pool(scenario.decode_cut, scenario.decode_tokens)
+        layout = self.cut.layout
+        region = BlockRegion(self.memory.view, layout.block_bytes, self.memory.num_blocks)
         self.guesses: HalfRight | None = None
         if scenario.guesses:
             random = Random(f"{scenario.seed} {self.loop.name}")
             self.guesses = HalfRight(scenario.requests, random, lambda text: self.network.complain(f"{self.loop.name}: {text}"))
-        self.scheduler = DecodeScheduler(spec.model.decode, LAYOUT, blocks, self.clock, self.guesses)
+        self.scheduler = DecodeScheduler(spec.model.decode, layout, blocks, self.clock, self.guesses)
         self.engine = self._engine(lambda events: self.streams.deliver(events), watched=False)
         options: dict[str, Any] = {"credit_bytes": 0} if scenario.narrow_window else {}
         self.handoff = DecodeHandoff(
             spec,
-            LAYOUT,
+            layout,
             region,
             self.clock,
             connect=lambda ref: GrpcPrefillPeer(ref, TOKEN),

@@ -5,23 +5,29 @@ Each mutant replaces methods of real classes while it is open. What a mutant bre
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
 import kvtransfer.receiver
 import kvtransfer.sender
-from common.blocks import next_hash
-from common.errors import TransferBroken
+import prefill_worker.handoff
+from common.blocks import next_hash, num_blocks
+from common.errors import HandoffError, TransferBroken
 from decode_worker.generation import Choice, ChoiceState
 from decode_worker.scheduler import DecodeScheduler
 from kvtransfer import ticket as tickets
 from kvtransfer.incoming import Incoming
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.receiver import KVReceiver
+from kvtransfer.recutting import Cut, Made, Recutting
+from kvtransfer.reshard import BlockTable
 from kvtransfer.state import Arrival, HandoffState, IncomingTransfer, Seal
 from kvtransfer.transports import authentication
 from kvtransfer.transports.authentication import Verdict
@@ -181,6 +187,57 @@ def no_lease(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Outgoing, "_check_lease", lambda self: None)
 
 
+def staging_lent_twice(patch: pytest.MonkeyPatch) -> None:
+    """Memory in which pieces were made is lent anew while they are still to be written."""
+    make = Recutting.make
+
+    async def make_and_give_back(self: Recutting, cuts: Sequence[Cut], num_tokens: int) -> Made:
+        made = await make(self, cuts, num_tokens)
+        if all(made.staging is not idle for idle in self._idle):
+            self._idle.append(made.staging)
+        return made
+
+    patch.setattr(Recutting, "make", make_and_give_back)
+    patch.setattr(Recutting, "give_back", lambda self, made: None)
+
+
+def cutting_cancelled(patch: pytest.MonkeyPatch) -> None:
+    """Who gives up cancels what is being made: that ends the wait for the thread, and the thread goes on reading its sources."""
+    start, fail = Outgoing._start_making, Outgoing._fail
+    under_way: WeakKeyDictionary[Outgoing, asyncio.Task[Made]] = WeakKeyDictionary()
+
+    def start_and_remember(self: Outgoing, recutting: Recutting, batch: Sequence[Any]) -> asyncio.Task[Made] | None:
+        making = start(self, recutting, batch)
+        if making is not None:
+            under_way[self] = making
+        return making
+
+    def fail_and_cancel(self: Outgoing, error: HandoffError) -> None:
+        fail(self, error)
+        if self in under_way:
+            under_way[self].cancel()
+
+    patch.setattr(Outgoing, "_start_making", start_and_remember)
+    patch.setattr(Outgoing, "_fail", fail_and_cancel)
+
+
+def cut_one_block_further(patch: pytest.MonkeyPatch) -> None:
+    """Where a block of the peer begins within one of ours, the tokens are taken from the next."""
+    covering = Recutting.covering
+
+    def shifted(self: Recutting, logical_block: int, blocks: Sequence[int], num_tokens: int) -> BlockTable:
+        table = covering(self, logical_block, blocks, num_tokens)
+        begins_within = logical_block * self.layout.block_tokens % self._source.layout.block_tokens
+        return replace(table, blocks=(*table.blocks[1:], table.blocks[0])) if begins_within else table
+
+    patch.setattr(Recutting, "covering", shifted)
+
+
+def half_computed_blocks_pushed(patch: pytest.MonkeyPatch) -> None:
+    """A block leaves as soon as its first token is there."""
+    patch.setattr(prefill_worker.handoff, "num_full_blocks", num_blocks)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     no_epoch,
     free_on_abort,
@@ -194,6 +251,10 @@ MUTANTS: tuple[Mutant, ...] = (
     drained_forgotten,
     abort_forgotten,
     no_lease,
+    staging_lent_twice,
+    cutting_cancelled,
+    cut_one_block_further,
+    half_computed_blocks_pushed,
 )
 
 

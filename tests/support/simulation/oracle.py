@@ -1,7 +1,8 @@
 """What the right answer is, computed from the prompt alone: no blocks, no pools, no workers.
 
 The stand-in model: the KV of a token in a layer is eight bytes, a hash of the token and of its predecessor's KV in that layer;
-the next token is a hash of all the KV before it. So one wrong, stale or missing byte anywhere changes every token that follows.
+half of them are its K, half its V. The next token is a hash of all the KV before it, in an order that no cut into blocks changes:
+[layer][K, V][token]. So one wrong, stale or missing byte anywhere changes every token that follows.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import struct
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 NUM_LAYERS = 2
-BLOCK_TOKENS = 4
 TOKEN_BYTES = 8  # of KV, per layer
+ROW_BYTES = TOKEN_BYTES // 2  # of K or V
 VOCABULARY = 50_000
 _token = struct.Struct("<8sQI").pack
 _draw = struct.Struct("<8sQII").pack
@@ -29,23 +30,29 @@ def draw(all_kv: bytes, seed: int, choice: int, position: int) -> int:
     return number % VOCABULARY
 
 
-def blocks_of(token_ids: tuple[int, ...]) -> list[bytes]:
-    """The KV of a prompt, block by block, the last one only as far as it is filled."""
-    layers = []
-    for layer in range(NUM_LAYERS):
-        kv, last = [], START
+class KV:
+    """Of a text that grows."""
+
+    def __init__(self, token_ids: tuple[int, ...] = ()) -> None:
+        self.planes = [(bytearray(), bytearray()) for _ in range(NUM_LAYERS)]  # of each layer K and V, token by token
+        self._last = [START] * NUM_LAYERS
         for token_id in token_ids:
-            last = kv_of_next(last, layer, token_id)
-            kv.append(last)
-        layers.append(kv)
-    return [
-        b"".join(b"".join(kv[start : start + BLOCK_TOKENS]) for kv in layers) for start in range(0, len(token_ids), BLOCK_TOKENS)
-    ]
+            self.add(token_id)
+
+    def add(self, token_id: int) -> None:
+        for layer, (keys, values) in enumerate(self.planes):
+            kv = self._last[layer] = kv_of_next(self._last[layer], layer, token_id)
+            keys += kv[:ROW_BYTES]
+            values += kv[ROW_BYTES:]
+
+    def all(self) -> bytes:
+        return b"".join([plane for planes in self.planes for plane in planes])
 
 
 def answer(prompt: tuple[int, ...], max_tokens: int, seed: int, choice: int) -> tuple[int, ...]:
-    token_ids = list(prompt)
+    kv = KV(prompt)
+    drawn: list[int] = []
     for _ in range(max_tokens):
-        all_kv = b"".join(blocks_of(tuple(token_ids)))
-        token_ids.append(draw(all_kv, seed, choice, len(token_ids)))
-    return tuple(token_ids[len(prompt) :])
+        drawn.append(draw(kv.all(), seed, choice, len(prompt) + len(drawn)))
+        kv.add(drawn[-1])
+    return tuple(drawn)

@@ -23,6 +23,7 @@ from common.engine.block_manager import BlockManager
 class Memory:
     def __init__(self, name: str, num_blocks: int, block_bytes: int, complain: Callable[[str], None]) -> None:
         self.name = name
+        self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.bytes = bytearray(num_blocks * block_bytes)
         self.view = memoryview(self.bytes)
@@ -35,6 +36,10 @@ class Memory:
     def block_at(self, place: memoryview) -> int:
         """The block that a part of this memory lies in."""
         return (ctypes.addressof(ctypes.c_char.from_buffer(place)) - self._address) // self.block_bytes
+
+    def holds(self, place: memoryview) -> bool:
+        """Whether it is a part of this memory, and no copy."""
+        return 0 <= ctypes.addressof(ctypes.c_char.from_buffer(place)) - self._address < len(self.bytes)
 
     # -- owners -------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from random import Random
 
 from support.simulation.network import Disorder, Point
+from support.simulation.pool_cut import PoolCut
 
 VOCABULARY = 1000
+ALIKE = PoolCut(4)
+UNEQUAL_BLOCKS = ((4, 8), (8, 4), (4, 2), (2, 4), (4, 3), (3, 4), (2, 8), (6, 4), (4, 6), (4, 4))
 ROUTER_BACKOFF_S = 0.05  # of `router.dispatch`, before it asks a lost worker again
 
 
@@ -59,8 +62,8 @@ class Scenario:
     seed: int
     num_prefill: int
     num_decode: int
-    prefill_blocks: int
-    decode_blocks: int
+    prefill_tokens: int  # that a pool has room for
+    decode_tokens: int
     transports: tuple[str, ...]
     local_prefill: str
     chunk_tokens: int
@@ -78,6 +81,8 @@ class Scenario:
     faults: tuple[Fault, ...] = field(default=())
     guesses: bool = False  # decode workers check guesses, half of them wrong
     overlap: bool = False  # and plan steps while others are computed
+    prefill_cut: PoolCut = ALIKE
+    decode_cut: PoolCut = ALIKE
 
     @property
     def calm(self) -> bool:
@@ -123,6 +128,8 @@ class Scenario:
             yield "without guesses", replace(self, guesses=False)
         if self.overlap:
             yield "without overlap", replace(self, overlap=False)
+        if self.prefill_cut != self.decode_cut:
+            yield "with equal blocks", replace(self, prefill_cut=ALIKE, decode_cut=ALIKE)
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -130,13 +137,14 @@ def draw_scenario(seed: int) -> Scenario:
     num_prefill, num_decode = random.choice((1, 2, 2)), random.choice((1, 1, 2))
     stale = num_decode == 1 and random.random() < 0.15
     requests = tuple(_requests(random))
+    cuts = _cuts(Random(seed ^ 0xB10C))
     workers = [f"p{index}" for index in range(num_prefill)] + [f"d{index}" for index in range(num_decode)]
     return Scenario(
         seed=seed,
         num_prefill=num_prefill,
         num_decode=num_decode,
-        prefill_blocks=random.choice((9, 12, 20)),
-        decode_blocks=random.choice((9, 12, 20)),
+        prefill_tokens=random.choice((32, 44, 76)),
+        decode_tokens=random.choice((32, 44, 76)),
         transports=("tcp",) if stale else random.choice((("shm",), ("shm", "tcp"), ("tcp",))),
         local_prefill=random.choice(("never", "never", "auto")),
         chunk_tokens=random.choice((4, 7, 16)),
@@ -154,7 +162,17 @@ def draw_scenario(seed: int) -> Scenario:
         faults=(*(_stale_run(random) if stale else ()), *_faults(random, workers)),
         guesses=Random(seed ^ 0x6E55).random() < 0.5,
         overlap=Random(seed ^ 0x0E7A).random() < 0.5,
+        prefill_cut=cuts[0],
+        decode_cut=cuts[1],
     )
+
+
+def _cuts(random: Random) -> tuple[PoolCut, PoolCut]:
+    """Of prefill and decode workers: alike, or blocks of other sizes, or wider values too."""
+    if random.random() < 0.6:
+        return ALIKE, ALIKE
+    here, there = random.choice(UNEQUAL_BLOCKS)
+    return PoolCut(here, exact=False), PoolCut(there, wide=random.random() < 0.4, exact=False)
 
 
 def _requests(random: Random) -> Iterator[RequestPlan]:

@@ -27,6 +27,7 @@ from random import Random
 from typing import Any
 
 SHORT_TURN_S, LONG_TURN_S = 40e-6, 5e-3
+THREAD_WORK_S = 2e-3  # at most, for what another thread does
 MAX_AFTERLIFE_ROUNDS = 50
 _CLOCK_RESOLUTION_S = 1e-9
 _mark = struct.Struct("<dII").pack
@@ -166,6 +167,23 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
         return asyncio.Task(coro, loop=self, name=name, context=context)
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        """A thread does it, some time later and all at once; also if nobody waits for it any more, unless the process ends."""
+        future = self.create_future()
+
+        def work() -> None:
+            try:
+                result = func(*args)
+            except Exception as error:  # noqa: BLE001 (as executors do, whatever it is)
+                if not future.done():
+                    future.set_exception(error)
+            else:
+                if not future.done():
+                    future.set_result(result)
+
+        self.call_later(self._virtual.random.random() * THREAD_WORK_S, work)
+        return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.complaints.append(f"{context.get('message')}: {context.get('exception')!r}")

@@ -28,7 +28,9 @@ import router.links
 from common.errors import PdserveError
 from common.types import FinishReason, Request, Role, SamplingParams, WorkerRef, WorkerState
 from common.wire import registry_pb2, types_pb2, worker_pb2
+from kvtransfer import recutting
 from support.simulation import oracle, rpc
+from support.simulation.data_links import watched_gather
 from support.simulation.hosts import MODEL, DecodeProcess, Host, PrefillProcess, RouterProcess, WorkerProcess
 from support.simulation.network import Disorder, Network, Point
 from support.simulation.scenario import Fault, RequestPlan, Scenario, Trouble
@@ -440,15 +442,19 @@ class World:
 
 @contextmanager
 def simulated_rpc() -> Iterator[None]:
-    """While this is open, channels lead into the simulation, and nothing is logged."""
+    """While this is open, channels lead into the simulation, blocks that are cut anew are cut one at a time and under watch, and
+    nothing is logged."""
     before = (router.links.connect, decode_worker.prefill_peer.connect)
+    cutting = (recutting.gather_piece, recutting.STAGING_BYTES)
     configured = structlog.get_config()
+    recutting.gather_piece, recutting.STAGING_BYTES = watched_gather, 1
     router.links.connect = decode_worker.prefill_peer.connect = rpc.connect
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         yield
     finally:
         router.links.connect, decode_worker.prefill_peer.connect = before
+        recutting.gather_piece, recutting.STAGING_BYTES = cutting
         structlog.configure(**configured)
 
 
