@@ -25,7 +25,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from common.blocks import root_hash
 from common.clock import Clock
@@ -38,11 +38,13 @@ from common.errors import NoWorkerAvailable, Overloaded, PdserveError
 from common.lifecycle import Phase
 from common.load import WorkerLoad, pairs
 from common.types import KVLayout, PrefillChoice, Request, SampledToken, Started, TokenChunk, TokenLogprob, WorkerRef
-from decode_worker.admission import LocalPrefill, PrefillPlace, choose_place
+from decode_worker.admission import PrefillPlace, choose_place
 from decode_worker.events import Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.generation import Choice, ChoiceState, Generation
 from decode_worker.holdings import Holdings
+from decode_worker.limits import DecodeLimits
 from decode_worker.speculation.speculator import Speculator
+from decode_worker.step_account import StepAccount
 from decode_worker.step_ahead import Wait
 from decode_worker.step_plan import Share, StepPlan
 from decode_worker.step_planner import StepPlanner
@@ -51,31 +53,6 @@ from decode_worker.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from common.engine.heads.rows import HiddenRow
-
-
-class DecodeLimits(LocalPrefill, Protocol):
-    """Of `common.config.DecodeConfig`, what bounds a step and orders who is in it."""
-
-    @property
-    def max_running(self) -> int: ...
-
-    @property
-    def max_waiting(self) -> int: ...
-
-    @property
-    def step_tokens(self) -> int: ...
-
-    @property
-    def watermark_blocks(self) -> int: ...
-
-    @property
-    def growth_tokens(self) -> int: ...
-
-    @property
-    def priority_aging_s(self) -> float: ...
-
-    @property
-    def max_overtaken(self) -> int: ...
 
 
 _MAX_DISPATCHES = 4096  # that are remembered for a report; more than that means that nobody reads any
@@ -103,7 +80,6 @@ class DecodeScheduler:
         self._planner = StepPlanner(config, self._holdings, clock, speculator)
         self._swapping = swapping
         self._completed_s = 0.0  # when the last step was
-        self._row_s = 0.0  # of the last step: its time per row
         self._generations: dict[str, Generation] = {}
         self._waiting = WaitingLine(config.max_overtaken)
         self._remote: dict[str, Choice] = {}
@@ -273,9 +249,7 @@ class DecodeScheduler:
         self._completed_s = now_s
         if self._speculator is not None:
             self._speculator.observe_step(rows, step_s)
-        self._row_s = step_s / max(1, rows)
-        prefill_rows = surplus_rows = 0
-        wasted_before = self.totals.drafted_tokens - self.totals.accepted_tokens
+        account = StepAccount(self.totals, rows=rows, seconds=step_s)
         outputs: dict[str, list[TokenChunk]] = {}
         for share, computed in zip(plan.shares, result.slices, strict=True):
             choice, generation = share.choice, share.choice.generation
@@ -284,13 +258,9 @@ class DecodeScheduler:
                 choice.share = None
             if choice.state is ChoiceState.FINISHED:
                 self._holdings.let_go(choice)
-                surplus_rows += share.count + share.num_drafts
+                account.surplus(share)
                 continue
-            if share.count > 1 or not generation.prompt_in_kv:
-                prompt_rows = share.count - (generation.prompt_in_kv and bool(computed.tokens))
-                prefill_rows += prompt_rows
-                generation.work.prefill_s += prompt_rows * self._row_s
-                generation.work.prefill_tokens += prompt_rows
+            account.prompt(generation, share, drew=bool(computed.tokens))
             if computed.error is not None:
                 self._end(generation, Phase.FAILED)
                 outputs.pop(generation.request.request_id, None)
@@ -303,13 +273,11 @@ class DecodeScheduler:
                 if share.is_prompt_end:
                     self._begin_decoding(generation, computed.tokens, computed.row)
             elif computed.tokens:
-                chunk = self._accept(choice, computed.tokens, share, computed.row)
+                chunk = self._accept_decoded(choice, computed.tokens, share, account, computed.row)
                 outputs.setdefault(generation.request.request_id, []).append(chunk)
-        self.totals.surplus_rows += surplus_rows
-        wasted_rows = self.totals.drafted_tokens - self.totals.accepted_tokens - wasted_before + surplus_rows
-        self.totals.step_done(step_s, rows=rows, prefill_rows=prefill_rows, wasted_rows=wasted_rows)
+        account.close()
         if self._swapping is not None:
-            self._swapping.cost.observe_step(rows, prefill_rows, step_s)
+            self._swapping.cost.observe_step(rows, account.prompt_rows, step_s)
         for request_id, chunks in outputs.items():
             self._emit(self._generations[request_id], None, chunks)
 
@@ -444,33 +412,36 @@ class DecodeScheduler:
         choice.sequence.advance(count, self._blocks)
         self.totals.computed_tokens += count
 
-    def _accept(
-        self, choice: Choice, tokens: Sequence[SampledToken], share: Share | None = None, row: HiddenRow | None = None
-    ) -> TokenChunk:
-        """What was drawn becomes part of the answer. `share` is the choice's part of the step, unless its prompt was computed;
-        `row` is what the last token was drawn from."""
-        chunk = choice.accept(tokens)
-        num_said = len(chunk.token_ids)
-        num_drawn = num_said + (chunk.stop_token_id is not None)
-        self.totals.generated_tokens += num_drawn
-        work = choice.generation.work
-        work.decode_tokens += num_drawn
-        if share is not None:
-            num_right = min(len(tokens) - 1, num_said)  # drafts that the sequence now has, and whose KV is in place
-            self._advance(choice, share.count + num_right)
-            work.decode_s += (1 + num_right) * self._row_s
-            self._holdings.trim(choice)
-            if share.num_drafts:
-                author = "" if self._speculator is None else self._speculator.author(choice.key)
-                self.totals.drafted(share.num_drafts, num_right, author)
-                work.wasted_s += (share.num_drafts - num_right) * self._row_s
-                work.wasted_tokens += share.num_drafts - num_right
-            if self._speculator is not None and not share.is_ahead:
-                self._speculator.settle(choice.key, [token.token_id for token in tokens], row)
-            elif self._speculator is not None and row is not None:
-                self._speculator.remember(choice.key, row)
+    def _accept(self, choice: Choice, tokens: Sequence[SampledToken]) -> TokenChunk:
+        """What was drawn from the prompt becomes part of the answer."""
+        chunk = self._say(choice, tokens)
         if chunk.finish_reason is not None:
             self._finish(choice)
+        return chunk
+
+    def _accept_decoded(
+        self, choice: Choice, tokens: Sequence[SampledToken], share: Share, account: StepAccount, row: HiddenRow | None
+    ) -> TokenChunk:
+        """What was drawn in the choice's share of a step; `row` is what the last token was drawn from."""
+        chunk = self._say(choice, tokens)
+        num_right = min(len(tokens) - 1, len(chunk.token_ids))  # drafts that the sequence now has, and whose KV is in place
+        self._advance(choice, share.count + num_right)
+        self._holdings.trim(choice)
+        author = "" if self._speculator is None else self._speculator.author(choice.key)
+        account.decoded(choice.generation, share, num_right, author)
+        if self._speculator is not None and not share.is_ahead:
+            self._speculator.settle(choice.key, [token.token_id for token in tokens], row)
+        elif self._speculator is not None and row is not None:
+            self._speculator.remember(choice.key, row)
+        if chunk.finish_reason is not None:
+            self._finish(choice)
+        return chunk
+
+    def _say(self, choice: Choice, tokens: Sequence[SampledToken]) -> TokenChunk:
+        chunk = choice.accept(tokens)
+        num_drawn = len(chunk.token_ids) + (chunk.stop_token_id is not None)
+        self.totals.generated_tokens += num_drawn
+        choice.generation.work.decode_tokens += num_drawn
         return chunk
 
     def _emit(self, generation: Generation, started: Started | None, chunks: Sequence[TokenChunk]) -> None:

@@ -30,6 +30,7 @@ LONG = (
     "simulation",
     "workers",
     "zoo",
+    "common/engine/automata",
     "common/engine/native/test_native_choice.py",
     "kvtransfer/test_nixl.py",
     "router/console/test_page.py",

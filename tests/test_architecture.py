@@ -74,11 +74,15 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
         {"common.engine": When.ALWAYS, "common.engine.triton_kernels": When.ALWAYS, "deploy": When.LAZILY},
         "torch lives in common/engine: the others start fast and fit in a small image",
     ),
+    "xgrammar": (
+        {"common/engine/automata/x.py": When.LAZILY},
+        "it is an extra, and reads only what llguidance has read before",
+    ),
     "llguidance": (
         {
             "common/grammar/compiling.py": When.ALWAYS,
             "common/grammar/examiner.py": When.ALWAYS,
-            "common/engine/grammar.py": When.ALWAYS,
+            "common/engine/automata/guidance.py": When.LAZILY,
         },
         "grammars are compiled in workers and in a process that may be killed, never in the router's own",
     ),

@@ -102,7 +102,11 @@ def _normal(distribution: str) -> str:
 def test_every_library_that_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
     declared = {_normal(name) for name in PROJECT["dependencies"]}
-    declared |= {_normal(name) for extra in ("engine", "ray", "redis", "nixl", "gpu", "otel", "embed") for name in extras[extra]}
+    declared |= {
+        _normal(name)
+        for extra in ("engine", "ray", "redis", "nixl", "gpu", "otel", "embed", "xgrammar")
+        for name in extras[extra]
+    }
     # starlette is FastAPI's face; its name is part of that library's contract
     declared |= {"starlette", "pydantic-core", "annotated-types"}
     owners = importlib.metadata.packages_distributions()

@@ -63,6 +63,11 @@ class EngineConfig(Part):
         description="Of keys and values. model: as dtype. int8: 8 bits with a scale for each token and head, on CPUs; about half"
         " the memory and half the bytes to hand over and to read.",
     )
+    grammars: Literal["llguidance", "xgrammar"] = Field(
+        "llguidance",
+        description="What reads grammars of structured output. xgrammar (an extra): its masks take less time, for JSON schemas of"
+        " closed objects, lists, plain scalars and choices; llguidance reads all others.",
+    )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
     rank_timeout_s: float = Field(
         10.0, gt=0, description="A worker of several processes ends when one of them gives no sign of life for so long."

@@ -18,79 +18,38 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from common.engine.automata import Automaton, Compiler, Reader, Words, create_compiler, require
 from common.errors import InvalidRequest, PdserveError
-from common.grammar.compiling import check, compile_grammar
 from common.metrics import MaskReadings
 from common.tokenizer import Tokenizer
 from common.types import Grammar
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
-Words = npt.NDArray[np.uint32]  # bit i of word w is token 32 * w + i
 _Ids = npt.NDArray[np.int64]
 
 MAX_COMPILED = 32
 
 
-class _Tokens:
-    """What llguidance asks of a tokenizer: the model's tokens, and one more that stands for every end token. Where a grammar
-    leaves but one text, it is spelt as the tokenizer would, for that is what the model has learnt."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        known = range(min(tokenizer.vocab_size, vocab_size))
-        special = {token_id for token_id in known if tokenizer.is_special(token_id)}
-        special.update(token_id for token_id in tokenizer.eos_token_ids if token_id < vocab_size)
-        bytes_of = [tokenizer.token_bytes(token_id) for token_id in known]
-        self.eos_token_id = vocab_size
-        self.tokens = [*bytes_of, *[b""] * (vocab_size - len(bytes_of)), b"<end>"]
-        self.special_token_ids = sorted({*special, self.eos_token_id})
-        self._tokenizer = tokenizer
-        self._special = special
-        self._ids = {text: token_id for token_id, text in enumerate(bytes_of) if text and token_id not in special}
-        self._longest = max(map(len, self._ids), default=0)
-
-    def __call__(self, text: str) -> list[int]:
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
-        if not self._special.isdisjoint(token_ids):
-            token_ids = self._tokenizer.encode(text, add_special_tokens=False, allow_special=False)
-        data = text.encode()
-        if b"".join(self.tokens[token_id] for token_id in token_ids) == data:
-            return token_ids
-        return self._greedy(data)  # some tokenizers put a space before every text
-
-    def _greedy(self, data: bytes) -> list[int]:
-        token_ids: list[int] = []
-        start = 0
-        while start < len(data):
-            ends = range(min(len(data), start + self._longest), start, -1)
-            end = next((end for end in ends if data[start:end] in self._ids), None)
-            if end is None:
-                break  # a vocabulary without this byte: the grammar finds that it cannot go on
-            token_ids.append(self._ids[data[start:end]])
-            start = end
-        return token_ids
-
-
 class GrammarCompiler:
     """One per engine. Thread-safe; blocks while it compiles, up to a second. The last `MAX_COMPILED` grammars stay."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """`vocab_size` is the width of the model's logits, which may be padded."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, reader: Reader = "llguidance") -> None:
+        """`vocab_size` is the width of the model's logits, which may be padded. Raises StartupError if `reader` is not there."""
+        require(reader)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._vocabulary: LLTokenizer | None = None
+        self._reader: Reader = reader
+        self._compiler: Compiler | None = None
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()  # of the two above
-        self._building = threading.Lock()
+        self._lock = threading.Lock()  # of the one above
+        self._creating = threading.Lock()
+
+    def prepare(self) -> None:
+        """Before the first grammar, where that is not to wait for the library."""
+        self._created()
 
     def cached(self, grammar: Grammar) -> CompiledGrammar | None:
         with self._lock:
@@ -103,7 +62,7 @@ class GrammarCompiler:
         found = self.cached(grammar)
         if found is not None:
             return found
-        compiled = CompiledGrammar(compile_grammar(self._all_tokens(), grammar), self._vocab_size)
+        compiled = CompiledGrammar(self._created().compile(grammar), self._vocab_size)
         with self._lock:
             self._compiled[grammar] = compiled
             while len(self._compiled) > MAX_COMPILED:
@@ -112,29 +71,26 @@ class GrammarCompiler:
 
     def spell(self, text: str) -> list[int]:
         """As grammars spell text that is forced."""
-        return list(self._all_tokens().tokenize_str(text))
+        return self._created().spell(text)
 
-    def _all_tokens(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        with self._building:  # takes a fifth of a second, so only models that are asked for grammars have one
-            if self._vocabulary is None:
-                tokens = _Tokens(self._tokenizer, self._vocab_size)
-                self._vocabulary = LLTokenizer(tokens)  # type: ignore[arg-type]  # duck-typed on the other side
-            return self._vocabulary
+    def _created(self) -> Compiler:
+        with self._creating:  # takes a fifth of a second, so only models that are asked for grammars have one
+            if self._compiler is None:
+                self._compiler = create_compiler(self._reader, self._tokenizer, self._vocab_size)
+            return self._compiler
 
 
 class CompiledGrammar:
     """A grammar over one vocabulary; immutable, shared by all who use it."""
 
-    def __init__(self, beginning: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, beginning: Automaton, vocab_size: int) -> None:
         self._beginning = beginning
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
 
     def start(self) -> GrammarState:
         with self._lock:
-            return GrammarState(self._beginning.deep_copy(), self._vocab_size)
+            return GrammarState(self._beginning.copy(), self._vocab_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,8 +106,8 @@ class Restriction:
 class GrammarState:
     """How far one choice has come in its grammar. One thread at a time, and none while a mask of it is being worked out."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(self, automaton: Automaton, vocab_size: int) -> None:
+        self._automaton = automaton
         self._vocab_size = vocab_size
         self._num_consumed = 0
         self._lost = False  # what followed is no beginning of a sentence: a guess that will be taken back
@@ -165,14 +121,14 @@ class GrammarState:
     @property
     def is_over(self) -> bool:
         """The sentence is whole and nothing can follow it."""
-        return not self._lost and self._matcher.is_stopped() and not self._matcher.is_error()
+        return not self._lost and self._automaton.is_over
 
     def consume(self, tokens: Sequence[int]) -> None:
         """The next tokens of the answer. From the first one that does not fit it knows nothing more, until it is rewound."""
         if not tokens or self._lost:
             return
         self._detach()
-        taken = self._matcher.try_consume_tokens(list(tokens))
+        taken = self._automaton.consume(list(tokens))
         self._num_consumed += taken
         self._lost = taken < len(tokens)
 
@@ -180,20 +136,20 @@ class GrammarState:
         """It knows only the first `num_tokens` of the answer."""
         if num_tokens < self._num_consumed:
             self._detach()
-            self._matcher.rollback(self._num_consumed - num_tokens)
+            self._automaton.take_back(self._num_consumed - num_tokens)
             self._num_consumed = num_tokens
         self._lost = False
 
     def next_mask(self, restriction: Restriction, *, num_certain: int) -> NextMask | None:
         """What may come at this place; None where it does not matter: after a wrong guess, and after the end. The first
         `num_certain` tokens of the answer are no guesses: if one of those did not fit, nothing may be drawn any more."""
-        if self.is_over or (self._lost and self._num_consumed >= num_certain and not self._matcher.is_error()):
+        if self.is_over or (self._lost and self._num_consumed >= num_certain and not self._automaton.has_failed):
             return None
         self._detach()
         if self._num_consumed > num_certain:
-            # A guess may lead where the grammar is too much work, and a matcher never gets over that.
-            return NextMask(self._matcher.deep_copy(), self._vocab_size, restriction, lost=self._lost)
-        self._pending = NextMask(self._matcher, self._vocab_size, restriction, lost=self._lost)
+            # A guess may lead where the grammar is too much work, and an automaton never gets over that.
+            return NextMask(self._automaton.copy(), self._vocab_size, restriction, lost=self._lost)
+        self._pending = NextMask(self._automaton, self._vocab_size, restriction, lost=self._lost)
         return self._pending
 
     def _detach(self) -> None:
@@ -206,8 +162,8 @@ class GrammarState:
 class NextMask:
     """The mask of one draw; worked out once, when it is first needed."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, restriction: Restriction, *, lost: bool) -> None:
-        self._matcher: LLMatcher | None = matcher
+    def __init__(self, automaton: Automaton, vocab_size: int, restriction: Restriction, *, lost: bool) -> None:
+        self._automaton: Automaton | None = automaton
         self._lost = lost
         self._vocab_size = vocab_size
         self._restriction = restriction
@@ -234,27 +190,25 @@ class NextMask:
 
     def keep_state(self) -> None:
         """The state that it was made from is about to move on."""
-        if self._matcher is not None:
-            self._matcher = self._matcher.deep_copy()
+        if self._automaton is not None:
+            self._automaton = self._automaton.copy()
 
     def work_out(self) -> None:
-        matcher, self._matcher = self._matcher, None
-        if matcher is None:
+        automaton, self._automaton = self._automaton, None
+        if automaton is None:
             return
         try:
-            self._words = self._restricted(matcher, lost=self._lost)
+            self._words = self._restricted(automaton, lost=self._lost)
         except InvalidRequest as error:
             self._error = error
 
-    def _restricted(self, matcher: LLMatcher, *, lost: bool) -> Words:
-        check(matcher)
-        if lost:
+    def _restricted(self, automaton: Automaton, *, lost: bool) -> Words:
+        if lost and not automaton.has_failed:
             raise InvalidRequest("the answer so far does not fit the grammar", param="grammar")
         rules = self._restriction
         # One bit more than there are tokens: the one that stands for the end.
         words = np.zeros((self._vocab_size + 1 + 31) // 32, dtype=np.uint32)
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        check(matcher)
+        automaton.fill(words)
         may_end = bool(words[self._vocab_size >> 5] >> np.uint32(self._vocab_size & 31) & np.uint32(1))
         words[self._vocab_size >> 5] &= np.uint32((1 << (self._vocab_size & 31)) - 1)
         if may_end:

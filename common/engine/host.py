@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from common.clock import SystemClock
 from common.codec import pace_to_wire, report_to_wire, role_to_wire
 from common.config import pdserve_home
+from common.engine.automata import require
 from common.engine.core import SchedulerTotals
 from common.engine.cores import Cores, OwnCores, SharedCores
 from common.engine.engine import Engine, build_engine
@@ -149,6 +150,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
                 self._engine, self._grammars = kept.engine, kept.grammars
                 return kept
             await asyncio.to_thread(kept.close)  # the other role has other ranks, or other blocks
+        require(spec.engine.grammars)
         path = Path(spec.model_path)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
 
@@ -167,7 +169,9 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
             )
 
         self._engine = await asyncio.to_thread(build)
-        self._grammars = GrammarCompiler(tokenizer, self._engine.architecture.vocab_size)
+        self._grammars = GrammarCompiler(tokenizer, self._engine.architecture.vocab_size, spec.engine.grammars)
+        if spec.engine.grammars == "xgrammar":  # loading it takes seconds, longer than a grammar may take
+            await asyncio.to_thread(self._grammars.prepare)
         return LoadedEngine(self._engine, self._grammars, memory)
 
     def check_fit_for_another(self) -> None:

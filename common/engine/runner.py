@@ -61,7 +61,13 @@ class Successor(Protocol):
 class StepGroup(Protocol):
     """Several processes that compute as one (`common.engine.parallel.group`)."""
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
+    def compute(
+        self,
+        batch: ScheduledBatch,
+        wanted: Sequence[Sequence[int]],
+        kept: Sequence[int] = (),
+        layer_done: LayerDone | None = None,
+    ) -> Iterator[torch.Tensor]:
         """When it returns the step is computed. Then the fp32 logits [rows, vocab] of each group of rows in `wanted`, and behind
         them the hidden rows `kept`, if any: taken one after the other, all of them, before the next step."""
         ...
@@ -211,10 +217,7 @@ class ModelRunner:
     ) -> Iterator[torch.Tensor]:
         """As `StepGroup.compute`."""
         if self._group is not None:
-            logits = self._group.compute(batch, wanted, kept)
-            if layer_done is not None:
-                layer_done(self._pool.whole_layout.num_layers)
-            return logits
+            return self._group.compute(batch, wanted, kept, layer_done)
         if self._successor is not None and (model := self._successor.poll()) is not None:
             self._model, self._successor = model, None
         step = self._buffers.fill(batch)

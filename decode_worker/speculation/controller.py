@@ -52,13 +52,14 @@ def best_lengths(
     most_rows: int,
     awaited: Collection[int] = (),
     drafting_s: float = 0.0,
+    demanded: float = 0.0,
 ) -> tuple[list[int], float]:
     """How many tokens to take of each offer: (length, probability of its first token, of each further one after a right one); and
     the logarithm of what the answers' speed gains by it, 0 where nothing is taken.
 
     The step has `num_rows` rows without drafts, one of them for each of `num_sequences` sequences, and room for `most_rows` more.
     Guesses of the offers `awaited` are yet to be made: `drafting_s` is what it takes to make the first token of all of them, the
-    second, and so on.
+    second, and so on. A gain has to be larger than usual by `demanded`.
     """
     ranked = sorted((-gain, place, index) for index, offer in enumerate(offers) for place, gain in enumerate(_gains(*offer)))[
         :most_rows
@@ -67,7 +68,7 @@ def best_lengths(
     if not ranked:
         return lengths, 0.0
     costs = cost.of(num_rows, len(ranked) + 1)
-    best_speed = math.log(min(_MOST_LEAST_GAIN, _LEAST_GAIN + _MORE_PER_SEQUENCE * (num_sequences - 1)))
+    best_speed = math.log(min(_MOST_LEAST_GAIN, _LEAST_GAIN + _MORE_PER_SEQUENCE * (num_sequences - 1))) + demanded
     gained, best, longest = 0.0, 0, 0
     for count, (negative, place, index) in enumerate(ranked, start=1):
         gained -= negative

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Protocol
 from common.clock import Clock
 from decode_worker.speculation.acceptance import Acceptance, History, Promises
 from decode_worker.speculation.controller import best_lengths
+from decode_worker.speculation.payoff import Payoff
 from decode_worker.speculation.proposer import ChoiceKey, Guess, Proposer, Wanted
 from decode_worker.speculation.step_cost import StepCost
 
 if TYPE_CHECKING:
     from common.engine.heads.rows import HiddenRow
 
-_SEQUENCES_PER_STEP_OF_REST = 4
+_SEQUENCES_PER_STEP_OF_REST = 2  # asking eight chats in vain takes more than a hundredth of their step
 _LONGEST_REST_STEPS = 16
 _STEPS_TO_TRIAL, _MOST_STEPS_TO_TRIAL = 64, 8192
 _TRIAL_TOKENS = 2
@@ -116,6 +117,7 @@ class AdaptiveSpeculator:
         self._acceptance = Acceptance()
         self._promises: defaultdict[str, Promises] = defaultdict(Promises)
         self._cost = StepCost()
+        self._payoff = Payoff()
         self._sequences: dict[ChoiceKey, _Sequence] = {}
 
     @property
@@ -127,14 +129,21 @@ class AdaptiveSpeculator:
         return any(proposer.reads_rows for proposer in (self._quick, self._slow) if proposer is not None)
 
     def draft(self, wanted: Sequence[Wanted], *, num_rows: int, most_rows: int) -> list[Sequence[int]]:
+        self._payoff.close()
         if most_rows <= 0:
             return [()] * len(wanted)
+        asked_s = self._clock.monotonic_s()
         sequences = [self._sequence(item.key) for item in wanted]
         offers = [_NOTHING] * len(wanted)
         if self._quick is not None:
             self._ask_quick(self._quick, wanted, sequences, offers)
         lengths, gain = best_lengths(
-            [offer.figures for offer in offers], self._cost, num_sequences=len(wanted), num_rows=num_rows, most_rows=most_rows
+            [offer.figures for offer in offers],
+            self._cost,
+            num_sequences=len(wanted),
+            num_rows=num_rows,
+            most_rows=most_rows,
+            demanded=self._payoff.demanded,
         )
         if self._slow is not None:
             lengths = self._ask_slow(self._slow, wanted, sequences, offers, lengths, gain, num_rows, most_rows)
@@ -144,6 +153,12 @@ class AdaptiveSpeculator:
             kept_share = self._promises[offer.proposer].kept_share if length else 1.0
             sequence.promised = _expected(length, offer.first, offer.further) / kept_share
             drafts.append(offer.guess.token_ids[:length])
+        if any(drafts):
+            self._payoff.planned(
+                num_sequences=len(wanted),
+                without_s=self._cost.of(num_rows, 1)[0] if self._cost.is_known else 0.0,
+                asking_s=self._clock.monotonic_s() - asked_s,
+            )
         return drafts
 
     def author(self, key: ChoiceKey) -> str:
@@ -160,7 +175,9 @@ class AdaptiveSpeculator:
             return
         sequence.row = row
         if sequence.taken:
-            self._promises[sequence.taken_of].observe(sequence.promised, max(0, min(len(came) - 1, sequence.taken)))
+            num_right = max(0, min(len(came) - 1, sequence.taken))
+            self._promises[sequence.taken_of].observe(sequence.promised, num_right)
+            self._payoff.right(num_right)
             sequence.taken = 0
         guesses, sequence.guesses = sequence.guesses, {}
         for name, guess in guesses.items():
@@ -174,6 +191,7 @@ class AdaptiveSpeculator:
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
         self._cost.observe(num_rows, seconds)
+        self._payoff.took(seconds)
         for promises in self._promises.values():
             promises.step()
 
@@ -194,9 +212,8 @@ class AdaptiveSpeculator:
     ) -> None:
         """Puts its guesses into `offers`."""
         asked = [place for place, sequence in enumerate(sequences) if _is_awake(sequence, len(sequences))]
-        items = [
-            replace(item, most_tokens=min(item.most_tokens, self._max_draft_tokens)) for item in map(wanted.__getitem__, asked)
-        ]
+        most = self._max_draft_tokens
+        items = [item if item.most_tokens <= most else replace(item, most_tokens=most) for item in map(wanted.__getitem__, asked)]
         for place, guess in zip(asked, proposer.propose(items), strict=True):
             offers[place] = self._made(proposer.name, sequences[place], guess)
 
@@ -234,6 +251,7 @@ class AdaptiveSpeculator:
             most_rows=most_rows,
             awaited=awaited,
             drafting_s=self._seconds_per_token(),
+            demanded=self._payoff.demanded,
         )
         if planned_gain > gain and any(planned[place] for place in awaited):
             self._idle_steps, self._next_trial_steps = 0, _STEPS_TO_TRIAL

@@ -48,6 +48,10 @@ class StepCost:
             oldest = self._num_steps - _FORGOTTEN_AFTER_STEPS
             self._places = {rows: place for rows, place in self._places.items() if place.last_step > oldest}
 
+    @property
+    def is_known(self) -> bool:
+        return any(len(place.seconds) >= _TRUSTED for place in self._places.values())
+
     def of(self, first_rows: int, count: int) -> list[float]:
         """The costs of steps of `first_rows`, `first_rows` + 1, ... rows; seconds, or any other unit if nothing is known."""
         points = self._points()

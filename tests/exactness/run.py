@@ -41,6 +41,7 @@ def main() -> int:
 def prepare() -> None:
     """In each process, before anything of ours is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # connections end by the thousand
     for folder in (HERE.parent.parent, HERE.parent):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+_LONG_LIST = 1000
+
+
+@contextmanager
+def without_random_weights() -> Iterator[None]:
+    """For models whose weights are all loaded afterwards: making them up takes longer than that."""
+    from transformers import PreTrainedModel
+
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in (torch.nn.Linear, torch.nn.Embedding):
+            patch.setattr(layer, "reset_parameters", lambda self: None)
+        patch.setattr(PreTrainedModel, "init_weights", lambda self: None)
+        yield
+
+
+def _reader(file: Path) -> Any:
+    """The library's reader, which makes an array of every entry of a vocabulary: that takes longer than all the tensors."""
+    import gguf
+
+    class WithoutLongLists(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+                if count > _LONG_LIST:
+                    return self._size(gguf.GGUFValueType(kind), count, orig_offs + 12) + 12, [], [], []
+            found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return found
+
+        def _size(self, kind: gguf.GGUFValueType, count: int, start: int) -> int:
+            if kind is not gguf.GGUFValueType.STRING:
+                return count * int(self.gguf_scalar_to_np[kind]().nbytes)
+            end = start
+            for _ in range(count):
+                (length,) = struct.unpack_from("<Q", self.data, end)
+                end += 8 + length
+            return end - start
+
+    return WithoutLongLists(file)
 
 
 def gguf_oracle(file: Path) -> torch.nn.Module:
@@ -13,7 +56,7 @@ def gguf_oracle(file: Path) -> torch.nn.Module:
     import gguf
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    reader = gguf.GGUFReader(file)
+    reader = _reader(file)
 
     def field(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
@@ -28,7 +71,7 @@ def gguf_oracle(file: Path) -> torch.nn.Module:
         rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
         max_position_embeddings=field("context_length"),
-        vocab_size=reader.fields["llama.vocab_size"].contents(),
+        vocab_size=int(next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight").shape[1]),
         tie_word_embeddings=True,
         attn_implementation="eager",
     )
@@ -55,7 +98,8 @@ def gguf_oracle(file: Path) -> torch.nn.Module:
             split = (heads if part == "attn_q" else kv_heads, -1, 2, values.shape[1])
             values = values.view(split).transpose(1, 2).reshape(values.shape)
         weights[f"model.layers.{layer}.{names[part]}.weight"] = values
-    model = LlamaForCausalLM(config)
+    with without_random_weights():
+        model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert (list(missing), list(unexpected)) == (["lm_head.weight"], [])
     model.tie_weights()
@@ -67,7 +111,7 @@ def gguf_gemma_oracle(file: Path) -> torch.nn.Module:
     import gguf
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    reader = gguf.GGUFReader(file)
+    reader = _reader(file)
 
     def field(name: str) -> Any:
         return reader.fields[f"gemma3.{name}"].contents()
@@ -101,7 +145,8 @@ def gguf_gemma_oracle(file: Path) -> torch.nn.Module:
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     }
-    model = Gemma3ForCausalLM(config)
+    with without_random_weights():
+        model = Gemma3ForCausalLM(config)
     weights = {}
     for name, tensor in tensors.items():
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())

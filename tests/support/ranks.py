@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from common.config import EngineConfig, ParallelConfig
 from common.engine.batch import ScheduledBatch
 from common.engine.kv_pool import FIRST_BLOCK
 from common.engine.loader import load_architecture
+from common.engine.models import LayerDone
 from common.engine.parallel.links import Link, socket_pair
 from common.engine.parallel.messages import CopyOrder, StepOrder, decode, encode_copy, encode_step
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
@@ -36,8 +38,8 @@ class ThreadGroup:
         self.layout = layout
         self._pool = pool
 
-    def all_logits(self, batch: ScheduledBatch) -> torch.Tensor:
-        hidden = list(self._pool.map(lambda share: share.compute(batch), self.shares))
+    def all_logits(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> torch.Tensor:
+        hidden = compute_watched(self._pool, self.shares, batch, layer_done)
         rows = range(batch.num_tokens)
         parts = [share.logits(one, rows) for share, one in zip(self.shares, hidden, strict=True) if one is not None]
         return torch.cat(parts, dim=1)
@@ -79,6 +81,25 @@ def thread_group(
             _close(links)
 
 
+def compute_watched(
+    pool: ThreadPoolExecutor, shares: Sequence[StageShare], batch: ScheduledBatch, layer_done: LayerDone | None
+) -> list[torch.Tensor | None]:
+    """All shares at once; the layers are told of in their order, by the first shard of each stage, while it computes."""
+    done: dict[int, queue.Queue[int]] = {one.share.rank: queue.Queue() for one in shares if one.share.shard == 0}
+
+    def compute(one: StageShare) -> torch.Tensor | None:
+        told = done.get(one.share.rank) if layer_done is not None else None
+        return one.compute(batch, None if told is None else told.put)
+
+    computing = [pool.submit(compute, one) for one in shares]
+    if layer_done is not None:
+        for one in (one for one in shares if one.share.shard == 0):
+            for layer in one.share.layers:
+                assert done[one.share.rank].get(timeout=TIMEOUT_S) == layer + 1 - one.share.layers.start
+                layer_done(layer + 1)
+    return [future.result() for future in computing]
+
+
 class ThreadRanks:
     """In the place of a `RankGroup`: what reaches the other ranks has gone through the same messages, but they are threads."""
 
@@ -101,10 +122,16 @@ class ThreadRanks:
     def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
         """Threads are not lost."""
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
-        step = decode(encode_step(batch, wanted, kept))
+    def compute(
+        self,
+        batch: ScheduledBatch,
+        wanted: Sequence[Sequence[int]],
+        kept: Sequence[int] = (),
+        layer_done: LayerDone | None = None,
+    ) -> Iterator[torch.Tensor]:
+        step = decode(encode_step(batch, wanted, kept, watched=layer_done is not None))
         assert isinstance(step, StepOrder)
-        hidden = list(self._pool.map(lambda share: share.compute(step.batch), self._shares))
+        hidden = compute_watched(self._pool, self._shares, step.batch, layer_done)
         ends = [(share, rows) for share, rows in zip(self._shares, hidden, strict=True) if rows is not None]
         logits = (torch.cat([share.logits(one, rows) for share, one in ends], dim=1) for rows in step.wanted)
         first, rows = ends[0]

@@ -5,6 +5,7 @@ The tiny models of `test_exactness` cover the grid; this holds the real weights,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from common.model_store import ModelFiles
 from common.tokenizer import Tokenizer
 from common.types import Request
 from support.oracles import gguf_oracle
+from support.read_once import weights_read_once
 from support.workers import Answer, Workers, request, running_workers
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
@@ -32,6 +34,12 @@ TEXTS = [
     "Q: What is the boiling point of water at sea level, in degrees Celsius?\nA:",
     "The quick brown fox jumps over the lazy dog. " * 15,
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    with weights_read_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,33 +36,31 @@ from common.engine.settings import EngineSettings
 from common.errors import ConfigError, EngineFailure
 from common.logs import get_logger
 
+if TYPE_CHECKING:
+    from common.engine.engine_plan import EnginePlan
+
 _log = get_logger(__name__)
 
 
 def choose_model(
-    config: EngineSettings,
-    architecture: ModelArchitecture,
+    plan: EnginePlan,
     weights: Mapping[str, Weight],
-    dtype: torch.dtype,
     pool: KVPool,
-    max_model_tokens: int,
     *,
     cores: Cores,
     cache: Path,
     create_torch_model: Callable[[], Model],
-    settled: Library | None = None,
 ) -> tuple[Model, Successor | None]:
-    """The model to start with, and perhaps one that will take over. In exact mode it is what `choose_library` found (`settled`)
-    or torch's for good. Raises ConfigError."""
-    if config.exact and settled is None:
-        return create_torch_model(), None
-    if settled is None and not _wants_native(config, architecture, pool.device.type, dtype):
+    """The model to start with, and perhaps one that will take over. In exact mode it is what `choose_library` found
+    (`plan.library`) or torch's for good. Raises ConfigError."""
+    config, settled = plan.config, plan.library
+    if settled is None and (config.exact or not _wants_native(config, plan.architecture, plan.device.type, plan.dtype)):
         return create_torch_model(), None
     library = settled if settled is not None else _library_at_hand(config, cache)
-    panels = ModelPanels.of(architecture, weights, WeightFormat.of(config.weights, "cpu", config.kernels), dtype)
+    panels = ModelPanels.of(plan.architecture, weights, WeightFormat.of(config.weights, "cpu", config.kernels), plan.dtype)
 
     def create(library: Library) -> Model:
-        return NativeModel(library, architecture, panels, pool, max_model_tokens, cores)
+        return NativeModel(library, plan.architecture, panels, pool, plan.max_model_tokens, cores)
 
     if library is not None:
         _log.info("native kernels compute")

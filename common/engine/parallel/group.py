@@ -30,6 +30,7 @@ import torch
 import common
 from common.config import ParallelConfig
 from common.engine.batch import ScheduledBatch
+from common.engine.models import LayerDone
 from common.engine.parallel.links import Link, socket_pair
 from common.engine.parallel.messages import encode_copy, encode_step, encode_stop
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
@@ -65,6 +66,7 @@ class RankGroup:
         self._keeper: threading.Thread | None = None
         self._mine: StageShare | None = None
         self._results: tuple[tuple[Share, Link], ...] = ()
+        self._later_layers: tuple[tuple[int, Link], ...] = ()  # those of later stages, and who tells of them
         self._vocab_size = 0
 
     @classmethod
@@ -97,6 +99,12 @@ class RankGroup:
             group.close()
             raise
         group._results = tuple((share, group._controls[share.rank]) for share in shares if share.is_last and share.rank)
+        group._later_layers = tuple(
+            (layer, group._controls[share.rank])
+            for share in shares
+            if share.shard == 0 and not share.is_first
+            for layer in share.layers
+        )
         group._vocab_size = max(share.vocab.stop for share in shares)
         _log.info("all ranks are ready", ranks=len(shares), pids=group.pids)
         return group
@@ -125,15 +133,25 @@ class RankGroup:
         if error is not None:
             on_lost(error)
 
-    def compute(self, batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> Iterator[torch.Tensor]:
+    def compute(
+        self,
+        batch: ScheduledBatch,
+        wanted: Sequence[Sequence[int]],
+        kept: Sequence[int] = (),
+        layer_done: LayerDone | None = None,
+    ) -> Iterator[torch.Tensor]:
         """Computes a step on all ranks; when it returns all keys and values are in the pool. The logits of each group of rows in
         `wanted`, fp32 [rows, vocab], and behind them the hidden rows `kept`, which are some of those, are to be taken one after
-        the other, all of them, before the next step."""
+        the other, all of them, before the next step. `layer_done` is called meanwhile, on this thread, layer after layer."""
         try:
-            message = encode_step(batch, wanted, kept)
+            message = encode_step(batch, wanted, kept, watched=layer_done is not None)
             for control in self._controls.values():
                 control.send(message)
-            hidden = self.mine.compute(batch)
+            hidden = self.mine.compute(batch, layer_done)
+            if layer_done is not None:
+                for layer, control in self._later_layers:
+                    control.receive_into(memoryview(bytearray()))
+                    layer_done(layer + 1)
             if wanted:
                 rest = (self._logits(hidden, rows) for rows in wanted[1:])
                 rows = (self._rows(hidden, rows) for rows in (kept,) if rows)

@@ -1,7 +1,7 @@
 """What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, the end.
 
-    STEP   kind | slices | groups of rows | rows kept | per slice: tokens, start, blocks | per group: rows | tokens | block tables
-                | rows of each group | rows kept
+    STEP   kind | slices | groups of rows | rows kept | whether layers are watched | per slice: tokens, start, blocks
+                | per group: rows | tokens | block tables | rows of each group | rows kept
     COPY   kind | source | destination
     STOP   kind
 
@@ -35,6 +35,7 @@ class StepOrder:
     batch: ScheduledBatch  # without samples
     wanted: tuple[tuple[int, ...], ...]  # rows, in groups
     kept: tuple[int, ...] = ()  # rows whose hidden state is wanted
+    watched: bool = False  # rank 0 wants to know of each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,15 @@ class StopOrder:
 Order = StepOrder | CopyOrder | StopOrder
 
 
-def encode_step(batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = ()) -> bytes:
+def encode_step(
+    batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = (), *, watched: bool = False
+) -> bytes:
     slices = [(len(item.token_ids), item.start, len(item.block_table)) for item in batch.slices]
-    parts: list[Sequence[int]] = [(Kind.STEP, len(slices), len(wanted), len(kept)), *slices, [len(rows) for rows in wanted]]
+    parts: list[Sequence[int]] = [
+        (Kind.STEP, len(slices), len(wanted), len(kept), watched),
+        *slices,
+        [len(rows) for rows in wanted],
+    ]
     parts += [item.token_ids for item in batch.slices]
     parts += [item.block_table for item in batch.slices]
     parts += [*wanted, kept]
@@ -77,7 +84,7 @@ def decode(message: bytes | bytearray) -> Order:
     order: Order
     match kind:
         case Kind.STEP:
-            num_slices, num_groups, num_kept = reader.take(3)
+            num_slices, num_groups, num_kept, watched = reader.take(4)
             slices = [reader.take(3) for _ in range(num_slices)]
             sizes = reader.take(num_groups)
             tokens = [reader.take(count) for count, _, _ in slices]
@@ -85,7 +92,8 @@ def decode(message: bytes | bytearray) -> Order:
             batch = ScheduledBatch(
                 tuple(SequenceSlice(ids, start, table) for (_, start, _), ids, table in zip(slices, tokens, tables, strict=True))
             )
-            order = StepOrder(batch, tuple(tuple(reader.take(size)) for size in sizes), tuple(reader.take(num_kept)))
+            wanted = tuple(tuple(reader.take(size)) for size in sizes)
+            order = StepOrder(batch, wanted, tuple(reader.take(num_kept)), bool(watched))
         case Kind.COPY:
             order = CopyOrder(*reader.take(2))
         case Kind.STOP:

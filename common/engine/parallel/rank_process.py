@@ -78,8 +78,9 @@ def _serve(control: Link, share: StageShare) -> None:
     while True:
         control.wait()
         match decode(control.receive()):
-            case StepOrder(batch, wanted, kept):
-                hidden = share.compute(batch)
+            case StepOrder(batch, wanted, kept, watched):
+                tells = watched and share.share.shard == 0 and not share.share.is_first
+                hidden = share.compute(batch, (lambda _: control.send(b"")) if tells else None)
                 if hidden is None:
                     continue
                 for rows in wanted:

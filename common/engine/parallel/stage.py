@@ -16,7 +16,7 @@ import torch
 from common.engine.attention import AttentionBackend
 from common.engine.batch import ScheduledBatch
 from common.engine.kv_pool import KVPool
-from common.engine.models import Model
+from common.engine.models import LayerDone, Model
 from common.engine.parallel.links import Link
 from common.engine.parallel.micro_batches import cut, num_micro_batches
 from common.engine.parallel.share import Share
@@ -46,11 +46,14 @@ class StageShare:
         self._buffers = StepBuffers(pool)
 
     @torch.inference_mode()
-    def compute(self, batch: ScheduledBatch) -> torch.Tensor | None:
-        """Computes this share's layers for all rows of a step; the hidden rows if it is of the last stage."""
+    def compute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> torch.Tensor | None:
+        """Computes this share's layers for all rows of a step; the hidden rows if it is of the last stage. `layer_done` is told
+        the number of this stage's layers whose keys and values are in the pool, those of the other shards as well: none of them
+        has come past a layer's sum before all have stored theirs."""
         pipeline = self._pipeline
         count = num_micro_batches(batch.num_tokens, pipeline.num_stages, pipeline.least_tokens)
-        hidden = [self._compute(part) for part in (cut(batch, count) if count > 1 else [batch])]
+        parts = cut(batch, count) if count > 1 else [batch]
+        hidden = [self._compute(part, layer_done if part is parts[-1] else None) for part in parts]
         return torch.cat([rows for rows in hidden if rows is not None]) if self.share.is_last else None
 
     @torch.inference_mode()
@@ -71,7 +74,7 @@ class StageShare:
     def copy_block(self, source: int, destination: int) -> None:
         self.pool.copy_block(source, destination)
 
-    def _compute(self, part: ScheduledBatch) -> torch.Tensor | None:
+    def _compute(self, part: ScheduledBatch, layer_done: LayerDone | None) -> torch.Tensor | None:
         pipeline = self._pipeline
         rows = None
         if pipeline.previous is not None:
@@ -80,7 +83,7 @@ class StageShare:
         step = self._buffers.fill(part)
         for block, filled in step.entered:
             self.pool.clear_tail(block, filled)
-        hidden = self.model.forward(step, self.pool, self._attention, None, rows)
+        hidden = self.model.forward(step, self.pool, self._attention, layer_done, rows)
         if pipeline.following is None:
             return hidden
         pipeline.following.send(as_bytes(hidden.contiguous()))

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from common.engine.loader import Llama3RopeScaling, load_architecture, load_weights
 from common.errors import ModelLoadError
 from common.model_store import ModelFiles
+from support.oracles import gguf_oracle
 from support.tiny_gguf import make_tiny_gguf
 from support.tiny_models import make_tiny_model
 
@@ -269,12 +270,20 @@ def test_gguf_files_that_no_model_here_can_run_are_refused_by_name(
         load_weights(path, torch.float32)
 
 
-@pytest.mark.model
-def test_smollm2_agrees_with_transformers(smollm2: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_reads_the_same_from_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, that of transformers, and the oracle that holds the default model's file against ours (`test_parity`)."""
     # Transformers asks for a further library before it reads GGUF, and then does without it.
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: True)
-    architecture, tensors = load_weights(smollm2.path, torch.float32)
-    oracle = AutoModelForCausalLM.from_pretrained(smollm2.path.parent, gguf_file=smollm2.path.name, dtype=torch.float32)
-    _assert_equal(tensors, _oracle_tensors(oracle, tied=True))
+    folder = make_tiny_model(tmp_path / "tiny", hidden=96, heads=6, kv_heads=3, layers=3, tie_embeddings=True)
+    file = make_tiny_gguf(folder, tmp_path / "model.gguf", quantisation=GGMLQuantizationType.Q4_1)
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    expected = _oracle_tensors(theirs, tied=True)
+    _assert_equal(load_weights(file, torch.float32)[1], expected)
+    _assert_equal(_oracle_tensors(gguf_oracle(file), tied=True), expected)
+
+
+@pytest.mark.model
+def test_the_architecture_of_smollm2(smollm2: ModelFiles) -> None:
+    architecture = load_architecture(smollm2.path)
     assert (architecture.num_layers, architecture.num_heads, architecture.num_kv_heads) == (30, 9, 3)
     assert (architecture.rope_theta, architecture.context_tokens, architecture.tie_embeddings) == (100_000.0, 8192, True)

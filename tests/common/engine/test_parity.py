@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from common.config import EngineConfig
 from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
+from common.engine.loader import load_weights
 from common.model_store import ModelFiles
 from common.tokenizer import Tokenizer
 from support.oracles import gguf_oracle
+from support.read_once import weights_read_once
 from support.tiny_models import make_tiny_model
 
 LLAMA3_SCALING = {
@@ -27,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_embeddings": True, "hidden": 72, "heads": 9, "kv_heads": 3, "head_dim": 8},
     "biased": {"attention_bias": True, "kv_heads": 4},
-    "llama 3": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500_000.0, "layers": 3},
+    "llama 3": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500_000.0, "layers": 3, "context": 4096},
 }
 MODES = ["torch", "exact", "native"]
 
@@ -57,12 +60,13 @@ def teacher_forced(engine: Engine, tokens: list[int], chunk: int) -> torch.Tenso
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_tiny_models_agree_with_transformers(tmp_path: Path, model: str, mode: str) -> None:
+    length = 2100 if model == "llama 3" else 600  # far positions once, where angles are scaled as well
     folder = make_tiny_model(tmp_path, seed=1, **MODELS[model])
-    tokens = torch.randint(3, 384, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         expected = oracle(folder)(torch.tensor([tokens])).logits[0]
     engine = build(folder, mode)
-    for chunk in (600, 37):
+    for chunk in (length, 37):
         got = teacher_forced(engine, tokens, chunk)
         assert float((got - expected).abs().max()) <= 1e-3
         assert float((got.argmax(-1) == expected.argmax(-1)).float().mean()) >= 0.999
@@ -91,18 +95,35 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2_expected(smollm2: ModelFiles) -> tuple[list[int], torch.Tensor]:
+def read_once() -> Iterator[None]:
+    with weights_read_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def smollm2_oracle(smollm2: ModelFiles) -> torch.nn.Module:
+    return gguf_oracle(smollm2.path)
+
+
+@pytest.fixture(scope="module")
+def smollm2_expected(smollm2: ModelFiles, smollm2_oracle: torch.nn.Module) -> tuple[list[int], torch.Tensor]:
     """Natural text, and what transformers makes of the same file."""
     text = (Path(__file__).parents[3] / "LICENSE").read_text(encoding="utf-8")
-    tokens = Tokenizer.load(smollm2.path).encode(text)[:2048]
-    assert len(tokens) == 2048
-    model = gguf_oracle(smollm2.path)
-    model.set_attn_implementation("sdpa")  # eager attention over 2,048 tokens takes longer than all the rest
+    tokens = Tokenizer.load(smollm2.path).encode(text)[:832]
     with torch.inference_mode():
-        return tokens, model(torch.tensor([tokens])).logits[0]
+        return tokens, smollm2_oracle(torch.tensor([tokens])).logits[0]
 
 
 @pytest.mark.model
+def test_the_default_models_weights_are_those_of_the_file(smollm2: ModelFiles, smollm2_oracle: torch.nn.Module) -> None:
+    _, found = load_weights(smollm2.path, torch.float32)
+    expected = smollm2_oracle.state_dict()
+    assert found.keys() == expected.keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("mode", MODES)
 def test_the_default_model_agrees_with_transformers(
     smollm2: ModelFiles, smollm2_expected: tuple[list[int], torch.Tensor], mode: str
@@ -111,7 +132,7 @@ def test_the_default_model_agrees_with_transformers(
     engine = build(smollm2.path, mode)
     blocks = engine.blocks.allocate(len(tokens) // 16)
     furthest, agreeing = 0.0, 0
-    for start in range(0, len(tokens), 512):
+    for start in range(0, len(tokens), 512):  # a chunk of a prompt, and one that goes on behind it
         share = SequenceSlice(tokens[start : start + 512], start, blocks)
         got, wanted = engine.runner.compute_all_logits(ScheduledBatch((share,))), expected[start : start + 512]
         agreeing += int((got.argmax(-1) == wanted.argmax(-1)).sum())

@@ -29,12 +29,13 @@ def told(batch: ScheduledBatch) -> list[tuple[list[int], int, list[int]]]:
     return [(list(item.token_ids), item.start, list(item.block_table)) for item in batch.slices]
 
 
-@given(batch=batches, wanted=groups)
-def test_a_step_arrives_as_it_was(batch: ScheduledBatch, wanted: list[list[int]]) -> None:
-    order = decode(encode_step(batch, wanted))
+@given(batch=batches, wanted=groups, watched=st.booleans())
+def test_a_step_arrives_as_it_was(batch: ScheduledBatch, wanted: list[list[int]], watched: bool) -> None:
+    order = decode(encode_step(batch, wanted, watched=watched))
     assert isinstance(order, StepOrder)
     assert told(order.batch) == told(batch)
     assert [list(rows) for rows in order.wanted] == wanted
+    assert order.watched is watched
 
 
 def test_the_other_messages() -> None:

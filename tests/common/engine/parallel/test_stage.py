@@ -88,6 +88,23 @@ def test_shares_compute_what_the_whole_does(llama: Path, tensor: int, pipeline: 
         assert alone.pool.tensor[1:13].abs().sum() > 0
 
 
+@pytest.mark.parametrize(("tensor", "pipeline"), [(3, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_a_layer_is_told_of_when_all_ranks_have_stored_it(llama: Path, tensor: int, pipeline: int, kernels: str) -> None:
+    """What is in the pool when a layer is told of is what is there in the end: it may be handed over while others compute."""
+    parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
+    config = settings(kernels=kernels)
+    library = choose_library(config, load_architecture(llama), "cpu", torch.float32, pdserve_home() / "kernels")
+    with thread_group(llama, parallel, config, library=library) as group:
+        for batch in steps():
+            before, seen = group.kv.clone(), []
+            group.all_logits(batch, lambda count: seen.append((count, group.kv[:, :count].clone())))  # noqa: B023
+            assert [count for count, _ in seen] == [1, 2, 3, 4]
+            for count, kv in seen:
+                assert torch.equal(kv, group.kv[:, :count])
+                assert not torch.equal(kv[:, -1], before[:, count - 1])
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
 @pytest.mark.parametrize(("kernels", "weights"), [("torch", "model"), ("native", "model"), ("native", "int8")])
 def test_in_exact_mode_a_degree_gives_the_same_bits_however_work_is_cut(

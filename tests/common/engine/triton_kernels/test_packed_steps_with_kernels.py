@@ -87,10 +87,10 @@ def test_the_tokens_are_those_of_torch(source: str, weights: str, device: torch.
 
 
 def test_rounded_weights_are_multiplied_by_our_products(device: torch.device) -> None:
-    from common.engine.engine import _numerics
+    from common.engine.engine_plan import numerics_of
     from common.engine.quantisation import WeightFormat
     from common.engine.triton_kernels.operations import TritonOperations
 
-    numerics = _numerics(EngineConfig(weights="int4"), TritonOperations(exact=False), WeightFormat.INT4)
+    numerics = numerics_of(EngineConfig(weights="int4"), TritonOperations(exact=False), WeightFormat.INT4)
     assert isinstance(numerics, GpuNumerics)
     assert numerics.weight_format is WeightFormat.INT4

@@ -1,0 +1,238 @@
+"""What an engine will be: decided, and refused, before any weight is read.
+
+    configuration, model's files -> device, dtype, format of weights -> shares of ranks, native kernels -> layout of KV -> sizes
+
+A plan is a value; what is built from it is `common.engine.engine`'s. Nothing here holds memory of the pool or of weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.blocks import num_blocks
+from common.engine.exact import ExactNumerics
+from common.engine.kv_pool import FIRST_BLOCK
+from common.engine.loader import ModelArchitecture, load_architecture
+from common.engine.numerics import FastNumerics, Numerics
+from common.engine.operations import Operations
+from common.engine.quantisation import WeightFormat
+from common.engine.settings import EngineSettings
+from common.engine.triton_kernels.choice import choose_operations
+from common.errors import ConfigError
+from common.types import ROUNDED, KVLayout
+
+if TYPE_CHECKING:
+    from common.config import ParallelConfig
+    from common.engine.native.library import Library
+    from common.engine.parallel.share import Share
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    model_path: Path
+    config: EngineSettings
+    threads: int
+    device: torch.device
+    dtype: torch.dtype
+    weight_format: WeightFormat
+    architecture: ModelArchitecture
+    parallel: ParallelConfig | None
+    shares: tuple[Share, ...]  # of several processes; none if there is one
+    library: Library | None  # native kernels, where it has to be settled before the start who computes
+    layout: KVLayout
+    numerics: Numerics
+    num_blocks: int  # with those before FIRST_BLOCK
+    max_model_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        model_path: Path,
+        config: EngineSettings,
+        *,
+        threads: int,
+        model_digest: str,
+        tokenizer_digest: str,
+        parallel: ParallelConfig | None,
+        announce: Callable[[str], None],
+    ) -> EnginePlan:
+        """Blocking: it may compile kernels. Raises a StartupError."""
+        device = _device(config)
+        dtype = dtype_of(config, device)
+        weight_format = WeightFormat.of(config.weights, device.type, config.kernels)
+        architecture = load_architecture(model_path)
+        _check_few_bits(config, device, model_path)
+        shares = _shares_of_ranks(architecture, parallel)
+        if shares and device.type != "cpu":
+            raise ConfigError(
+                f"the ranks of a worker share the memory of its KV pool, which processes on {device.type} do not: they compute on"
+                " CPUs",
+                param="engine.device",
+            )
+        library = _settled_library(config, architecture, device, dtype, shares)
+        layout = KVLayout(
+            model_digest=_digest_as_computed(model_digest, weight_format, _bits(config, parallel, library)),
+            tokenizer_digest=tokenizer_digest,
+            num_layers=architecture.num_layers,
+            num_kv_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            block_tokens=config.block_tokens,
+            dtype=(ROUNDED if config.kv_dtype == "int8" else "") + str(dtype).removeprefix("torch."),
+            exact=config.exact,
+        )
+        operations = choose_operations(config, architecture, layout, device, announce)
+        usable_blocks = _usable_blocks(config, architecture, layout, weight_format, device)
+        return cls(
+            model_path=model_path,
+            config=config,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            weight_format=weight_format,
+            architecture=architecture,
+            parallel=parallel,
+            shares=shares,
+            library=library,
+            layout=layout,
+            numerics=numerics_of(config, operations, weight_format),
+            num_blocks=FIRST_BLOCK + usable_blocks,
+            max_model_tokens=min(
+                config.max_model_tokens or architecture.context_tokens,
+                architecture.context_tokens,
+                usable_blocks * config.block_tokens,
+            ),
+        )
+
+    @property
+    def captures_steps(self) -> bool:
+        return self.device.type == "cuda" and self.config.captured_rows > 0 and not self.config.exact
+
+    @property
+    def may_be_native(self) -> bool:
+        """Whether native kernels may compute: at once, or once they are compiled."""
+        if self.weight_format is WeightFormat.FILE:
+            return self.library is not None
+        return self.config.kernels == "native" or (self.config.kernels == "auto" and self.device.type == "cpu")
+
+
+def _shares_of_ranks(architecture: ModelArchitecture, parallel: ParallelConfig | None) -> tuple[Share, ...]:
+    """What each of several processes has of the model; nothing if there is one process."""
+    if parallel is None or parallel.num_ranks == 1:
+        return ()
+    # Here, for an engine of one process needs nothing of it.
+    from common.engine.parallel.share import shares_of
+
+    return shares_of(architecture, parallel)
+
+
+def _settled_library(
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    shares: tuple[Share, ...],
+) -> Library | None:
+    """The native kernels, where it has to be settled before the start who computes: bits of torch and of kernels do not mix, and
+    of weights as a file holds them torch would need a copy in full."""
+    settles = config.exact or bool(shares) or config.weights == "file"
+    if config.kernels not in ("auto", "native") or device.type != "cpu" or not settles:
+        return None
+    from common.config import pdserve_home
+    from common.engine.native.choice import choose_library
+    from common.engine.native.library import Library
+
+    whole_groups = all(share.has_whole_groups(architecture.head_dim) for share in shares)
+    path = choose_library(config, architecture, device.type, dtype, pdserve_home() / "kernels", whole_groups=whole_groups)
+    return Library(Path(path)) if path else None
+
+
+def _bits(config: EngineSettings, parallel: ParallelConfig | None, library: Library | None) -> list[str]:
+    """In exact mode, what changes a bit though not a weight: over how many parts sums run, and whose arithmetic it is."""
+    if not config.exact:
+        return []
+    shards = 1 if parallel is None else parallel.tensor_parallel
+    return ([f"{shards} shards"] if shards > 1 else []) + ([] if library is None else [library.arithmetic])
+
+
+def _check_few_bits(config: EngineSettings, device: torch.device, model_path: Path) -> None:
+    """Raises ConfigError for what cannot be had together."""
+    on_cpu = device.type == "cpu" and config.kernels != "triton"
+    if config.kv_dtype == "int8" and not on_cpu:
+        raise ConfigError("keys and values in int8 are for CPUs, without Triton's kernels", param="engine.kv_dtype")
+    if config.weights == "file" and not on_cpu:
+        raise ConfigError("weights as the file holds them are for CPUs, without Triton's kernels", param="engine.weights")
+    if config.weights == "file" and not model_path.is_file():
+        raise ConfigError("weights as the file holds them need a GGUF file", param="engine.weights")
+
+
+def _digest_as_computed(model_digest: str, weight_format: WeightFormat, bits: list[str]) -> str:
+    """Rounded weights are other weights: their KV must not be mixed with that of the model as it came. Nor, in exact mode, KV
+    with other bits."""
+    if weight_format is WeightFormat.MODEL and not bits:
+        return model_digest
+    return hashlib.sha256(":".join([model_digest, weight_format, *bits]).encode()).hexdigest()
+
+
+def numerics_of(config: EngineSettings, operations: Operations | None, weight_format: WeightFormat) -> Numerics:
+    """Where Triton's kernels compute all else, they multiply with rounded weights as well, and with those of experts."""
+    if config.exact:
+        return ExactNumerics(config.exact_tile_rows, operations)
+    if operations is not None:
+        from common.engine.gpu_numerics import GpuNumerics
+
+        return GpuNumerics(weight_format, operations)
+    return FastNumerics(operations)
+
+
+def _usable_blocks(
+    config: EngineSettings,
+    architecture: ModelArchitecture,
+    layout: KVLayout,
+    weight_format: WeightFormat,
+    device: torch.device,
+) -> int:
+    if device.type != "cuda" or config.device_memory_share is None:
+        return num_blocks(config.kv_pool_tokens, config.block_tokens)
+    from common.engine.device_steps import plan_device
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    plan = plan_device(
+        architecture,
+        layout,
+        weight_format,
+        share=config.device_memory_share,
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        captured_rows=config.captured_rows,
+    )
+    return plan.num_blocks - FIRST_BLOCK - 1  # and the block for padding
+
+
+def _device(config: EngineSettings) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here", param="engine.device")
+    return torch.device(config.device)
+
+
+def dtype_of(config: EngineSettings, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; elsewhere it is emulated and slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
