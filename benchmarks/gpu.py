@@ -1,9 +1,10 @@
 """What a GPU makes of all this, against what the card can do: one command for each block of checks, each within ten minutes.
 
-    python -m benchmarks.gpu kernels  [--json out.json]      products and attention by themselves              K1 to K5
-    python -m benchmarks.gpu engine   [--grid]               steps of whole models, captured and not           E1 to E4
+    python -m benchmarks.gpu kernels  [--json out.json]      products, attention and draws by themselves       K1 to K6
+    python -m benchmarks.gpu engine                          steps of whole models, captured and not           E1 to E4, Q1, X1
+    python -m benchmarks.gpu grid                            step times over batch, context and chunk          M1
     python -m benchmarks.gpu transfer                        KV from one process to another on the same GPU    T1, T3
-    python -m benchmarks.gpu disagg                          prefill and decode apart, against two whole engines    D1, D3
+    python -m benchmarks.gpu disagg   [--sharing streams]    prefill and decode apart, against two whole engines    D1, D3
 
     --device cpu        the same code at toy size, to see that it runs; its figures mean nothing
 
@@ -12,7 +13,7 @@ the right shape and made on the device from a seed (`random:llama-3-8b`), so a b
 xxhash, prometheus-client and tokenizers are what is imported, and nothing is fetched. With `--model-path` the engine block
 compares the greedy tokens of a real model on the device with those of the CPU in fp32; without, those of a random one.
 
-`--grid` measures step times over batch, context and chunk: what a planner or a simulation needs to know of this card.
+The grid is what a planner or a simulation needs to know of this card: its points are in the file, with the law fitted to them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 from benchmarks.on_gpu.report import Report, show
 from benchmarks.on_gpu.roof import measure_roof
 
-BLOCKS = ("kernels", "engine", "transfer", "disagg")
+BLOCKS = ("kernels", "engine", "grid", "transfer", "disagg")
+SHARING = ("turns", "streams", "green", "mps")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,15 +43,20 @@ def main(arguments: list[str] | None = None) -> None:
         case "engine":
             from benchmarks.on_gpu.engine import run_engine
 
-            run_engine(report, grid=options.grid, model_path=options.model_path)
+            run_engine(report, model_path=options.model_path)
+        case "grid":
+            from benchmarks.on_gpu.engine import run_grid
+
+            run_grid(report)
         case "transfer":
             from benchmarks.on_gpu.transfer import run_transfer
 
             run_transfer(report)
         case "disagg":
             from benchmarks.on_gpu.disaggregation import run_disaggregation
+            from benchmarks.on_gpu.sharing import Sharing
 
-            run_disaggregation(report)
+            run_disaggregation(report, None if options.sharing == "compare" else Sharing(options.sharing))
     report.seconds = time.perf_counter() - started_s
     show(report)
     if options.json is not None:
@@ -61,8 +68,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("block", choices=BLOCKS)
     result.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     result.add_argument("--json", type=Path)
-    result.add_argument("--grid", action="store_true", help="engine: step times over batch, context and chunk as well")
     result.add_argument("--model-path", type=Path, help="engine: a real model to compare greedy tokens with")
+    result.add_argument(
+        "--sharing",
+        choices=("compare", *SHARING),
+        default="compare",
+        help="disagg: how prefill and decode share the GPU; compare: every way that can be had here",
+    )
     return result
 
 

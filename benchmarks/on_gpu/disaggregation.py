@@ -2,36 +2,41 @@
 
 D1, goodput: the highest rate at which 90 % of all requests meet both limits. Time to the first token: five times that of their
 prompt alone plus 50 ms; time per token after it: one and a half times that of a step alone. Arrivals are a Poisson process,
-lengths
-are drawn around a conversation's (mean prompt 750 tokens, mean answer 21), seed fixed: both layouts see the same requests.
+lengths are drawn around a conversation's (mean prompt 750 tokens, mean answer 21), seed fixed: all layouts see the same requests.
+The highest rate is searched by halves, so a layout is measured at three rates.
 
 D3, the tail: sixteen answers are under way when a prompt of 32k tokens comes; the 99th percentile of the gaps between their
 tokens until that prompt's first token.
 
-Two processes take turns on a GPU unless a server of NVIDIA's (MPS) is there to mix them; none is started here and no setting of
-the card is changed, so what is measured is turns. The report says whether one is there.
+How the two share the GPU is one of the ways of `sharing`; without the word for one, all that can be had here are measured, and
+held against whole engines that take turns or, with MPS, are joined as well: against the better of both.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 from benchmarks.on_gpu.report import Figure, Report
-from benchmarks.on_gpu.serving import Job, News, Ready, decode_process, prefill_process, whole_process
+from benchmarks.on_gpu.serving import Job, News, Ready, decode_process, prefill_process, shared_process, whole_process
 from benchmarks.on_gpu.settings import DecodeSettings, PrefillSettings, Settings
+from benchmarks.on_gpu.sharing import Role, Sharing, environment, environment_of, mps_server, obstacle_of
+from common.errors import EngineFailure, PdserveError
 
 START_S = 240.0
+LAST_LAYOUT_S = 450.0
+"""After so long no other layout is begun: the block ends within ten minutes."""
 ATTAINMENT = 0.9
 
 
@@ -51,8 +56,8 @@ class Scale:
     long_prompt: int
 
 
-ON_GPU = Scale("random:llama-3-8b", 0.46, 750, 21, 8192, (4, 8, 12, 16, 24, 32), 15.0, 1024, 16, 1024, 1500, 32_768)
-TOY = Scale("random:toy", None, 24, 6, 96, (8, 16), 1.0, 32, 4, 16, 400, 256)
+ON_GPU = Scale("random:llama-3-8b", 0.46, 750, 21, 8192, (4, 8, 12, 16, 24, 32, 48), 12.0, 1024, 16, 1024, 1500, 32_768)
+TOY = Scale("random:toy", None, 24, 6, 96, (8,), 1.0, 32, 4, 16, 400, 256)
 
 
 @dataclass
@@ -115,57 +120,103 @@ class Layout:
         return list(answers.values())
 
 
-@contextmanager
-def processes(report: Report, scale: Scale, *, apart: bool) -> Iterator[Layout]:
-    context = multiprocessing.get_context("spawn")
-    on_gpu = report.device == "cuda"
-    longest = max(scale.long_prompt, scale.longest_prompt) + 2048
+@dataclass(frozen=True)
+class Arrangement:
+    """Whose processes are there, and what they are told of the GPU."""
 
-    def settings(captured_rows: int) -> Settings:
-        if on_gpu:
+    sharing: Sharing
+    apart: bool
+
+    @property
+    def name(self) -> str:
+        joined = " (mps)" if self.sharing is Sharing.MPS else ""
+        return f"apart ({self.sharing.value})" if self.apart else f"two whole engines{joined}"
+
+
+class _Starting:
+    """Processes and pipes of a layout while it is there."""
+
+    def __init__(self, report: Report, scale: Scale, arrangement: Arrangement, pipes: Path | None) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._report, self._scale, self._arrangement, self._pipes = report, scale, arrangement, pipes
+        self.limits = DecodeSettings(step_tokens=scale.chunk, local_prefill="never" if arrangement.apart else "always")
+        self.started: list[SpawnProcess] = []
+        self.ours: list[Connection] = []
+
+    def settings(self, captured_rows: int) -> Settings:
+        scale = self._scale
+        longest = max(scale.long_prompt, scale.longest_prompt) + 2048
+        if self._report.device == "cuda":
             return Settings("cuda", device_memory_share=scale.share, captured_rows=captured_rows, max_model_tokens=longest)
         return Settings("cpu", dtype="float32", kernels="torch", kv_pool_tokens=4096, max_model_tokens=1024)
 
-    started: list[SpawnProcess] = []
-    doors: list[Connection] = []
-    others: list[Connection] = []
-    limits = DecodeSettings(step_tokens=scale.chunk, local_prefill="never" if apart else "always")
-    try:
-        if apart:
-            to_decode, decode_end = context.Pipe()
-            to_prefill, prefill_end = context.Pipe()
-            one, other = context.Pipe()
-            arguments: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-                (prefill_process, (prefill_end, one, scale.model, settings(0), PrefillSettings(scale.chunk))),
-                (decode_process, (decode_end, other, scale.model, settings(256), limits)),
-            ]
-            doors, others = [to_decode], [to_prefill]
-            theirs = [decode_end, prefill_end, one, other]
-        else:
-            pairs = [context.Pipe() for _ in range(2)]
-            arguments = [(whole_process, (end, scale.model, settings(256), limits)) for _, end in pairs]
-            doors, theirs = [door for door, _ in pairs], [end for _, end in pairs]
-        notes: list[str] = []
-        for target, given in arguments:
-            process = context.Process(target=target, args=given, daemon=True)
+    def door(self) -> tuple[Connection, Connection]:
+        ours, theirs = self._context.Pipe()
+        self.ours.append(ours)
+        return ours, theirs
+
+    def start(self, role: Role, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Ends of pipes among the arguments are the process's from then on."""
+        process = self._context.Process(target=target, args=arguments, daemon=True)
+        with environment(environment_of(role, self._pipes)):
             process.start()
-            started.append(process)
-            if not apart:
-                notes += ready(doors[len(started) - 1]).notes  # one after the other: each takes its share of what is free
+        self.started.append(process)
+
+    def whole(self) -> Layout:
+        doors: list[Connection] = []
+        notes: list[str] = []
+        for _ in range(2):
+            ours, theirs = self.door()
+            self.start(Role.WHOLE, whole_process, (theirs, self._scale.model, self.settings(256), self.limits))
+            theirs.close()
+            doors.append(ours)
+            notes += ready(ours).notes  # one after the other: each takes its share of what is free
+        return Layout(doors, notes)
+
+    def apart(self) -> Layout:
+        (to_decode, decode_end), (to_prefill, prefill_end) = self.door(), self.door()
+        one, other = self._context.Pipe()
+        prefill = partial(
+            prefill_process, prefill_end, one, self._scale.model, self.settings(0), PrefillSettings(self._scale.chunk)
+        )
+        decode = partial(decode_process, decode_end, other, self._scale.model, self.settings(256), self.limits)
+        theirs = [decode_end, prefill_end, one, other]
+        notes: list[str] = []
+        if self._arrangement.sharing.in_one_process:
+            to_both, both_end = self.door()
+            arguments = (self._arrangement.sharing, self._report.device, decode, prefill, both_end)
+            self.start(Role.WHOLE, shared_process, arguments)
+            both_end.close()
+            notes += ready(to_both).notes
+        else:
+            self.start(Role.PREFILL, prefill, ())
+            self.start(Role.DECODE, decode, ())
         for end in theirs:
             end.close()
-        if apart:
-            for door in (*doors, *others):
-                notes += ready(door).notes
-        yield Layout(doors, notes)
-    finally:
-        for door in (*doors, *others):
+        for door in (to_decode, to_prefill):
+            notes += ready(door).notes
+        return Layout([to_decode], notes)
+
+    def end(self) -> None:
+        for door in self.ours:
             door.close()
-        for process in started:
+        for process in self.started:
             process.join(15.0)
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def processes(report: Report, scale: Scale, arrangement: Arrangement) -> Iterator[Layout]:
+    """Raises StartupError if the GPU cannot be shared in that way, OSError or EOFError if an engine does not start or ends."""
+    server: AbstractContextManager[Path | None] = mps_server() if arrangement.sharing is Sharing.MPS else nullcontext()
+    with server as pipes:
+        starting = _Starting(report, scale, arrangement, pipes)
+        try:
+            yield starting.apart() if arrangement.apart else starting.whole()
+        finally:
+            starting.end()
 
 
 def ready(door: Connection) -> Ready:
@@ -175,35 +226,83 @@ def ready(door: Connection) -> Ready:
     return message
 
 
-def run_disaggregation(report: Report) -> None:
+@dataclass(frozen=True)
+class Found:
+    goodput: float  # requests a second
+    tail_s: float
+
+
+def run_disaggregation(report: Report, sharing: Sharing | None = None) -> None:
+    """`sharing` None: every way that can be had here."""
     scale = ON_GPU if report.device == "cuda" else TOY
-    mixed = os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    report.note(f"a server that mixes processes on the GPU (MPS) is {'there' if mixed else 'not there: processes take turns'}")
-    goodput: dict[bool, float] = {}
-    tails: dict[bool, float] = {}
+    until_s = time.monotonic() + LAST_LAYOUT_S
     limits: tuple[float, float] | None = None
-    for apart in (False, True):
-        name = "prefill and decode apart" if apart else "two whole engines"
-        with processes(report, scale, apart=apart) as layout:
-            for note in layout.notes:
-                report.note(f"{name}: {note}")
-            layout.run([(0.0, job) for job in conversation(scale, 6, seed=1)])  # warm up
-            if limits is None:
-                limits = limits_of(layout, scale)
-                report.note(f"limits: 5 x {limits[0] * 1e6:.1f} us a prompt token + 50 ms, and 1.5 x {limits[1] * 1e3:.2f} ms")
-            goodput[apart] = goodput_of(report, layout, scale, limits, name)
-            tails[apart] = tail_of(layout, scale)
-            report.add(
-                Figure(
-                    "D3",
-                    f"{name}: P99 gap between tokens while {scale.long_prompt} tokens are prefilled",
-                    tails[apart] * 1e3,
-                    "ms",
-                )
-            )
+    found: dict[Arrangement, Found] = {}
+    for arrangement in arrangements(report, sharing):
+        if time.monotonic() > until_s:
+            report.note(f"{arrangement.name}: not measured, for there was no time left; ask for it by --sharing")
+            continue
+        try:
+            with processes(report, scale, arrangement) as layout:
+                for note in layout.notes:
+                    report.note(f"{arrangement.name}: {note}")
+                layout.run([(0.0, job) for job in conversation(scale, 6, seed=1)])  # warm up
+                if limits is None:
+                    limits = limits_of(layout, scale)
+                    report.note(
+                        f"limits: 5 x {limits[0] * 1e6:.1f} us a prompt token + 50 ms, and 1.5 x {limits[1] * 1e3:.2f} ms"
+                    )
+                found[arrangement] = measured(report, layout, scale, limits, arrangement.name)
+        except (PdserveError, OSError, EOFError) as error:
+            report.note(f"{arrangement.name}: not to be had: {error}")
+    compare(report, found)
+
+
+def arrangements(report: Report, sharing: Sharing | None) -> list[Arrangement]:
+    """Whole engines first, for the limits are theirs."""
+    wanted = list(Sharing) if sharing is None else [sharing]
+    ways = []
+    for way in wanted:
+        obstacle = obstacle_of(way, report.device)
+        if obstacle is None:
+            ways.append(way)
+        else:
+            report.note(f"{way.value}: not to be had: {obstacle}")
+    whole = [Arrangement(Sharing.TURNS, apart=False)]
+    if Sharing.MPS in ways:
+        whole.append(Arrangement(Sharing.MPS, apart=False))
+    return [*whole[:1], *(Arrangement(way, apart=True) for way in ways), *whole[1:]]
+
+
+def measured(report: Report, layout: Layout, scale: Scale, limits: tuple[float, float], name: str) -> Found:
+    tail_s = tail_of(layout, scale)
+    what = f"{name}: P99 gap between tokens while {scale.long_prompt} tokens are prefilled"
+    report.add(Figure("D3", what, tail_s * 1e3, "ms"))
+    return Found(goodput_of(report, layout, scale, limits, name), tail_s)
+
+
+def compare(report: Report, found: dict[Arrangement, Found]) -> None:
+    """Each way apart, and the best of them, against the best of the whole engines."""
+    whole = [result for arrangement, result in found.items() if not arrangement.apart]
+    apart = {arrangement: result for arrangement, result in found.items() if arrangement.apart}
+    if not whole or not apart:
+        report.note("there is nothing to compare")
+        return
+    goodput, tail_s = max(result.goodput for result in whole), min(result.tail_s for result in whole)
+
+    def ratio(result: Found) -> float:
+        return result.goodput / goodput if goodput else 0.0
+
+    for arrangement, result in apart.items():
+        report.add(
+            Figure("D1", f"goodput, {arrangement.name} over whole", ratio(result), "x"),
+            Figure("D3", f"P99 gap, {arrangement.name} over whole", result.tail_s / tail_s, "x", lower_is_better=True),
+        )
+    best, result = max(apart.items(), key=lambda item: (item[1].goodput, -item[1].tail_s))
+    report.note(f"best: {best.name}")
     report.add(
-        Figure("D1", "goodput, apart over whole", goodput[True] / goodput[False] if goodput[False] else 0.0, "x", target=1.3),
-        Figure("D3", "P99 gap, apart over whole", tails[True] / tails[False], "x", target=0.2, lower_is_better=True),
+        Figure("D1", "goodput, apart over whole", ratio(result), "x", target=1.3),
+        Figure("D3", "P99 gap, apart over whole", result.tail_s / tail_s, "x", target=0.2, lower_is_better=True),
     )
 
 
@@ -229,29 +328,37 @@ def limits_of(layout: Layout, scale: Scale) -> tuple[float, float]:
 
 
 def goodput_of(report: Report, layout: Layout, scale: Scale, limits: tuple[float, float], name: str) -> float:
-    best = 0.0
-    for rate in scale.rates:
-        chance = random.Random(int(rate * 1000))
-        jobs, at_s = [], 0.0
-        for job in conversation(scale, int(rate * scale.seconds), seed=int(rate * 10)):
-            at_s += chance.expovariate(rate)
-            jobs.append((at_s, job))
-        answers = layout.run(jobs)
-        met = sum(meets(answer, limits) for answer in answers) / len(answers)
-        whole = [answer for answer in answers if len(answer.came_s) > 1]
-        ttft_s = sorted(answer.ttft_s for answer in whole)
-        tpot_s = sorted(answer.tpot_s for answer in whole)
+    """By halves: a rate that is too high is not followed by higher ones."""
+    good, low, high = 0.0, 0, len(scale.rates)
+    while low < high:
+        middle = (low + high) // 2
+        if attainment(report, layout, scale, limits, scale.rates[middle], name) >= ATTAINMENT:
+            good, low = scale.rates[middle], middle + 1
+        else:
+            high = middle
+    report.add(Figure("D1", f"{name}: highest rate with {ATTAINMENT:.0%} within limits", good, "req/s"))
+    return good
+
+
+def attainment(report: Report, layout: Layout, scale: Scale, limits: tuple[float, float], rate: float, name: str) -> float:
+    """Share of the requests that meet both limits."""
+    chance = random.Random(int(rate * 1000))
+    jobs, at_s = [], 0.0
+    for job in conversation(scale, int(rate * scale.seconds), seed=int(rate * 10)):
+        at_s += chance.expovariate(rate)
+        jobs.append((at_s, job))
+    answers = layout.run(jobs)
+    met = sum(meets(answer, limits) for answer in answers) / len(answers)
+    whole = [answer for answer in answers if len(answer.came_s) > 1]
+    ttft_s = sorted(answer.ttft_s for answer in whole)
+    tpot_s = sorted(answer.tpot_s for answer in whole)
+    report.add(Figure("D1", f"{name}, {rate:g} requests/s: share that meets both limits", met, ""))
+    if whole:
         report.add(
-            Figure("D1", f"{name}, {rate:g} requests/s: share that meets both limits", met, ""),
             Figure("D1", f"{name}, {rate:g} requests/s: P50 time to the first token", ttft_s[len(ttft_s) // 2] * 1e3, "ms"),
             Figure("D1", f"{name}, {rate:g} requests/s: P90 time per token", tpot_s[int(0.9 * len(tpot_s))] * 1e3, "ms"),
         )
-        if met >= ATTAINMENT:
-            best = rate
-        elif met < 0.5:
-            break  # higher rates are no better
-    report.add(Figure("D1", f"{name}: highest rate with {ATTAINMENT:.0%} within limits", best, "req/s"))
-    return best
+    return met
 
 
 def meets(answer: Answer, limits: tuple[float, float]) -> bool:
@@ -278,6 +385,6 @@ def tail_of(layout: Layout, scale: Scale) -> float:
         if later >= long.sent_s and earlier <= long.came_s[0]
     ]
     if not gaps:
-        raise AssertionError("the answers were over before the long prompt came")
+        raise EngineFailure("the answers were over before the long prompt came")
     gaps.sort()
     return gaps[int(0.99 * len(gaps))]

@@ -8,10 +8,13 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.on_gpu.calibration import fit_steps
 from benchmarks.on_gpu.report import Figure, Report
 from benchmarks.on_gpu.settings import Settings, engine_of
 from benchmarks.on_gpu.timing import seconds_of, wall_seconds_of
@@ -23,12 +26,11 @@ from common.engine.quantisation import WeightFormat
 
 CHECKED_TOKENS = 48
 CHECKED_PROMPT = 40
+FEWEST_POINTS = 12
 
 
-def run_engine(report: Report, *, grid: bool, model_path: Path | None) -> None:
-    large, small = (
-        ("random:llama-3-8b", "random:smollm2-135m") if report.device == "cuda" else ("random:toy", "random:toy-mixture")
-    )
+def run_engine(report: Report, *, model_path: Path | None) -> None:
+    large, small = models_of(report)
     tokens_agree(report, str(model_path) if model_path is not None else small)
     free()
     decode(report, small, (1,), 1024, idle_target=0.15, ratio_target=4.0)
@@ -39,9 +41,19 @@ def run_engine(report: Report, *, grid: bool, model_path: Path | None) -> None:
         decode(report, "random:qwen3-30b-a3b", (1, 64), 1024, idle_target=None, ratio_target=None)
     free()
     prefill(report, large)
-    if grid:
-        free()
-        step_grid(report, large)
+    free()
+    price_of_exactness(report, large)
+
+
+def run_grid(report: Report) -> None:
+    step_grid(report, models_of(report)[0])
+
+
+def models_of(report: Report) -> tuple[str, str]:
+    """A large one and a small one."""
+    if report.device == "cuda":
+        return "random:llama-3-8b", "random:smollm2-135m"
+    return "random:toy", "random:toy-mixture"
 
 
 def settings_of(report: Report, *, captured: bool, share: float = 0.9) -> Settings:
@@ -136,6 +148,10 @@ def decode(
             busy_s = device_seconds(engine, step)
             ahead_s = ahead_seconds(engine, step, repeats)
             idle = max(0.0, 1.0 - busy_s / captured_s)
+            drawn_s = drawing_seconds(engine, step, repeats)
+            report.add(
+                Figure("E1", f"{what}: drawn with temperature and top-p over greedy", drawn_s / captured_s, "x"),
+            )
             report.add(
                 Figure("E3", f"{what}: idle between steps", idle, "", target=idle_target, lower_is_better=True),
                 Figure("E3", f"{what}: idle, one step ahead", max(0.0, 1.0 - busy_s / ahead_s), "", lower_is_better=True),
@@ -154,6 +170,15 @@ def device_seconds(engine: Engine, step: ScheduledBatch) -> float:
     program = steps.program(bucket)
     with torch.inference_mode():
         return seconds_of(program.run, "cuda")
+
+
+def drawing_seconds(engine: Engine, step: ScheduledBatch, repeats: int) -> float:
+    """Of the same step, when every row has a temperature and a top-p."""
+    slices = [
+        replace(item, samples=tuple(replace(spec, temperature=0.8, top_p=0.95) for spec in item.samples)) for item in step.slices
+    ]
+    drawn = ScheduledBatch(tuple(slices))
+    return wall_seconds_of(lambda: engine.runner.execute(drawn), "cuda", repeats)
 
 
 def ahead_seconds(engine: Engine, step: ScheduledBatch, repeats: int) -> float:
@@ -182,6 +207,20 @@ def prefill(report: Report, source: str) -> None:
     prompt, chunk = (4096, 2048) if on_gpu else (64, 32)
     announced: list[str] = []
     engine = engine_of(source, settings_of(report, captured=False), announced)
+    seconds = prompt_seconds(engine, prompt, chunk, report.device)
+    shapes = engine.architecture.tensor_shapes()
+    linear = sum(shape[0] * shape[1] for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+    architecture = engine.architecture
+    flops = 2 * linear * prompt + 2 * architecture.num_layers * prompt**2 * architecture.num_heads * architecture.head_dim
+    what = f"{source} prompt of {prompt} in chunks of {chunk}"
+    report.add(
+        Figure("E2", what, prompt / seconds, "tok/s", target=36_000),
+        Figure("E2", what, flops / seconds / 1e12, "TFLOP/s", flops / seconds / report.roof.flops_per_s, "the measured product"),
+    )
+
+
+def prompt_seconds(engine: Engine, prompt: int, chunk: int, device: str) -> float:
+    """Of a prompt alone, chunk after chunk, its first token included."""
     table = list(range(1, 1 + num_blocks(prompt, engine.layout.block_tokens)))
     token_ids = [(31 * index) % 400 for index in range(prompt)]
     parts = [
@@ -194,16 +233,30 @@ def prefill(report: Report, source: str) -> None:
         )
         for start in range(0, prompt, chunk)
     ]
-    seconds = wall_seconds_of(lambda: [engine.runner.execute(part) for part in parts], report.device, 10 if on_gpu else 2)
-    shapes = engine.architecture.tensor_shapes()
-    linear = sum(shape[0] * shape[1] for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
-    architecture = engine.architecture
-    flops = 2 * linear * prompt + 2 * architecture.num_layers * prompt**2 * architecture.num_heads * architecture.head_dim
-    what = f"{source} prompt of {prompt} in chunks of {chunk}"
-    report.add(
-        Figure("E2", what, prompt / seconds, "tok/s", target=36_000),
-        Figure("E2", what, flops / seconds / 1e12, "TFLOP/s", flops / seconds / report.roof.flops_per_s, "the measured product"),
-    )
+    return wall_seconds_of(lambda: [engine.runner.execute(part) for part in parts], device, 10 if device == "cuda" else 2)
+
+
+def price_of_exactness(report: Report, source: str) -> None:
+    """What one order of summation costs: the same steps in exact mode and without, neither of them captured."""
+    fast = uncaptured_seconds(report, source, exact=False)
+    free()
+    for what, exact_s in uncaptured_seconds(report, source, exact=True).items():
+        report.add(Figure("X1", f"{source}, exact mode over fast, {what}", exact_s / fast[what], "x", lower_is_better=True))
+
+
+def uncaptured_seconds(report: Report, source: str, *, exact: bool) -> dict[str, float]:
+    on_gpu = report.device == "cuda"
+    context, prompt, chunk = (1024, 4096, 2048) if on_gpu else (48, 64, 32)
+    announced: list[str] = []
+    engine = engine_of(source, replace(settings_of(report, captured=False), exact=exact), announced)
+    for text in announced:
+        report.note(text)
+    seconds = {f"prompt of {prompt}": prompt_seconds(engine, prompt, chunk, report.device)}
+    for batch in (1, 32) if on_gpu else (1, 4):
+        step = decode_batch(engine, batch, context)
+        work = partial(engine.runner.execute, step)
+        seconds[f"decode, {batch} x {context}"] = wall_seconds_of(work, report.device, 10 if on_gpu else 2)
+    return seconds
 
 
 def step_grid(report: Report, source: str) -> None:
@@ -211,7 +264,7 @@ def step_grid(report: Report, source: str) -> None:
     on_gpu = report.device == "cuda"
     batches = (0, 1, 2, 4, 8, 16, 32, 64, 128, 192, 256) if on_gpu else (0, 1, 2)
     contexts = (64, 256, 1024, 2048, 4096, 8192) if on_gpu else (16, 32)
-    chunks = (0, 64, 256, 512, 1024, 2048) if on_gpu else (0, 16)
+    chunks = (0, 64, 256, 512, 1024, 2048) if on_gpu else (0, 8, 16)
     announced: list[str] = []
     engine = engine_of(source, settings_of(report, captured=True), announced)
     block_tokens = engine.layout.block_tokens
@@ -237,6 +290,17 @@ def step_grid(report: Report, source: str) -> None:
             }
         )
     report.note(f"{len(report.grid)} step times over batch, context and chunk are in the file")
+    kinds = {
+        "every step": report.grid,
+        "steps of decoding": [point for point in report.grid if not point["chunk"]],
+        "steps with a prompt's chunk": [point for point in report.grid if point["chunk"]],
+    }
+    for kind, points in kinds.items():
+        if len(points) < FEWEST_POINTS:
+            continue
+        fit = fit_steps(points)
+        report.note(f"{kind}: {fit.a:.4g} s + {fit.b:.4g} s a token + {fit.c:.4g} s a pair, P90 error {fit.p90_error:.1%}")
+        report.add(Figure("M1", f"{source}, {kind}: median error of the law that placement predicts by", fit.median_error, ""))
 
 
 def decode_batch(engine: Engine, batch: int, context: int) -> ScheduledBatch:

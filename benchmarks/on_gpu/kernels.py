@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from benchmarks.on_gpu.report import Figure, Report
 from benchmarks.on_gpu.timing import captured_seconds_of, seconds_of
 from common.engine.attention import Span, create_attention, create_rows_attention
+from common.engine.batch import SampleSpec
+from common.engine.draw_settings import settings_of
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.numerics import FastNumerics
 from common.engine.quantisation import (
@@ -25,6 +27,7 @@ from common.engine.quantisation import (
     quantise_int4,
     rounded_matrix,
 )
+from common.engine.sampler import sample
 from common.types import KVLayout
 
 BYTES_IN_ROTATION = 400 * 2**20  # of weights, several times what a cache holds
@@ -46,10 +49,12 @@ class Sizes:
     hidden: int
     ffn: int
     experts_per_token: int
+    vocab: int
 
 
-ON_GPU = Sizes(32, 8, 128, 32, 4096, 8192, 8192, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), 128, 2048, 768, 8)
-TOY = Sizes(4, 2, 16, 2, 64, 128, 64, ((96, 64), (64, 128)), 8, 64, 32, 2)
+_MATRICES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+ON_GPU = Sizes(32, 8, 128, 32, 4096, 8192, 8192, _MATRICES, 128, 2048, 768, 8, 128_256)
+TOY = Sizes(4, 2, 16, 2, 64, 128, 64, ((96, 64), (64, 128)), 8, 64, 32, 2, 500)
 
 
 @torch.inference_mode()
@@ -58,6 +63,7 @@ def run_kernels(report: Report) -> None:
     attention(report, sizes)
     products(report, sizes)
     experts(report, sizes)
+    draws(report, sizes)
 
 
 def attention(report: Report, sizes: Sizes) -> None:
@@ -169,3 +175,31 @@ def experts(report: Report, sizes: Sizes) -> None:
         of = f"{known_s * 1e6:.0f} us, a server's fused layer"
         report.add(Figure("K5", what, seconds * 1e6, "us", seconds / known_s, of, target, lower_is_better=True))
         report.add(Figure("K5", what, read / 1e12, "TB/s", read / report.roof.copy_bytes_per_s, "the measured copy"))
+
+
+def draws(report: Report, sizes: Sizes) -> None:
+    """A step's tokens from its logits, none of which is sorted; against the best token of each row, which every step finds."""
+    device = report.device
+    for num_rows in (1, 32, 256) if device == "cuda" else (2,):
+        logits = torch.randn(num_rows, sizes.vocab, device=device) * 4
+        read = num_rows * sizes.vocab * 4
+        best_s = captured_seconds_of([lambda logits=logits: logits.max(dim=-1)], device)  # type: ignore[misc]
+        what = f"draws from {num_rows} x {sizes.vocab} logits"
+        report.add(
+            Figure("K6", f"{what}: best", best_s * 1e6, "us", read / best_s / report.roof.copy_bytes_per_s, "the measured copy")
+        )
+        for name, (top_k, top_p) in {"plain": (0, 1.0), "top-p": (0, 0.95), "top-k and top-p": (50, 0.95)}.items():
+            specs = [SampleSpec(row, 7 + row, 0, 0.8, top_k, top_p, 0.0, None) for row in range(num_rows)]
+            seconds = captured_seconds_of([draw_work(logits, specs, device)], device)
+            report.add(Figure("K6", f"{what}: {name}", seconds * 1e6, "us", seconds / best_s, "the best alone"))
+
+
+def draw_work(logits: torch.Tensor, specs: list[SampleSpec], device: str) -> Callable[[], object]:
+    rows = range(len(specs))
+    if device == "cpu":
+        return lambda: sample(logits, specs, rows)
+    from common.engine.triton_kernels.row_draws import TritonRowDraws
+
+    settings = torch.from_numpy(settings_of(specs, rows)).to(device)
+    top_k, top_p = specs[0].top_k > 0, specs[0].top_p < 1.0
+    return lambda: TritonRowDraws().draw(logits, settings, any_top_k=top_k, any_top_p=top_p)

@@ -9,11 +9,21 @@ from benchmarks.on_gpu.timing import seconds_of
 
 
 def measure_roof(device: str) -> Roof:
-    size_bytes, edge = (4 * 2**30, 8192) if device == "cuda" else (16 * 2**20, 256)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    roof = Roof(_copied_bytes_per_s(device), _flops_per_s(device))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # other processes are to have it
+    return roof
+
+
+def _copied_bytes_per_s(device: str) -> float:
+    """Read and written ones."""
+    size_bytes = 4 * 2**30 if device == "cuda" else 16 * 2**20
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
-    copy_s = seconds_of(lambda: destination.copy_(source), device)
+    return 2 * size_bytes / seconds_of(lambda: destination.copy_(source), device)
+
+
+def _flops_per_s(device: str) -> float:
+    edge, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
     left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))  # zeros would be faster than numbers
-    product_s = seconds_of(lambda: left @ right, device)
-    return Roof(2 * size_bytes / copy_s, 2 * edge**3 / product_s)
+    return 2 * edge**3 / seconds_of(lambda: left @ right, device)

@@ -1,6 +1,6 @@
 """Engines that serve, as plain processes: the schedulers, the engine loop and KV transfer of the product, and pipes for the rest.
 
-    driver ---- Job ----> whole engine                         prompts in chunks between decode steps
+    driver ---- Job ----> whole engine                         prompts in chunks between decode steps, planned one ahead
     driver ---- Job ----> decode engine ---- Order ----> prefill engine
                                 <=========== KV ============
                                 <---------- Sealed -------
@@ -12,8 +12,12 @@ Pipes stand where gRPC and the router are in service. Clocks are one: CLOCK_MONO
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +25,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from benchmarks.on_gpu.settings import DecodeSettings, PrefillSettings, Settings, engine_of
+from benchmarks.on_gpu.sharing import Lane, Sharing, lanes
 from common.blocks import num_blocks, num_full_blocks
 from common.clock import SystemClock
 from common.engine.core import Core
@@ -32,6 +37,7 @@ from common.types import KVLayout, Request, SampledToken, SamplingParams, StageT
 from decode_worker.events import Event as DecodeEvent
 from decode_worker.events import Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.scheduler import DecodeScheduler
+from decode_worker.step_ahead import overlaps
 from kvtransfer.device import region_of
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion
@@ -94,12 +100,32 @@ def whole_process(control: Connection, model: str, settings: Settings, limits: D
     asyncio.run(_Decoding(control, None, model, settings, limits).run())
 
 
-def decode_process(control: Connection, prefill: Connection, model: str, settings: Settings, limits: DecodeSettings) -> None:
-    asyncio.run(_Decoding(control, prefill, model, settings, limits).run())
+def decode_process(
+    control: Connection, prefill: Connection, model: str, settings: Settings, limits: DecodeSettings, lane: Lane = nullcontext
+) -> None:
+    asyncio.run(_Decoding(control, prefill, model, settings, limits, lane).run())
 
 
-def prefill_process(control: Connection, decode: Connection, model: str, settings: Settings, limits: PrefillSettings) -> None:
-    asyncio.run(_prefill(control, decode, model, settings, limits))
+def prefill_process(
+    control: Connection, decode: Connection, model: str, settings: Settings, limits: PrefillSettings, lane: Lane = nullcontext
+) -> None:
+    asyncio.run(_prefill(control, decode, model, settings, limits, lane))
+
+
+def shared_process(
+    sharing: Sharing, device: str, decode: Callable[[Lane], None], prefill: Callable[[Lane], None], notes: Connection
+) -> None:
+    """Both roles as threads of one process, each on its lane: the functions above with all of their arguments but that. Says over
+    `notes` how the device is divided. If one of them fails the process ends, for the other cannot go on alone."""
+    decode_lane, prefill_lane, said = lanes(sharing, device)
+    notes.send(Ready((said,)))
+    with ThreadPoolExecutor(2) as threads:
+        roles = [threads.submit(decode, decode_lane), threads.submit(prefill, prefill_lane)]
+        failures = [role.exception() for role in wait(roles, return_when=FIRST_EXCEPTION).done]
+        for failure in failures:
+            if failure is not None:
+                traceback.print_exception(failure)
+                os._exit(1)
 
 
 def metrics_of(model: str, role: str) -> WorkerMetrics:
@@ -132,9 +158,16 @@ def region_for(engine: Engine, device: str, blocks: BlockRegion | None) -> tuple
 
 class _Decoding:
     def __init__(
-        self, control: Connection, prefill: Connection | None, model: str, settings: Settings, limits: DecodeSettings
+        self,
+        control: Connection,
+        prefill: Connection | None,
+        model: str,
+        settings: Settings,
+        limits: DecodeSettings,
+        lane: Lane = nullcontext,
     ) -> None:
         self._control, self._prefill = control, prefill
+        self._lane = lane
         self._model, self._settings, self._limits = model, settings, limits
         self._shared: BlockRegion | None = None
         self._sealed: dict[str, asyncio.Future[Sealed]] = {}
@@ -142,10 +175,12 @@ class _Decoding:
 
     async def run(self) -> None:
         notes: list[str] = []
-        self._engine = engine = engine_of(self._model, self._settings, notes, memory=self._memory)
-        self._scheduler = DecodeScheduler(self._limits, engine.layout, engine.blocks, SystemClock())
-        core = Core(engine, self._scheduler, metrics_of(self._model, "decode"), SystemClock())
-        self._loop = EngineLoop[DecodeEvent](core, name="engine")
+        with self._lane():
+            self._engine = engine = engine_of(self._model, self._settings, notes, memory=self._memory)
+        self._scheduler = scheduler = DecodeScheduler(self._limits, engine.layout, engine.blocks, SystemClock())
+        ahead = scheduler if overlaps("auto", engine.device.type, threads=1) else None
+        core = Core(engine, scheduler, metrics_of(self._model, "decode"), SystemClock(), ahead=ahead)
+        self._loop = EngineLoop[DecodeEvent](core, name="engine", inside=self._lane)
         over = asyncio.Event()
         self._loop.start(deliver=self._deliver, on_failure=lambda _: over.set())
         if self._prefill is not None:
@@ -219,14 +254,17 @@ class _Decoding:
         self._loop.post(self._scheduler.remote_ready, name, ready)
 
 
-async def _prefill(control: Connection, decode: Connection, model: str, settings: Settings, limits: PrefillSettings) -> None:
+async def _prefill(
+    control: Connection, decode: Connection, model: str, settings: Settings, limits: PrefillSettings, lane: Lane
+) -> None:
     notes: list[str] = []
-    engine = engine_of(model, settings, notes)
+    with lane():
+        engine = engine_of(model, settings, notes)
     region, _ = region_for(engine, settings.device, None)
     sender = KVSender(region, engine.layout, "p", 1, SECRET, SystemClock())
     scheduler = PrefillScheduler(limits, engine.layout, engine.blocks, SystemClock())
     core = Core(engine, scheduler, metrics_of(model, "prefill"), SystemClock(), watcher=scheduler, layer_groups=LAYER_GROUPS)
-    loop = EngineLoop[PrefillEvent](core, name="engine")
+    loop = EngineLoop[PrefillEvent](core, name="engine", inside=lane)
     news: dict[str, asyncio.Queue[PrefillEvent]] = {}
     over = asyncio.Event()
     tasks: set[asyncio.Task[None]] = set()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.engine.engine import Engine, build_engine
+
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ class _Memory:
 def engine_of(
     source: str, settings: Settings, announce: list[str], *, memory: Callable[[int, int], memoryview] | None = None
 ) -> Engine:
-    """`source` is random:NAME or a path. What the engine had to do without is appended to `announce`."""
-    return build_engine(
-        Path(source),
-        settings,
-        threads=1,
-        model_digest=source,
-        tokenizer_digest="none",
-        memory=None if memory is None else _Memory(memory),
-        announce=announce.append,
-    )
+    """`source` is random:NAME or a path. What the engine had to do without is appended to `announce`. In a process with several
+    engines they are built one after the other: each takes its share of what is free, and captures its steps undisturbed."""
+    with _BUILDING:
+        return build_engine(
+            Path(source),
+            settings,
+            threads=1,
+            model_digest=source,
+            tokenizer_digest="none",
+            memory=None if memory is None else _Memory(memory),
+            announce=announce.append,
+        )

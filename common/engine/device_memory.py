@@ -1,6 +1,7 @@
 """The KV pool's memory on a GPU, so that another process on this host can be let into it; a `kvtransfer.device.DeviceMemory`.
 
-    DeviceAllocation   one cudaMalloc of its own, for a handle names a whole allocation; torch gets a tensor over it
+    DeviceAllocation   one cudaMalloc of its own, for a handle names a whole allocation; torch gets a tensor over it, and the
+                       memory lives as long as any tensor does
     handle             64 bytes of the driver's, the process and the GPU's UUID; opened by cudaIpcOpenMemHandle, once per link
     write, contents    one launch each, on streams of their own beside the engine's, waited for by event; what is written is
                        summed in the same pass (`triton_kernels.move_pieces`)
@@ -14,7 +15,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +84,12 @@ class CudaRuntime:
 
 
 class _Foreign:
-    """Memory that torch did not allocate, as torch takes it."""
+    """Memory that torch did not allocate, as torch takes it. Tensors over it keep this alive, and with it the memory: `release`
+    is called when the last of them is gone."""
 
-    def __init__(self, address: int, size_bytes: int) -> None:
+    def __init__(self, address: int, size_bytes: int, release: Callable[[], None] | None = None) -> None:
+        if release is not None:
+            weakref.finalize(self, release).atexit = False  # a process that ends gives everything back
         self.__cuda_array_interface__ = {
             "data": (address, False),
             "shape": (size_bytes // WORD_BYTES,),
@@ -93,8 +99,8 @@ class _Foreign:
         }
 
 
-def _words_over(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_Foreign(address, size_bytes), device=device)
+def _words_over(address: int, size_bytes: int, device: torch.device, release: Callable[[], None] | None = None) -> torch.Tensor:
+    return torch.as_tensor(_Foreign(address, size_bytes, release), device=device)
 
 
 class DeviceAllocation:
@@ -110,7 +116,7 @@ class DeviceAllocation:
                 self._address = self._runtime.allocate(size_bytes)
         except EngineFailure as error:
             raise StartupError(f"no memory on the GPU for a KV pool of {size_bytes} bytes: {error.message}") from error
-        self.words = _words_over(self._address, size_bytes, device)
+        self.words = _words_over(self._address, size_bytes, device, partial(self._runtime.free, self._address))
         self.words.zero_()
         self._reading = torch.cuda.Stream(device)
 

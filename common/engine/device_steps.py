@@ -20,7 +20,9 @@ from common.engine.captured.steps import DecodeSteps
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import Model
+from common.engine.operations import Operations
 from common.engine.quantisation import WeightFormat, is_rounded
+from common.engine.triton_kernels.choice import launch_failures
 from common.types import KVLayout
 
 PROMPT_ROWS = 2048  # of a step, as far as memory is reserved for them
@@ -74,22 +76,32 @@ def weights_bytes(architecture: ModelArchitecture, element_bytes: int, weight_fo
 def capture_steps(
     model: Model,
     pool: KVPool,
-    attention: str,
+    operations: Operations,
     num_heads: int,
     *,
     most_rows: int,
     max_model_tokens: int,
     scratch_block: int,
+    vocab_size: int,
     announce: Callable[[str], None],
 ) -> DecodeSteps | None:
-    rows_attention: RowsAttention = create_rows_attention(attention, pool, num_heads)
+    rows_attention: RowsAttention = create_rows_attention(operations.attention, pool, num_heads)
     buckets = make_buckets(
         most_rows, num_blocks(max_model_tokens, pool.layout.block_tokens), one_width=not rows_attention.reads_whole_tables
     )
-    steps = DecodeSteps(model, pool, rows_attention, buckets, scratch_block, capture=True)
     try:
+        steps = DecodeSteps(
+            model,
+            pool,
+            rows_attention,
+            buckets,
+            scratch_block,
+            vocab_size=vocab_size,
+            capture=True,
+            draws=operations.row_draws,
+        )
         steps.prepare()
-    except RuntimeError as error:  # torch's, whatever CUDA said
+    except launch_failures() as error:
         announce(f"decode steps cannot be captured and are computed one operation at a time: {error}")
         torch.cuda.synchronize()
         return None

@@ -201,11 +201,12 @@ def _captured_steps(plan: EnginePlan, model: Model, pool: KVPool, announce: Call
     return capture_steps(
         model,
         pool,
-        plan.numerics.operations.attention,
+        plan.numerics.operations,
         plan.architecture.num_heads,
         most_rows=plan.config.captured_rows,
         max_model_tokens=plan.max_model_tokens,
         scratch_block=plan.num_blocks,
+        vocab_size=plan.architecture.vocab_size,
         announce=announce,
     )
 

@@ -14,6 +14,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar, TypeVarTuple
 
 Event = TypeVar("Event")
@@ -52,8 +53,12 @@ class Inbox(Protocol):
 
 
 class EngineLoop(Generic[Event]):
-    def __init__(self, core: EngineCore[Event], *, name: str) -> None:
+    def __init__(
+        self, core: EngineCore[Event], *, name: str, inside: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """`inside` makes what the thread is in from its start to its end: what a device wants to know of a thread."""
         self._core = core
+        self._inside = inside
         self._deliver: Callable[[list[Event]], None] | None = None
         self._on_failure: Callable[[BaseException], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -82,24 +87,28 @@ class EngineLoop(Generic[Event]):
             await asyncio.to_thread(self._thread.join, timeout_s)
 
     def _run(self) -> None:
-        try:
-            progressed = False
-            while True:
-                self._apply_posted(wait=not progressed)
-                if self._stopping:
-                    self._core.finish()
-                    self._hand_over()
-                    return
-                progressed = self._core.schedule()
-                # What posts and scheduling had to say does not wait for the computation: first tokens, remote prefills.
+        with self._inside():
+            try:
+                self._work()
+            except BaseException as error:
+                self._core.abandon()
+                self._call(self._on_failure, error)
+                raise
+
+    def _work(self) -> None:
+        progressed = False
+        while True:
+            self._apply_posted(wait=not progressed)
+            if self._stopping:
+                self._core.finish()
                 self._hand_over()
-                if progressed:
-                    self._core.compute(self._hand_over)
-                    self._hand_over()
-        except BaseException as error:
-            self._core.abandon()
-            self._call(self._on_failure, error)
-            raise
+                return
+            progressed = self._core.schedule()
+            # What posts and scheduling had to say does not wait for the computation: first tokens, remote prefills.
+            self._hand_over()
+            if progressed:
+                self._core.compute(self._hand_over)
+                self._hand_over()
 
     def _apply_posted(self, *, wait: bool) -> None:
         if wait:

@@ -37,10 +37,28 @@ class Norm(Protocol):
         ...
 
 
+class RowDraws(Protocol):
+    """Draws by numbers that lie on the device, in launches that do not depend on them: what can be captured."""
+
+    def edit(self, logits: torch.Tensor, edits: torch.Tensor) -> None:
+        """Changes single logits in place, as `logit_edits` say; these lie in the beginning of `edits`, int32."""
+        ...
+
+    def draw(self, logits: torch.Tensor, settings: torch.Tensor, *, any_top_k: bool, any_top_p: bool) -> torch.Tensor:
+        """A token id for each of the `draw_settings` [rows, 8], int64, below 0 where the logits are no numbers: the tokens that
+        `sampler.sample` draws. `any_top_k` and `any_top_p` say whether any of them filters by that."""
+        ...
+
+
 class Operations(Protocol):
     @property
     def attention(self) -> str:
         """The attention backend that goes with them (`common.engine.attention`)."""
+        ...
+
+    @property
+    def row_draws(self) -> RowDraws | None:
+        """None if only `sample` draws, which wants to know on the host what it does."""
         ...
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
@@ -87,6 +105,10 @@ class TorchOperations:
     attention: str
     gated_silu: Callable[[torch.Tensor], torch.Tensor]
     gated_gelu: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def row_draws(self) -> RowDraws | None:
+        return None
 
     @classmethod
     def fast(cls) -> TorchOperations:

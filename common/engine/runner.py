@@ -22,15 +22,16 @@ One thread uses a runner. It trusts the scheduler about blocks, and it knows nei
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, chain
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from common.engine.attention import create_attention
-from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
 from common.engine.captured.buckets import Bucket
 from common.engine.captured.steps import DecodeSteps, PendingStep
 from common.engine.grammar import MaskThread, NextMask
@@ -42,6 +43,7 @@ from common.engine.numerics import Numerics
 from common.engine.operations import Operations
 from common.engine.profile.stopwatch import Stopwatch
 from common.engine.step_input import StepBuffers, StepInput
+from common.engine.to_device import to_device
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
 from common.metrics import MaskReadings
@@ -138,7 +140,9 @@ class ModelRunner:
             self._latest = self._launch_on_device(self.steps, batch, bucket)
             return self._latest
         if self._computing is None:
-            self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute steps")
+            self._computing = ThreadPoolExecutor(
+                1, thread_name_prefix="compute steps", initializer=_on_the_stream_of_here(self._pool.device)
+            )
         self._latest = ThreadStep(self._computing, self._execute, batch, behind=self._latest, layer_done=layer_done)
         return self._latest
 
@@ -223,13 +227,15 @@ class ModelRunner:
         step = self._buffers.fill(batch)
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
-        model = self._model
-        if layer_done is None or self._pool.device.type == "cpu":
+        model, device = self._model, self._pool.device
+        # Before the layers, so that nothing is copied between them and the head.
+        indexes = [to_device(np.array(rows, dtype=np.int64), device) for rows in (*wanted, *([kept] if kept else []))]
+        if layer_done is None or device.type == "cpu":
             hidden = model.forward(step, self._pool, self._attention, layer_done)
         else:
             hidden = self._forward_on_device(step, layer_done)
-        found = (model.logits(hidden[torch.tensor(rows, device=hidden.device)]) for rows in wanted)
-        return chain(found, (hidden[torch.tensor(kept, device=hidden.device)],)) if kept else found
+        found = (model.logits(hidden[index]) for index in indexes[: len(wanted)])
+        return chain(found, (hidden[indexes[-1]],)) if kept else found
 
     def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
         """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""
@@ -248,10 +254,10 @@ class ModelRunner:
 
 
 class _DeviceStep:
-    """Launched on the device at once. Greedy tokens were drawn there, and reading them waits for one event."""
+    """Launched on the device at once. If its tokens were drawn there, reading them waits for one event."""
 
     def __init__(self, pending: PendingStep, batch: ScheduledBatch, operations: Operations, masks: MaskThread) -> None:
-        self.draws_on_device = all(_is_greedy(spec) for item in batch.slices for spec in item.samples)
+        self.draws_on_device = pending.obstacle is None
         self._pending = pending
         self._slices = batch.slices
         self._operations = operations
@@ -311,8 +317,12 @@ def _prompt_logprobs(
     return tuple(reports)
 
 
-def _is_greedy(spec: SampleSpec) -> bool:
-    return spec.temperature == 0.0 and spec.rules is None and spec.logprobs is None
+def _on_the_stream_of_here(device: torch.device) -> Callable[[], None]:
+    """Has another thread queue its work where this one does: so it runs in the order in which it was queued."""
+    if device.type != "cuda":
+        return lambda: None
+    stream = torch.cuda.current_stream(device)
+    return lambda: torch.cuda.set_stream(stream)
 
 
 def _wait_for(working_out: Future[None] | None) -> None:

@@ -19,6 +19,7 @@ from common.blocks import num_blocks
 from common.engine.attention import Span
 from common.engine.batch import ScheduledBatch
 from common.engine.kv_pool import NULL_BLOCK, KVPool
+from common.engine.to_device import to_device
 
 _INITIAL_ROWS = 512
 _INITIAL_TABLE = 4096
@@ -37,15 +38,14 @@ class StepInput:
 
 
 class StepBuffers:
-    """One int64 tensor on the host for everything, so that a step costs one copy to the device. Grows when it must."""
+    """One int64 array on the host for everything, so that a step costs one copy to the device. Grows when it must."""
 
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
         self._allocate(3 * _INITIAL_ROWS + _INITIAL_TABLE)
 
     def _allocate(self, size: int) -> None:
-        self._host = torch.zeros(size, dtype=torch.int64)
-        self._values: npt.NDArray[np.int64] = self._host.numpy()
+        self._values: npt.NDArray[np.int64] = np.zeros(size, dtype=np.int64)
 
     def fill(self, batch: ScheduledBatch) -> StepInput:
         block_tokens = self._pool.layout.block_tokens
@@ -73,7 +73,7 @@ class StepBuffers:
                 entered.append((int(table[used - 1]), filled))
             spans.append(span)
             row += span.num_rows
-        device = self._host[:size].to(self._pool.device)
+        device = to_device(self._values[:size], self._pool.device)
         rows_on_device = device[: 3 * num_rows].view(3, num_rows)
         return StepInput(
             token_ids=rows_on_device[0],

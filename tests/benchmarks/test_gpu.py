@@ -55,8 +55,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("block", "checks"),
     [
-        pytest.param("kernels", {"K1", "K2", "K3", "K4", "K5"}, marks=pytest.mark.long),
-        pytest.param("engine", {"E1", "E2", "E4", "Q1"}, marks=pytest.mark.long),
+        pytest.param("kernels", {"K1", "K2", "K3", "K4", "K5", "K6"}, marks=pytest.mark.long),
+        pytest.param("engine", {"E1", "E2", "E4", "Q1", "X1"}, marks=pytest.mark.long),
+        pytest.param("grid", {"M1"}, marks=pytest.mark.long),
         pytest.param("transfer", {"T1", "T3"}, marks=pytest.mark.long),
         pytest.param("disagg", {"D1", "D3"}, marks=pytest.mark.long),
     ],
@@ -64,7 +65,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_block_runs_on_a_bare_machine(block: str, checks: set[str], environment: dict[str, str], tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu", block, "--device", "cpu", "--json", str(result)]
-    command += ["--grid"] if block == "engine" else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads(result.read_text())
@@ -73,6 +73,10 @@ def test_a_block_runs_on_a_bare_machine(block: str, checks: set[str], environmen
     assert all(figure["met"] is None for figure in report["figures"])  # a CPU's figures are held against nothing
     if block == "engine":
         assert [figure["fraction"] for figure in report["figures"] if figure["check"] == "Q1"] == [1.0]
+    if block == "disagg":
+        ways = {"apart (turns)", "apart (streams)", "two whole engines"}
+        assert {figure["what"].partition(":")[0] for figure in report["figures"] if figure["unit"] == "ms"} >= ways
+    if block == "grid":
         assert {"batch", "context", "chunk", "tokens", "pairs", "seconds"} == report["grid"][0].keys()
 
 
@@ -82,7 +86,7 @@ def test_what_is_imported_is_what_the_documentation_names(environment: dict[str,
 import sys
 before = set(sys.modules)
 import benchmarks.gpu, benchmarks.on_gpu.engine, benchmarks.on_gpu.kernels, benchmarks.on_gpu.transfer
-import benchmarks.on_gpu.disaggregation
+import benchmarks.on_gpu.carried_model, benchmarks.on_gpu.disaggregation, benchmarks.on_gpu.sharing
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

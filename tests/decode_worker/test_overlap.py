@@ -28,6 +28,7 @@ from decode_worker.events import Event, Failed, Output
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.step_ahead import Asking, Wait, overlaps
 from decode_worker.swapper import create_swapper
+from support.host_draws import HostDraws
 from support.tiny_models import make_tiny_model
 
 POOL_BLOCKS = 14
@@ -173,19 +174,28 @@ async def test_who_leaves_while_a_step_is_under_way_disturbs_nobody(engine: Engi
     assert engine.blocks.num_used == 0
 
 
-@pytest.mark.parametrize("drawn", ["by the device", "by the device and the host"])
+@pytest.mark.parametrize("drawn", ["best by the device", "by the device", "by the device and the host"])
 async def test_steps_of_fixed_shape_overlap_as_well(tiny: Path, drawn: str) -> None:
-    """As on a GPU: a greedy token is looked up where it was drawn, any other is waited for."""
+    """As on a GPU: a token is looked up where it was drawn; what only the host can draw is waited for."""
     engine = built(tiny, kernels="torch")
     attention = create_rows_attention("fast", engine.pool, engine.architecture.num_heads)
     runner = engine.runner.without_steps()
     buckets = make_buckets(8, POOL_BLOCKS, one_width=False)
-    runner.steps = DecodeSteps(runner._model, engine.pool, attention, buckets, engine.pool.num_blocks - 1, capture=False)
+    runner.steps = DecodeSteps(
+        runner._model,
+        engine.pool,
+        attention,
+        buckets,
+        engine.pool.num_blocks - 1,
+        vocab_size=engine.architecture.vocab_size,
+        capture=False,
+        draws=HostDraws() if drawn == "by the device" else None,
+    )
     # The last block is the programs' own.
     blocks = BlockManager(engine.pool.num_blocks - 1, 4, engine.blocks.root, prefix_cache=False, first_block=FIRST_BLOCK)
     packed = replace(engine, runner=runner, blocks=blocks)
     work = [replace(item, sampling=replace(item.sampling, logprobs=None)) for item in WORK]
-    if drawn == "by the device":
+    if drawn == "best by the device":
         work = [replace(item, sampling=replace(item.sampling, temperature=0.0, min_tokens=0)) for item in work]
     one_by_one = await Served(packed, overlap=False).run(work)
     served = Served(packed, overlap=True, preemption="swap")

@@ -76,11 +76,9 @@ def moves() -> None:
 
 
 def rules() -> None:
-    places, values = torch.empty(9, dtype=torch.int64), torch.empty(4, 9)
+    places = torch.empty(9, dtype=torch.int64)
     logits = torch.empty(2, 128_256)
-    edit_logits.bias_kernel[(1,)](logits, places, values, 9, ENTRIES=256)
-    edit_logits.penalty_kernel[(1,)](logits, places, values, 9, ENTRIES=256)
-    edit_logits.ban_kernel[(1,)](logits, places, 9, ENTRIES=256)
+    edit_logits.apply_edits(logits, torch.empty(64, dtype=torch.int32), (9, 9, 9))
     words = torch.empty(2, 4008, dtype=torch.int32)
     edit_logits.mask_kernel[(2, 32)](logits, places, words, 128_256, 128_256, 4008, TOKENS=4096)
 

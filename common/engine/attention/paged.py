@@ -16,6 +16,7 @@ import torch
 
 from common.engine.attention import Span
 from common.engine.kv_pool import KVPool
+from common.engine.to_device import to_device
 from common.engine.triton_kernels.attention_prefill import attend_prefill
 from common.engine.triton_kernels.attention_split import attend_split
 from common.engine.triton_kernels.configurations import EXACT_SPLIT_TOKENS, num_splits, tiling
@@ -149,4 +150,4 @@ def _tiles(span: Span, sequence: int, tokens: int) -> list[Tile]:
 
 
 def _on(device: torch.device, tiles: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    return torch.from_numpy(np.array(tiles, dtype=np.int32)).to(device, non_blocking=True)
+    return to_device(np.array(tiles, dtype=np.int32), device)

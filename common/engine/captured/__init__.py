@@ -1,9 +1,10 @@
 """Decode steps of fixed shape, so that a GPU can be given a whole step at once.
 
-    batch of single tokens -> bucket -> packed inputs, one copy -> program: model, logits, best tokens -> one copy back, one event
+    batch of single tokens -> bucket -> packed inputs, one copy -> programs: model, logits, draws -> one copy back, one event
 
     buckets       which shapes there are, and which one a batch takes
     packing       a step's inputs as one block of int32, and the views of it
+    drawing       what is to be drawn behind a step's logits, and what the step cannot draw
     memory_plan   how a device's memory is shared out
     programs      the same operations run one by one, or captured as a CUDA graph and replayed
     steps         what the runner asks

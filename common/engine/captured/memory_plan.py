@@ -27,9 +27,10 @@ class StepShape:
 
     @property
     def bytes(self) -> int:
-        """Hidden states, what a layer makes of them (in its type and once in fp32), and logits in fp32, twice."""
+        """Hidden states, what a layer makes of them (in its type and once in fp32), and logits: as the head gives them, in fp32,
+        and those that persist, with what draws need beside them."""
         layer = self.most_rows * (4 * self.hidden_size + 2 * self.widest) * (self.element_bytes + 4)
-        return layer + 2 * 4 * self.logit_rows * self.vocab_size
+        return layer + 3 * 4 * self.logit_rows * self.vocab_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@
     pending.token_ids()               waits for one event, and checks that what was drawn is a number
 
 A batch goes this way if every sequence has one token, guesses nothing and asks for no log-probabilities of its prompt, and if a
-bucket holds it. Greedy tokens are drawn by the program; what else there is to draw is drawn from its logits, as always.
+bucket holds it. Its tokens are drawn on the device behind its logits, or for the reasons that `drawing` has, by the runner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from common.blocks import num_blocks
 from common.engine.attention import RowsAttention
 from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.captured.buckets import Bucket, Buckets
-from common.engine.captured.packing import PackedRows
-from common.engine.captured.programs import CapturedProgram, EagerProgram, Program, StepOutputs
+from common.engine.captured.drawing import DrawPlan, OnHost, plan_draws
+from common.engine.captured.packing import PackedRows, PackedViews, step_words
+from common.engine.captured.programs import GraphRecorder, Program, Record, StepOutputs, as_it_is
 from common.engine.kv_pool import KVPool
 from common.engine.models import Model
+from common.engine.operations import RowDraws
 from common.errors import EngineFailure
 
 IN_FLIGHT = 2  # steps whose inputs may not be written over yet
@@ -29,8 +32,16 @@ IN_FLIGHT = 2  # steps whose inputs may not be written over yet
 
 class PendingStep:
     def __init__(
-        self, num_rows: int, logits: torch.Tensor, hidden: torch.Tensor, on_host: torch.Tensor, copied: torch.cuda.Event | None
+        self,
+        num_rows: int,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        on_host: torch.Tensor,
+        copied: torch.cuda.Event | None,
+        obstacle: OnHost | None,
     ) -> None:
+        self.obstacle = obstacle
+        """Why tokens are yet to be drawn, from the logits; None if they are drawn."""
         self._num_rows = num_rows
         self._logits = logits
         self._hidden = hidden
@@ -43,7 +54,7 @@ class PendingStep:
             self._copied.synchronize()
 
     def logits(self) -> torch.Tensor:
-        """Of the batch's rows; valid until the next launch."""
+        """Of the batch's rows; valid until the next launch, and changed by the rules of rows that the device has drawn."""
         return self._logits[: self._num_rows]
 
     def rows(self) -> torch.Tensor:
@@ -51,12 +62,12 @@ class PendingStep:
         return self._hidden[: self._num_rows].clone()
 
     def token_ids(self) -> list[int]:
-        """The best token of each row. Raises EngineFailure if a row has none."""
+        """The token of each row that was drawn on the device. Raises EngineFailure if a row has none."""
         self.wait()
-        values = self._on_host[:, : self._num_rows].numpy()
-        if not np.isfinite(values[1].view(np.float32)).all():
+        values = self._on_host[: self._num_rows].numpy()
+        if not np.isfinite(values.view(np.float32)[:, 1]).all():
             raise EngineFailure("the model's logits are not finite")
-        token_ids: list[int] = values[0].tolist()
+        token_ids: list[int] = values[:, 0].tolist()
         return token_ids
 
 
@@ -66,8 +77,7 @@ class _Lane:
     def __init__(self, bucket: Bucket, pool: KVPool, scratch_block: int) -> None:
         on_gpu = pool.device.type == "cuda"
         self.inputs = PackedRows(bucket, pool.layout.block_tokens, scratch_block, pinned=on_gpu)
-        self.outputs = torch.zeros(2, bucket.rows, dtype=torch.int32, pin_memory=on_gpu)
-        self.fresh = torch.zeros(bucket.rows, dtype=torch.int64, pin_memory=on_gpu)
+        self.outputs = torch.zeros(bucket.rows, 2, dtype=torch.int32, pin_memory=on_gpu)
         self.done = torch.cuda.Event() if on_gpu else None
 
 
@@ -75,26 +85,41 @@ class DecodeSteps:
     """One per engine, used by its thread. Programs are made by `prepare`, or when a bucket is first asked for."""
 
     def __init__(
-        self, model: Model, pool: KVPool, attention: RowsAttention, buckets: Buckets, scratch_block: int, *, capture: bool
+        self,
+        model: Model,
+        pool: KVPool,
+        attention: RowsAttention,
+        buckets: Buckets,
+        scratch_block: int,
+        *,
+        vocab_size: int,
+        capture: bool,
+        draws: RowDraws | None = None,
     ) -> None:
-        """`scratch_block` belongs to no sequence: padding is written there."""
+        """`scratch_block` belongs to no sequence: padding is written there. Without `draws` only greedy tokens are drawn by
+        steps."""
+        self.drawn_behind: Counter[OnHost] = Counter()
+        """Steps whose tokens the runner had to draw, by the reason."""
         self._model = model
         self._pool = pool
         self._attention = attention
         self._buckets = buckets
         self._scratch_block = scratch_block
+        self._vocab_size = vocab_size
+        self._draws = draws
         self._programs: dict[Bucket, Program] = {}
         self._lanes: dict[Bucket, list[_Lane]] = {}
-        self._memory = torch.cuda.graph_pool_handle() if capture else None
-        most_rows = buckets.rows[-1]
-        # Both as 32 bits in one tensor: one copy brings tokens and logits to the host.
-        both = torch.zeros(2, most_rows, dtype=torch.int32, device=pool.device)
-        self._both = both
-        self._outputs = StepOutputs(both[0], both[1].view(torch.float32))
+        self._record: Record = GraphRecorder() if capture else as_it_is
+        most_rows, device = buckets.rows[-1], pool.device
+        # Tokens and their logits as 32 bits side by side: one copy brings those of some rows to the host.
+        self._both = torch.zeros(most_rows, 2, dtype=torch.int32, device=device)
+        logits = torch.zeros(most_rows, vocab_size, dtype=torch.float32, device=device)
+        self._outputs = StepOutputs(logits, self._both[:, 0], self._both.view(torch.float32)[:, 1])
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Makes every program. Raises RuntimeError, as torch does, if CUDA cannot capture one."""
+        """Makes every program. Raises RuntimeError, as torch does, or an error of Triton's, if one cannot be captured."""
+        gc.collect()  # what is let go of during a capture would break it
         for bucket in self._buckets.all():
             self.program(bucket)
 
@@ -113,30 +138,48 @@ class DecodeSteps:
         lanes.append(lane)
         if lane.done is not None:
             lane.done.synchronize()  # two steps ago: over, unless somebody launches without reading
-        self._clear(lane, lane.inputs.fill(batch.slices))
-        program.inputs.copy_(lane.inputs.tensor, non_blocking=True)
-        logits = program.run()
-        lane.outputs.copy_(self._both[:, : bucket.rows], non_blocking=True)
+        plan = self._plan(batch, lane)
+        num_fresh = lane.inputs.fill(batch.slices)
+        draws = plan if isinstance(plan, DrawPlan) and plan.filters is not None else None
+        words = step_words(bucket) if draws is None else lane.inputs.fill_draws(draws.specs, draws.ruled, self._vocab_size)
+        program.inputs[:words].copy_(lane.inputs.tensor[:words], non_blocking=True)
+        if num_fresh:  # a sequence's first token in a block is written by this step: it is zeroed whole
+            fresh_blocks = PackedViews(program.inputs, bucket).fresh_blocks[:num_fresh]
+            self._pool.tensor.index_fill_(0, fresh_blocks.long(), 0)
+        program.run()
+        if draws is not None and draws.filters is not None:
+            program.draw(draws.filters, edits=bool(draws.ruled))
+        lane.outputs.copy_(self._both[: bucket.rows], non_blocking=True)
         if lane.done is not None:
             lane.done.record()
-        return PendingStep(len(batch.slices), logits, program.hidden, lane.outputs, lane.done)
+        obstacle = plan if isinstance(plan, OnHost) else None
+        return PendingStep(len(batch.slices), self._outputs.logits, program.hidden, lane.outputs, lane.done, obstacle)
 
-    def _clear(self, lane: _Lane, blocks: Sequence[int]) -> None:
-        """Blocks that a sequence enters are zeroed whole: its first token in there is written by this step."""
-        if blocks:
-            fresh = lane.fresh[: len(blocks)]
-            fresh.copy_(torch.tensor(blocks))
-            self._pool.tensor.index_fill_(0, fresh.to(self._pool.device, non_blocking=True), 0)
+    def _plan(self, batch: ScheduledBatch, lane: _Lane) -> DrawPlan | OnHost:
+        plan = plan_draws(batch.slices, self._vocab_size)
+        if isinstance(plan, DrawPlan) and plan.filters is not None:
+            if self._draws is None:
+                plan = OnHost.KERNELS
+            elif not lane.inputs.has_room_for(plan.ruled):
+                plan = OnHost.EDITS
+        if isinstance(plan, OnHost):
+            self.drawn_behind[plan] += 1
+        return plan
 
     def program(self, bucket: Bucket) -> Program:
         program = self._programs.get(bucket)
         if program is None:
             lanes = [_Lane(bucket, self._pool, self._scratch_block) for _ in range(IN_FLIGHT)]
-            parts = (bucket, self._model, self._pool, self._attention, self._outputs)
-            if self._memory is None:
-                program = EagerProgram(*parts)
-            else:
-                program = CapturedProgram(*parts, lanes[0].inputs.tensor, self._memory)
+            program = Program(
+                bucket,
+                self._model,
+                self._pool,
+                self._attention,
+                self._draws,
+                self._outputs,
+                lanes[0].inputs.tensor,
+                self._record,
+            )
             self._programs[bucket], self._lanes[bucket] = program, lanes
         return program
 

@@ -34,26 +34,24 @@ _LLAMA_3_8B = ModelArchitecture(
     tie_embeddings=False,
     attention_bias=False,
 )
-_QWEN3_30B_A3B = ModelArchitecture(
+# The others by what sets them apart from it.
+_QWEN3_30B_A3B = replace(
+    _LLAMA_3_8B,
     family="qwen3",
     num_layers=48,
     hidden_size=2048,
-    num_heads=32,
     num_kv_heads=4,
-    head_dim=128,
     ffn_size=768,
     vocab_size=151_936,
     rope_theta=1_000_000.0,
     rope_scaling=None,
     rms_norm_eps=1e-6,
     context_tokens=40_960,
-    tie_embeddings=False,
-    attention_bias=False,
     num_experts=128,
     experts_per_token=8,
 )
-_SMOLLM2_135M = ModelArchitecture(
-    family="llama",
+_SMOLLM2_135M = replace(
+    _LLAMA_3_8B,
     num_layers=30,
     hidden_size=576,
     num_heads=9,
@@ -63,10 +61,8 @@ _SMOLLM2_135M = ModelArchitecture(
     vocab_size=49_152,
     rope_theta=100_000.0,
     rope_scaling=None,
-    rms_norm_eps=1e-5,
     context_tokens=8192,
     tie_embeddings=True,
-    attention_bias=False,
 )
 _TOY = replace(
     _SMOLLM2_135M, num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=128, vocab_size=512

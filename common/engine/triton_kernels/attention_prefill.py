@@ -17,9 +17,16 @@ import triton.language as tl
 
 from common.engine.kv_pool import KVPool
 from common.engine.triton_kernels.attention_split import attend_split_reference
-from common.engine.triton_kernels.attention_walk import tile_rows, walk
+from common.engine.triton_kernels.attention_walk import (
+    begin_of_window,
+    keys_of_head,
+    nothing_seen,
+    tile_rows,
+    walk,
+    walk_constants,
+)
 from common.engine.triton_kernels.configurations import Tiling
-from common.engine.triton_kernels.launch import padded_width, softmax_scale
+from common.engine.triton_kernels.launch import softmax_scale
 
 
 @triton.jit(do_not_specialize=["layer", "window", "table_width"])
@@ -49,15 +56,12 @@ def prefill_kernel(
     query, rows_at, there, positions, first_position, end, sequence = tile_rows(
         tiles, queries, kv_head, HEADS, GROUP, ROWS, DIM, DIM_PADDED
     )
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.full([ROWS], 0.0, tl.float32)
-    weighted = tl.full([ROWS, DIM_PADDED], 0.0, tl.float32)
+    highest, total, weighted = nothing_seen(ROWS, DIM_PADDED)
     table = tables + sequence.to(tl.int64) * table_width
-    # By constants: only if it knows the address for a multiple of 16 bytes can the compiler read so many at once.
-    head_keys = pool + layer.to(tl.int64) * LAYER_STRIDE + kv_head.to(tl.int64) * HEAD_STRIDE
+    head_keys = keys_of_head(pool, layer, kv_head, LAYER_STRIDE, HEAD_STRIDE)
     begin = 0
     if WINDOWED:
-        begin = tl.maximum(first_position - window + 1, 0) // TILE * TILE
+        begin = begin_of_window(first_position, window, TILE)
     else:
         seen_by_all = tl.maximum(first_position + 1, 0) // TILE * TILE
         highest, total, weighted = walk(
@@ -124,9 +128,7 @@ def attend_prefill(
     window: int,
 ) -> None:
     """`tiles` as those of `attend_split`; rows of `output` that are in no tile stay as they are."""
-    (_, num_heads, head_dim), layout = queries.shape, pool.layout
-    block_stride, layer_stride, head_stride = pool.tensor.stride()[:3]
-    prefill_kernel[(len(tiles), layout.num_kv_heads)](
+    prefill_kernel[(len(tiles), pool.layout.num_kv_heads)](
         queries,
         pool.tensor,
         tables,
@@ -135,20 +137,8 @@ def attend_prefill(
         layer,
         window,
         tables.stride(0),
-        softmax_scale(head_dim),
-        WINDOWED=window > 0,
-        HEADS=num_heads,
-        GROUP=num_heads // layout.num_kv_heads,
-        LAYER_STRIDE=layer_stride,
-        HEAD_STRIDE=head_stride,
-        BLOCK_STRIDE=block_stride,
-        BLOCK_TOKENS=layout.block_tokens,
-        DIM=head_dim,
-        DIM_PADDED=padded_width(head_dim),
-        ROWS=tiling.rows,
-        TILE=tiling.kv_tile,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        softmax_scale(queries.shape[2]),
+        **walk_constants(queries, pool, tiling, window),
     )
 
 

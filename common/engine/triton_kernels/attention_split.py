@@ -22,7 +22,14 @@ import triton.language as tl
 from common.engine.attention import Span
 from common.engine.attention.reference import ReferenceAttention
 from common.engine.kv_pool import KVPool
-from common.engine.triton_kernels.attention_walk import tile_rows, walk
+from common.engine.triton_kernels.attention_walk import (
+    begin_of_window,
+    keys_of_head,
+    nothing_seen,
+    tile_rows,
+    walk,
+    walk_constants,
+)
 from common.engine.triton_kernels.configurations import Tiling
 from common.engine.triton_kernels.launch import padded_width, softmax_scale
 
@@ -62,7 +69,7 @@ def split_kernel(
     )
     low = 0
     if WINDOWED:
-        low = tl.maximum(first_position - window + 1, 0) // TILE * TILE
+        low = begin_of_window(first_position, window, TILE)
     if split_tokens > 0:
         begin = tl.maximum(split * split_tokens, low)
         stop = tl.minimum((split + 1) * split_tokens, end)
@@ -71,11 +78,8 @@ def split_kernel(
         share = (kv_tiles + tl.num_programs(2) - 1) // tl.num_programs(2) * TILE
         begin = low + split * share
         stop = tl.minimum(begin + share, end)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.full([ROWS], 0.0, tl.float32)
-    weighted = tl.full([ROWS, DIM_PADDED], 0.0, tl.float32)
-    # By constants: only if it knows the address for a multiple of 16 bytes can the compiler read so many at once.
-    head_keys = pool + layer.to(tl.int64) * LAYER_STRIDE + kv_head.to(tl.int64) * HEAD_STRIDE
+    highest, total, weighted = nothing_seen(ROWS, DIM_PADDED)
+    head_keys = keys_of_head(pool, layer, kv_head, LAYER_STRIDE, HEAD_STRIDE)
     highest, total, weighted = walk(
         query,
         positions,
@@ -173,7 +177,6 @@ def attend_split(
     width, slots = padded_width(head_dim), len(tiles) * most_tokens
     parts = torch.empty(num_splits, slots, num_heads, width, dtype=torch.float32, device=queries.device)
     states = torch.empty(num_splits, slots, num_heads, 2, dtype=torch.float32, device=queries.device)
-    block_stride, layer_stride, head_stride = pool.tensor.stride()[:3]
     split_kernel[(len(tiles), layout.num_kv_heads, num_splits)](
         queries,
         pool.tensor,
@@ -187,19 +190,7 @@ def attend_split(
         tables.stride(0),
         most_tokens,
         softmax_scale(head_dim),
-        WINDOWED=window > 0,
-        HEADS=num_heads,
-        GROUP=num_heads // layout.num_kv_heads,
-        LAYER_STRIDE=layer_stride,
-        HEAD_STRIDE=head_stride,
-        BLOCK_STRIDE=block_stride,
-        BLOCK_TOKENS=layout.block_tokens,
-        DIM=head_dim,
-        DIM_PADDED=width,
-        ROWS=tiling.rows,
-        TILE=tiling.kv_tile,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **walk_constants(queries, pool, tiling, window),
     )
     merge_kernel[(slots, num_heads)](
         parts,

@@ -10,8 +10,15 @@ highest score of -inf, and what it meets then counts for nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from common.engine.kv_pool import KVPool
+from common.engine.triton_kernels.configurations import Tiling
+from common.engine.triton_kernels.launch import padded_width
 
 
 @triton.jit
@@ -40,6 +47,26 @@ def tile_rows(
     values = tl.load(queries + rows_at[:, None] * DIM + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
     positions = tl.where(there, first_position + token, -1)
     return values, rows_at, there, positions, first_position, first_position + num_tokens, sequence
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, DIM_PADDED: tl.constexpr):
+    """Highest, total and weighted of rows before their walk."""
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    return highest, tl.full([ROWS], 0.0, tl.float32), tl.full([ROWS, DIM_PADDED], 0.0, tl.float32)
+
+
+@triton.jit
+def keys_of_head(pool, layer, kv_head, LAYER_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr):
+    """Where the keys of a layer and head begin in block 0. By constants: only if it knows the address for a multiple of 16 bytes
+    can the compiler read so many at once."""
+    return pool + layer.to(tl.int64) * LAYER_STRIDE + kv_head.to(tl.int64) * HEAD_STRIDE
+
+
+@triton.jit
+def begin_of_window(first_position, window, TILE: tl.constexpr):
+    """The beginning of the KV tile with the first token that the first row sees."""
+    return tl.maximum(first_position - window + 1, 0) // TILE * TILE
 
 
 @triton.jit
@@ -101,3 +128,24 @@ def walk(
         weighted = tl.dot(weights.to(values.dtype), values, weighted * fade[:, None], input_precision="ieee")
         highest = new_highest
     return highest, total, weighted
+
+
+def walk_constants(queries: torch.Tensor, pool: KVPool, tiling: Tiling, window: int) -> dict[str, Any]:
+    """What a kernel that walks is compiled for, by the names of its parameters, and how it is launched."""
+    (_, num_heads, head_dim), layout = queries.shape, pool.layout
+    block_stride, layer_stride, head_stride = pool.tensor.stride()[:3]
+    return {
+        "WINDOWED": window > 0,
+        "HEADS": num_heads,
+        "GROUP": num_heads // layout.num_kv_heads,
+        "LAYER_STRIDE": layer_stride,
+        "HEAD_STRIDE": head_stride,
+        "BLOCK_STRIDE": block_stride,
+        "BLOCK_TOKENS": layout.block_tokens,
+        "DIM": head_dim,
+        "DIM_PADDED": padded_width(head_dim),
+        "ROWS": tiling.rows,
+        "TILE": tiling.kv_tile,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from common.engine.attention import AttentionBackend, Span
@@ -17,6 +18,8 @@ from common.engine.batch import SampleSpec
 from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import RotaryEmbedding
 from common.engine.loader import ModelArchitecture
+from common.engine.sampler import sample as on_host
+from common.engine.token_rules import Bias, Penalties, RowRules
 from common.engine.triton_kernels import gated, sampler
 from common.engine.triton_kernels.add_norm import TritonNorm, add_norm, add_norm_reference
 from common.engine.triton_kernels.turn_and_store import turn_and_store, turn_and_store_reference
@@ -70,10 +73,16 @@ def check_kernels(architecture: ModelArchitecture, layout: KVLayout, device: tor
         _compare("attention", attended, reference.plan(tables, _SPANS).attend(0, queries, window), dtype)
 
     logits = torch.randn(2, 300, generator=generator).to(device) * 3
-    specs = [SampleSpec(3, 5, 0, 0.0, 0, 1.0, 0.0, 2), SampleSpec(9, 5, 1, 0.8, 40, 0.9, 0.01, None)]
-    from common.engine.sampler import sample as on_host
-
-    drawn, wanted = sampler.sample(logits, specs, [0, 1]), on_host(logits.cpu(), specs, [0, 1])
+    best = logits.argmax(dim=1).cpu().numpy()
+    rules = RowRules(
+        Bias(best[:1], np.array([-9.0], dtype=np.float32)),
+        Penalties(best[1:], np.array([2.0], dtype=np.float32), 1.5, 0.5, 0.5),
+        banned_token_ids=np.arange(100, 150),
+    )
+    ruled = SampleSpec(4, 5, 0, 0.0, 0, 1.0, 0.0, None, rules)
+    specs = [SampleSpec(3, 5, 0, 0.0, 0, 1.0, 0.0, 2), SampleSpec(9, 5, 1, 0.8, 40, 0.9, 0.01, None), ruled, ruled]
+    drawn_from = [0, 1, 0, 1]
+    drawn, wanted = sampler.sample(logits, specs, drawn_from), on_host(logits.cpu(), specs, drawn_from)
     if [token.token_id for token in drawn] != [token.token_id for token in wanted]:
         raise EngineFailure("the kernels draw other tokens than the host")
 

@@ -61,15 +61,22 @@ def _obstacle(layout: KVLayout, device: torch.device) -> str | None:
     return None
 
 
-def _checked(architecture: ModelArchitecture, layout: KVLayout, device: torch.device, *, exact: bool) -> Operations:
-    """Raises EngineFailure if they do not compile, do not run, or are wrong."""
+def launch_failures() -> tuple[type[Exception], ...]:
+    """What launching and capturing may raise: torch's errors, whatever CUDA said, and those of Triton, where it is."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
     from triton.errors import TritonError
 
+    return (RuntimeError, TritonError)
+
+
+def _checked(architecture: ModelArchitecture, layout: KVLayout, device: torch.device, *, exact: bool) -> Operations:
+    """Raises EngineFailure if they do not compile, do not run, or are wrong."""
     from common.engine.triton_kernels.check import check_kernels
     from common.engine.triton_kernels.operations import TritonOperations
 
     try:
         check_kernels(architecture, layout, device, exact=exact)
-    except (TritonError, RuntimeError) as error:  # a driver that is missing or too old is a RuntimeError
+    except launch_failures() as error:  # a driver that is missing or too old is a RuntimeError
         raise EngineFailure(f"{type(error).__name__}: {error}") from error
     return TritonOperations(exact=exact)

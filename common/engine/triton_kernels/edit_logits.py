@@ -1,6 +1,6 @@
-"""The rules of a request applied to rows of logits on the device: `logit_rules` in at most four launches and as many copies.
+"""The rules of a request applied to rows of logits on the device: `logit_rules` in at most four launches and three copies.
 
-    bias -> penalties -> what must not come       each an entry (row, token id, numbers), all rows together
+    bias -> penalties -> what must not come       entries of `logit_edits`, all rows together, one copy
     -> what is not in a packed mask               one bit per token: grammars' masks, and lists of allowed tokens
 
 Within a launch no two entries are about one logit, so their order does not matter; the arithmetic is that of `logit_rules`, in
@@ -17,42 +17,52 @@ import torch
 import triton
 import triton.language as tl
 
-from common.engine import logit_rules
+from common.engine import logit_edits, logit_rules
+from common.engine.to_device import to_device
 from common.engine.token_rules import Ids, RowRules
 
 _ENTRIES = 256
 _TOKENS = 4096
 
 
-@triton.jit(do_not_specialize=["count"])
-def bias_kernel(logits, places, values, count, ENTRIES: tl.constexpr):
+@triton.jit
+def entries_of(edits, KIND: tl.constexpr, ENTRIES: tl.constexpr):
+    """Of the program: its entries, which of them there are, their places in the logits, and how many there are in all."""
+    begin, count = edits + tl.load(edits + KIND), tl.load(edits + KIND + 1)
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     there = entry < count
-    at = logits + tl.load(places + entry, mask=there, other=0)
-    tl.store(at, tl.load(at, mask=there, other=0.0) + tl.load(values + entry, mask=there, other=0.0), mask=there)
+    return begin + entry, there, tl.load(begin + entry, mask=there, other=0).to(tl.int64), count
 
 
-@triton.jit(do_not_specialize=["count"])
-def penalty_kernel(logits, places, values, count, ENTRIES: tl.constexpr):
-    """`values` [4, count]: repetition, frequency, presence, how often the token was generated."""
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    there = entry < count
-    at = logits + tl.load(places + entry, mask=there, other=0)
-    logit = tl.load(at, mask=there, other=0.0)
-    repetition = tl.load(values + entry, mask=there, other=1.0)
-    frequency = tl.load(values + count + entry, mask=there, other=0.0)
-    presence = tl.load(values + 2 * count + entry, mask=there, other=0.0)
-    generated = tl.load(values + 3 * count + entry, mask=there, other=0.0)
+@triton.jit
+def value_of(at, there, count, COLUMN: tl.constexpr):
+    return tl.load(at + COLUMN * count, mask=there, other=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bias_kernel(logits, edits, KIND: tl.constexpr, ENTRIES: tl.constexpr):
+    entry, there, place, count = entries_of(edits, KIND, ENTRIES)
+    value = value_of(entry, there, count, 1)
+    tl.store(logits + place, tl.load(logits + place, mask=there, other=0.0) + value, mask=there)
+
+
+@triton.jit
+def penalty_kernel(logits, edits, KIND: tl.constexpr, ENTRIES: tl.constexpr):
+    entry, there, place, count = entries_of(edits, KIND, ENTRIES)
+    logit = tl.load(logits + place, mask=there, other=0.0)
+    repetition = tl.where(there, value_of(entry, there, count, 1), 1.0)
+    frequency = value_of(entry, there, count, 2)
+    presence = value_of(entry, there, count, 3)
+    generated = value_of(entry, there, count, 4)
     logit = tl.where(logit > 0, logit / repetition, logit * repetition)
     logit = logit - frequency * generated
-    tl.store(at, logit - tl.where(generated > 0, presence, 0.0), mask=there)
+    tl.store(logits + place, logit - tl.where(generated > 0, presence, 0.0), mask=there)
 
 
-@triton.jit(do_not_specialize=["count"])
-def ban_kernel(logits, places, count, ENTRIES: tl.constexpr):
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    there = entry < count
-    tl.store(logits + tl.load(places + entry, mask=there, other=0), float("-inf"), mask=there)
+@triton.jit
+def ban_kernel(logits, edits, KIND: tl.constexpr, ENTRIES: tl.constexpr):
+    _, there, place, _ = entries_of(edits, KIND, ENTRIES)
+    tl.store(logits + place, float("-inf"), mask=there)
 
 
 @triton.jit
@@ -66,27 +76,26 @@ def mask_kernel(logits, rows, words, stride, vocab, num_words, TOKENS: tl.conste
     tl.store(logits + tl.load(rows + mask) * stride + token, float("-inf"), mask=inside & away)
 
 
+def apply_edits(logits: torch.Tensor, edits: torch.Tensor, most: tuple[int, int, int]) -> None:
+    """Changes single logits in place, as `logit_edits` on the device say: at most so many biases, penalties and bans. How many
+    there are is read on the device, so a captured launch serves every step."""
+    for kernel, kind, entries in (
+        (bias_kernel, logit_edits.BIASES, most[0]),
+        (penalty_kernel, logit_edits.PENALTIES, most[1]),
+        (ban_kernel, logit_edits.BANS, most[2]),
+    ):
+        if entries:
+            kernel[(triton.cdiv(entries, _ENTRIES),)](logits, edits, KIND=kind, ENTRIES=_ENTRIES)
+
+
 def apply_rules(logits: torch.Tensor, rules: Sequence[RowRules]) -> None:
     """Changes `logits` (fp32, contiguous, [rows, vocab]) in place; `rules[i]` is for row i."""
-    vocab = logits.shape[1]
-    biases = [(row, item.bias) for row, item in enumerate(rules) if item.bias is not None]
-    if biases:
-        places = _places(vocab, [(row, bias.token_ids) for row, bias in biases])
-        values = np.concatenate([bias.values for _, bias in biases])
-        bias_kernel[_grid(places)](logits, _on(logits, places), _on(logits, values), len(places), ENTRIES=_ENTRIES)
-    penalties = [(row, item.penalties) for row, item in enumerate(rules) if item.penalties is not None]
-    if penalties:
-        places = _places(vocab, [(row, item.token_ids) for row, item in penalties])
-        lengths = [len(item.token_ids) for _, item in penalties]
-        per_row = np.array([(item.repetition, item.frequency, item.presence) for _, item in penalties], dtype=np.float32)
-        counts = np.concatenate([item.counts for _, item in penalties])
-        values = np.concatenate((np.repeat(per_row.T, lengths, axis=1), counts[None]))
-        penalty_kernel[_grid(places)](logits, _on(logits, places), _on(logits, values), len(places), ENTRIES=_ENTRIES)
-    # A tokenizer may know an end token that the model has no logit for: it cannot be drawn anyway.
-    banned = [(row, item.banned_token_ids[item.banned_token_ids < vocab]) for row, item in enumerate(rules)]
-    if any(len(token_ids) for _, token_ids in banned):
-        places = _places(vocab, banned)
-        ban_kernel[_grid(places)](logits, _on(logits, places), len(places), ENTRIES=_ENTRIES)
+    vocab, ruled = logits.shape[1], list(enumerate(rules))
+    counts = logit_edits.edit_counts(ruled)
+    if any(counts):
+        words = np.empty(logit_edits.words_for(counts), dtype=np.int32)
+        logit_edits.write_edits(words, ruled, vocab)
+        apply_edits(logits, _on(logits, words), counts)
     num_words = -(-vocab // 32)
     masks = [
         (row, _packed(item.allowed_token_ids, num_words)) for row, item in enumerate(rules) if item.allowed_token_ids is not None
@@ -113,13 +122,5 @@ def _packed(token_ids: Ids, num_words: int) -> npt.NDArray[np.uint32]:
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def _places(vocab: int, entries: Sequence[tuple[int, Ids]]) -> Ids:
-    return np.concatenate([row * vocab + token_ids for row, token_ids in entries])
-
-
-def _grid(places: Ids) -> tuple[int]:
-    return (triton.cdiv(len(places), _ENTRIES),)
-
-
 def _on(logits: torch.Tensor, values: npt.NDArray[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(values).to(logits.device, non_blocking=True)
+    return to_device(values, logits.device)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from common.engine.lane_sums import CHUNK_WORDS, KEY, LANES, lane_sums, num_chunks
+from common.engine.to_device import to_device
 
 Move = tuple[int, int, int]
 """Byte offset in the source, byte offset in the destination, number of bytes; all multiples of 4."""
@@ -65,7 +66,7 @@ def move_pieces(source: torch.Tensor, destination: torch.Tensor | None, moves: S
     they mean nothing."""
     # In units of 16 bytes where that will do: only then may a thread read so many at once.
     unit = 4 if all(number % 16 == 0 for move in moves for number in move) else 1
-    table = torch.from_numpy(np.array(moves, dtype=np.int64).reshape(-1, 3) // (4 * unit)).to(source.device, non_blocking=True)
+    table = to_device(np.array(moves, dtype=np.int64).reshape(-1, 3) // (4 * unit), source.device)
     chunks = max((num_chunks(size) for *_, size in moves), default=0)
     sums = torch.empty(len(moves), chunks, LANES, dtype=torch.int64, device=source.device)
     if chunks:

@@ -9,9 +9,10 @@ import torch
 from common.engine.batch import SampleSpec
 from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import Angles
-from common.engine.operations import Norm
+from common.engine.operations import Norm, RowDraws
 from common.engine.triton_kernels import gated, sampler
 from common.engine.triton_kernels.add_norm import TritonNorm
+from common.engine.triton_kernels.row_draws import TritonRowDraws
 from common.engine.triton_kernels.turn_and_store import turn_and_store
 from common.errors import EngineFailure
 from common.types import SampledToken, TokenLogprob
@@ -20,6 +21,7 @@ from common.types import SampledToken, TokenLogprob
 class TritonOperations:
     def __init__(self, *, exact: bool) -> None:
         self.attention = "paged_exact" if exact else "paged"
+        self.row_draws: RowDraws | None = TritonRowDraws()
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return TritonNorm(weight, epsilon, offset=False)

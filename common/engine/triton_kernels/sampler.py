@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from common.engine.batch import SampleSpec
+from common.engine.draw_settings import settings_of
 from common.engine.sampler import best_logprobs
+from common.engine.to_device import to_device
 from common.engine.triton_kernels.edit_logits import apply_rules
 from common.engine.triton_kernels.log_sums import log_sums
-from common.engine.triton_kernels.select import BROKEN, draw_tokens, settings_of
+from common.engine.triton_kernels.select import BROKEN, draw_tokens
 from common.errors import EngineFailure
 from common.types import SampledToken, TokenLogprob
 
@@ -59,7 +61,7 @@ def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]
     drawing = [spec for spec in specs if spec.temperature != 0.0]
     return draw_tokens(
         logits,
-        torch.from_numpy(settings_of(specs, rows)).to(logits.device, non_blocking=True),
+        to_device(settings_of(specs, rows), logits.device),
         any_top_k=any(0 < spec.top_k < logits.shape[1] for spec in drawing),
         any_top_p=any(spec.top_p < 1.0 for spec in drawing),
     )

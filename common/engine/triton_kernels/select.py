@@ -17,13 +17,13 @@ on whether any row has top-k or top-p; not on values. Many launches of little wo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from common.engine import draw_settings
 from common.engine.batch import SampleSpec
 from common.engine.sampler import candidates, uniform
 
@@ -33,9 +33,9 @@ _DIGITS = 8
 BROKEN = -1
 """Instead of a token: the best logit is not finite, or something is not a number."""
 NO_KEY = tl.constexpr(-1)
-_SETTINGS = 8
-ROW, SEED, CHOICE, POSITION, TOP_K, TEMPERATURE, TOP_P, MIN_P = (tl.constexpr(place) for place in range(_SETTINGS))
-_WORD = (1 << 64) - 1
+ROW, SEED, CHOICE, POSITION, TOP_K, TEMPERATURE, TOP_P, MIN_P = (
+    tl.constexpr(place) for place in range(draw_settings.NUM_SETTINGS)
+)
 
 
 @triton.jit
@@ -351,22 +351,12 @@ def pick_kernel(
     tl.store(drawn + row, tl.where(bad, -1, token).to(tl.int64))
 
 
-def settings_of(specs: Sequence[SampleSpec], rows: Sequence[int]) -> np.ndarray:
-    """[specs, 8] int64, what the kernels read of them; spec i draws from row `rows[i]`."""
-    settings = np.empty((len(specs), _SETTINGS), dtype=np.int64)
-    reals = settings.view(np.float64)
-    for place, (spec, row) in enumerate(zip(specs, rows, strict=True)):
-        seed = spec.seed & _WORD
-        settings[place, :5] = (row, seed - (1 << 64) if seed >> 63 else seed, spec.choice, spec.position, spec.top_k)
-        reals[place, 5:] = (spec.temperature, spec.top_p, spec.min_p)
-    return settings
-
-
 def draw_tokens(
     logits: torch.Tensor, settings: torch.Tensor, *, any_top_k: bool, any_top_p: bool, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """One token id per setting (int64, on the device), or BROKEN. `logits` are fp32 with neighbouring values. `any_top_k` and
-    `any_top_p` say whether any of the settings filters by them; launches for what nobody asks for are left out."""
+    """One token id per setting (`draw_settings`, on the device), or BROKEN. `logits` are fp32 with neighbouring values.
+    `any_top_k` and `any_top_p` say whether any of the settings filters by them; launches for what nobody asks for are left
+    out."""
     count, vocab, device = len(settings), logits.shape[1], logits.device
     chunks = triton.cdiv(vocab, chunk)
     padded = triton.next_power_of_2(chunks)

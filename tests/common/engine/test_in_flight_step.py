@@ -17,9 +17,11 @@ from common.engine.captured.buckets import make_buckets
 from common.engine.captured.steps import DecodeSteps
 from common.engine.engine import Engine, build_engine
 from common.engine.in_flight_step import InFlightStep, placeholder_of, with_tokens_of
+from common.engine.operations import RowDraws
 from common.engine.runner import ModelRunner
 from common.errors import EngineFailure
 from common.types import SampledToken
+from support.host_draws import HostDraws
 from support.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.long
@@ -33,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["torch", "exact", "native", "packed"])
+@pytest.fixture(params=["torch", "exact", "native", "packed", "drawing"])
 def engine(tiny: Path, request: pytest.FixtureRequest) -> Engine:
     exact = request.param == "exact"
     config = EngineConfig(
@@ -45,15 +47,26 @@ def engine(tiny: Path, request: pytest.FixtureRequest) -> Engine:
         max_model_tokens=MOST_TOKENS,
     )
     engine = build_engine(tiny, config, threads=1, model_digest="m", tokenizer_digest="t")
-    return dataclasses.replace(engine, runner=packed(engine)) if request.param == "packed" else engine
+    if request.param in ("packed", "drawing"):
+        return dataclasses.replace(engine, runner=packed(engine, HostDraws() if request.param == "drawing" else None))
+    return engine
 
 
-def packed(engine: Engine) -> ModelRunner:
+def packed(engine: Engine, draws: RowDraws | None) -> ModelRunner:
     """A runner whose steps of single tokens are launched as on a GPU: placeholders are looked up by the program."""
     attention = create_rows_attention("fast", engine.pool, engine.architecture.num_heads)
     buckets = make_buckets(4, NUM_BLOCKS_EACH, one_width=False)
     runner = engine.runner.without_steps()
-    runner.steps = DecodeSteps(runner._model, engine.pool, attention, buckets, engine.pool.num_blocks - 1, capture=False)
+    runner.steps = DecodeSteps(
+        runner._model,
+        engine.pool,
+        attention,
+        buckets,
+        engine.pool.num_blocks - 1,
+        vocab_size=engine.architecture.vocab_size,
+        capture=False,
+        draws=draws,
+    )
     return runner
 
 

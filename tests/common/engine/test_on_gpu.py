@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +18,13 @@ from common.config import EngineConfig
 from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
 from common.engine.runner import ModelRunner
+from common.engine.sampler import sample
+from common.engine.swap_region import SwapRegion
+from common.engine.token_rules import RowRules
 
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[3]
+BANS = RowRules(banned_token_ids=np.arange(0, 49_152, 7))
 GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
 
 
@@ -75,6 +82,82 @@ def test_exact_mode_holds_on_a_gpu(dtype: str) -> None:
             for start in range(0, 100, chunk)
         ]
         assert torch.equal(torch.cat(parts), whole)
+
+
+DRAWS = (
+    GREEDY,
+    replace(GREEDY, temperature=0.8, top_p=0.9, seed=7),
+    replace(GREEDY, temperature=1.2, top_k=40, min_p=0.01, seed=2**63 + 5),
+)
+
+
+@pytest.mark.parametrize("drawn", [DRAWS, DRAWS[1:2] * 3, (replace(DRAWS[1], rules=BANS), *DRAWS[1:])])
+def test_captured_draws_are_those_of_the_host(drawn: tuple[SampleSpec, ...]) -> None:
+    """From logits that are computed anew, without a graph: so far apart that a token changes they are not in fp32."""
+    engine = build("random:smollm2-135m")
+    steps = engine.runner.steps
+    assert steps is not None
+    tokens, blocks = [[5, 6, 7 + row] for row in range(3)], [list(range(1 + 8 * row, 9 + 8 * row)) for row in range(3)]
+    for position in range(3, 30):
+        first = position - 1 if position > 3 else 0
+        specs = [replace(spec, position=position) for spec in drawn]
+        batch = ScheduledBatch(
+            tuple(
+                SequenceSlice(known[first:], first, table, (spec,))
+                for known, table, spec in zip(tokens, blocks, specs, strict=True)
+            )
+        )
+        result = engine.runner.execute(batch)
+        found = [item.tokens[0].token_id for item in result.slices]
+        if position > 3:
+            logits = engine.runner.compute_logits(batch).cpu()
+            assert found == [item.token_id for item in sample(logits, specs, range(3))]
+        for known, token_id in zip(tokens, found, strict=True):
+            known.append(token_id)
+    assert not steps.drawn_behind
+
+
+def test_steps_are_launched_ahead_with_draws_on_the_device() -> None:
+    engine = build("random:smollm2-135m")
+    spec = DRAWS[1]
+    item = SequenceSlice([5, 6, 7], 0, [1, 2], (replace(spec, position=3),))
+    first = engine.runner.execute(ScheduledBatch((item,))).slices[0].tokens[0].token_id
+    answers = []
+    for ahead in (False, True):
+        token, found, before = first, [], None
+        for position in range(3, 20):
+            following = SequenceSlice([token], position, [1, 2], (replace(spec, position=position + 1),))
+            step = engine.runner.launch(ScheduledBatch((following,)))
+            if before is not None:
+                found.append(before.collect().slices[0].tokens[0].token_id)
+            before, token = step, -1
+            if not ahead:
+                token = step.collect().slices[0].tokens[0].token_id
+        assert before is not None
+        answers.append([*found, before.collect().slices[0].tokens[0].token_id])
+    assert answers[0] == answers[1]
+
+
+def test_what_a_pool_took_is_given_back_with_it() -> None:
+    for _ in range(3):
+        engine = build("random:smollm2-135m", dtype="bfloat16", device_memory_share=0.6)
+        assert engine.pool.tensor.nbytes > 0.4 * torch.cuda.get_device_properties(0).total_memory
+        del engine
+        gc.collect()
+
+
+def test_blocks_come_back_from_the_host_before_the_next_step_reads_them() -> None:
+    engine = build("random:smollm2-135m")
+    region = SwapRegion(engine.pool, 4 * engine.layout.block_bytes)
+    engine.pool.tensor[1:3].normal_()
+    before = engine.pool.tensor[1:3].clone()
+    region.move([], [(1, 0), (2, 1)])
+    engine.pool.tensor[1:3].zero_()
+    region.move([(0, 5), (1, 6)], [])
+    assert torch.equal(engine.pool.tensor[5:7], before)
+    region.move([], [(5, 2)])
+    assert region.moved_bytes == 5 * engine.layout.block_bytes
+    assert region.moving_s > 0
 
 
 def test_a_pool_takes_what_a_share_of_the_device_leaves() -> None:

@@ -61,4 +61,4 @@ def test_a_whole_plan_for_a_known_card() -> None:
 
 def test_a_step_takes_what_its_rows_take() -> None:
     shape = StepShape(most_rows=10, logit_rows=2, hidden_size=8, widest=24, vocab_size=100, element_bytes=2)
-    assert shape.bytes == 10 * (32 + 48) * 6 + 2 * 4 * 200
+    assert shape.bytes == 10 * (32 + 48) * 6 + 3 * 4 * 200

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +20,12 @@ from common.engine.gpu_numerics import GpuNumerics
 from common.engine.kv_pool import KVPool
 from common.engine.quantisation import WeightFormat
 from common.engine.runner import ModelRunner
+from common.engine.token_rules import Bias, RowRules
 from common.types import KVLayout
 
 GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
+BANS = RowRules(Bias(np.array([7, 30]), np.array([2.0, 1.0], dtype=np.float32)), banned_token_ids=np.arange(0, 512, 3))
+DRAWN = replace(GREEDY, temperature=0.9, top_k=60, top_p=0.9, min_p=0.01, seed=2**64 - 3, rules=BANS)
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -56,13 +61,13 @@ def build(source: str, device: torch.device, kernels: str, weights: str) -> Engi
 
 
 def generate(runner: ModelRunner, count: int) -> list[list[int]]:
-    """Two sequences, one of them at the end of a block."""
+    """Two sequences, one of them at the end of a block and greedy, the other drawn by rules and filters."""
     tokens = [[5 + place % 50 for place in range(16)], [9, 8, 7]]
     blocks, in_kv = [[1, 2, 3], [4, 5, 6]], [0, 0]
     for _ in range(count):
         slices = tuple(
-            SequenceSlice(known[start:], start, table, (GREEDY,))
-            for known, start, table in zip(tokens, in_kv, blocks, strict=True)
+            SequenceSlice(known[start:], start, table, (replace(spec, position=len(known)),))
+            for known, start, table, spec in zip(tokens, in_kv, blocks, (GREEDY, DRAWN), strict=True)
         )
         result = runner.execute(ScheduledBatch(slices))
         in_kv = [len(known) for known in tokens]
@@ -81,9 +86,19 @@ def test_the_tokens_are_those_of_torch(source: str, weights: str, device: torch.
     rows = create_rows_attention("paged", engine.pool, engine.architecture.num_heads)
     scratch = engine.pool.num_blocks - 1
     packed = engine.runner.without_steps()
-    packed.steps = DecodeSteps(packed._model, engine.pool, rows, make_buckets(4, 4, one_width=True), scratch, capture=False)
+    packed.steps = DecodeSteps(
+        packed._model,
+        engine.pool,
+        rows,
+        make_buckets(4, 4, one_width=True),
+        scratch,
+        vocab_size=engine.architecture.vocab_size,
+        capture=False,
+        draws=engine.runner._operations.row_draws,
+    )
     assert generate(packed, 3) == generate(plain.runner, 3)
     assert packed.steps._programs
+    assert not packed.steps.drawn_behind
 
 
 def test_rounded_weights_are_multiplied_by_our_products(device: torch.device) -> None:

@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.engine import logit_edits
 from common.engine import sampler as on_host
 from common.engine.batch import SampleSpec
+from common.engine.draw_settings import settings_of
 from common.engine.logit_rules import apply_rules
 from common.engine.token_rules import Bias, Penalties, RowRules
-from common.engine.triton_kernels import edit_logits, log_sums, sampler, select
+from common.engine.triton_kernels import edit_logits, log_sums, row_draws, sampler, select
 from common.errors import EngineFailure
+from support.host_draws import HostDraws
 
 SPEC = SampleSpec(position=0, seed=1, choice=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
 GREEDY = replace(SPEC, temperature=0.0)
@@ -35,7 +38,7 @@ SPECS = [
 def draw(logits: torch.Tensor, specs: list[SampleSpec], rows: list[int], chunk: int = 64) -> list[int]:
     return select.draw_tokens(
         logits,
-        torch.from_numpy(select.settings_of(specs, rows)).to(logits.device),
+        torch.from_numpy(settings_of(specs, rows)).to(logits.device),
         any_top_k=any(spec.top_k for spec in specs),
         any_top_p=any(spec.top_p < 1.0 for spec in specs),
         chunk=chunk,
@@ -50,10 +53,10 @@ def test_a_seed_means_the_same_tokens_as_on_the_host(device: torch.device) -> No
     logits = (torch.randn(3, 120, generator=torch.Generator().manual_seed(0))).to(device)
     specs = [replace(spec, position=position) for position in (0, 8191) for spec in SPECS[position // 8191 * 7 :]]
     rows = [i % 3 for i in range(len(specs))]
-    together = draw(logits, specs, rows)
+    together = draw(logits, specs, rows, chunk=128)
     assert together == expected(logits, specs, rows)
     assert len(set(together)) > 5
-    assert draw(logits[2:], [specs[5]], [0]) == [together[5]]  # alone
+    assert draw(logits[2:], [specs[5]], [0]) == [together[5]]  # alone, and summed in parts
     assert draw(logits, [specs[1], specs[2]], [1, 2]) == together[1:3]  # without the launches for filters of others
 
 
@@ -130,7 +133,7 @@ def test_any_row_draws_what_the_host_draws(
 def test_the_reference_is_the_sampler_of_the_host(device: torch.device) -> None:
     logits = (torch.randn(2, 90, generator=torch.Generator().manual_seed(3)) * 2).to(device)
     specs, rows = [*SPECS, *SPECS], [0] * len(SPECS) + [1] * len(SPECS)
-    chosen = torch.from_numpy(select.settings_of(specs, rows)).to(device)
+    chosen = torch.from_numpy(settings_of(specs, rows)).to(device)
     assert select.draw_tokens_reference(logits, chosen, any_top_k=True, any_top_p=True).tolist() == expected(logits, specs, rows)
 
 
@@ -168,6 +171,22 @@ def test_rules_change_what_the_host_would_change(device: torch.device) -> None:
     apply_rules(theirs, rules)
     torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=1e-6)
     assert torch.equal(ours.cpu().isinf(), theirs.isinf())
+
+
+def test_edits_in_a_block_with_room_to_spare_are_those_of_the_host(device: torch.device) -> None:
+    """What was there before, behind the entries, is not looked at: the step before may have had more."""
+    vocab = 300
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(4))
+    few = [(1, RowRules(Bias(np.array([4, 9]), np.array([1.5, -3.0], dtype=np.float32)), banned_token_ids=np.array([3])))]
+    many = [(0, RowRules(banned_token_ids=np.arange(290))), *few]
+    words = np.zeros(700, dtype=np.int32)
+    for ruled in (many, few):
+        logit_edits.write_edits(words, ruled, vocab)
+        ours, theirs = logits.clone().to(device), logits.clone()
+        row_draws.TritonRowDraws().edit(ours, torch.from_numpy(words).to(device))
+        HostDraws().edit(theirs, torch.from_numpy(words))
+        assert torch.equal(ours.cpu(), theirs)
+    assert int(theirs.isinf().sum()) == 1
 
 
 def test_log_probabilities_are_those_of_the_host(device: torch.device) -> None:
