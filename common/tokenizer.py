@@ -104,10 +104,11 @@ class Tokenizer:
     def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A fresh stream for what follows `prompt_ids`."""
         if self._is_byte_level:
-            return ByteStream(
-                lambda token_id: b"" if skip_special_tokens and self.is_special(token_id) else self.token_bytes(token_id)
-            )
+            return ByteStream(self._shown_bytes if skip_special_tokens else self.token_bytes)
         return WindowStream(self._backend, self._context_ids(prompt_ids), skip_special_tokens=skip_special_tokens)
+
+    def _shown_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in self._special else self.token_bytes(token_id)
 
     def _context_ids(self, prompt_ids: Sequence[int]) -> list[int]:
         """One id is enough to tell that the text goes on, so that a leading space belongs to it: the last that is text by itself.

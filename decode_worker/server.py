@@ -10,24 +10,28 @@ another worker only when every transfer into it was closed by its writer, which 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import aclosing
+from typing import Any
 
 import grpc.aio
 
 from common.clock import SystemClock
-from common.codec import choice_from_wire, chunk_to_wire, request_from_wire, started_to_wire, work_to_wire, worker_ref_from_wire
+from common.codec import choice_from_wire, request_from_wire, worker_ref_from_wire
 from common.engine.core import Core
+from common.engine.grammar import CompiledGrammar
 from common.engine.host import Arrivals, WorkerHost
 from common.engine.loop import EngineLoop
 from common.errors import DeadlineExceeded, PdserveError, RankLost
 from common.logs import bind_request, get_logger
-from common.rpc import typed_errors
+from common.rpc import cancel_and_wait, typed_errors
 from common.tracing.span import within
 from common.tracing.tracer import header_of
-from common.types import WorkerRef
+from common.types import PrefillChoice, Request, WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
-from decode_worker.events import Event
+from decode_worker.events import Event, Output
+from decode_worker.feeds import Feed, Feeds, event_to_wire
 from decode_worker.handoff import DecodeHandoff, PoolMemory, region_of_pool
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from decode_worker.scheduler import DecodeScheduler
@@ -95,9 +99,11 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             on_drained=lambda blocks: loop.post(scheduler.drained, blocks),
         )
         await self._handoff.start()
+        self._feeds = Feeds()
+        await self._feeds.start(spec.host)
         self._streams = DecodeStreams(scheduler, loop, self._handoff, metrics=host.metrics, clock=self._clock)
         host.report(scheduler, loop, step_tokens=spec.model.decode.step_tokens, local_prefill=spec.model.decode.local_prefill)
-        loop.start(deliver=self._streams.deliver, on_failure=self._engine_failed)
+        loop.start(deliver=self._deliver, on_failure=self._engine_failed)
         host.watch_ranks(loop)
         ref = await host.serve(lambda server: worker_pb2_grpc.add_DecodeServicer_to_server(self, server), ("pdserve.v1.Decode",))
         _log.info("ready", worker=ref.worker_id, incarnation=ref.incarnation, address=ref.address)
@@ -108,6 +114,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
 
     async def stop(self, grace_s: float) -> None:
         await self._host.stop(grace_s)
+        await self._feeds.close()
         await self._loop.stop()
         await self._host.close_engine()
         await self._handoff.close()
@@ -115,6 +122,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
 
     async def retire(self) -> LoadedModel:
         await self._host.stop(0.0)
+        await self._feeds.close()
         await self._handoff.settle(_SETTLE_S)
         await self._loop.stop()  # it has applied what was posted: ended requests are gone, and their blocks are back
         await self._handoff.close()
@@ -133,37 +141,75 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         request: worker_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[worker_pb2.GenerateRequest, worker_pb2.GenerateEvent],
     ) -> None:
-        # Writes instead of yielding: a cancelled stream must end this coroutine now, not when a generator is collected.
         async with typed_errors(context):
             work = request_from_wire(request.request)
-            candidates = tuple(worker_ref_from_wire(ref) for ref in request.prefill)
-            choice = choice_from_wire(request.choice)
             span = self._host.tracer.serve("decode", header_of(context.invocation_metadata()))
             with self._host.in_flight.entered(), bind_request(work.request_id), within(span):
                 self._host.check(work)
                 grammar = await self._host.compile_grammar(work)
+                feed = self._feeds.find(request.feed)
                 try:
-                    # The stream has a deadline of its own; this one is for a client that does not take what it asked for.
-                    async with (
-                        asyncio.timeout(work.timeout_s),
-                        aclosing(self._streams.generate(work, candidates, grammar, choice)) as outputs,
-                    ):
-                        async for output in outputs:
-                            if output.done:
-                                self._host.count_served()
-                            await context.write(
-                                worker_pb2.GenerateEvent(
-                                    started=started_to_wire(output.started) if output.started is not None else None,
-                                    chunks=[chunk_to_wire(chunk) for chunk in output.chunks],
-                                    account=work_to_wire(output.account) if output.account is not None else None,
-                                )
-                            )
+                    # The work has a deadline of its own; this one is for a client that does not take what it asked for.
+                    async with asyncio.timeout(work.timeout_s):
+                        if feed is None:
+                            await self._over_the_stream(request, work, grammar, context)
+                        else:
+                            await self._over_a_lane(feed, request, work, grammar, context)
                 except TimeoutError as error:
                     self._host.metrics.failed(DeadlineExceeded.__name__)
                     raise DeadlineExceeded("the request took longer than its time") from error
                 except PdserveError as error:
                     self._host.metrics.failed(error.code)
                     raise
+
+    async def OpenFeed(
+        self,
+        request: worker_pb2.OpenFeedRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.OpenFeedRequest, worker_pb2.OpenFeedReply],
+    ) -> worker_pb2.OpenFeedReply:
+        return self._feeds.offer()
+
+    async def _over_the_stream(
+        self,
+        request: worker_pb2.GenerateRequest,
+        work: Request,
+        grammar: CompiledGrammar | None,
+        context: grpc.aio.ServicerContext[worker_pb2.GenerateRequest, worker_pb2.GenerateEvent],
+    ) -> None:
+        # Writes instead of yielding: a cancelled stream must end its coroutine now, not when a generator is collected.
+        candidates, choice = _where_to_prefill(request)
+        async with aclosing(self._streams.generate(work, candidates, grammar, choice)) as outputs:
+            async for output in outputs:
+                if output.done:
+                    self._host.count_served()
+                await context.write(event_to_wire(output))
+
+    async def _over_a_lane(
+        self,
+        feed: Feed,
+        request: worker_pb2.GenerateRequest,
+        work: Request,
+        grammar: CompiledGrammar | None,
+        context: grpc.aio.ServicerContext[worker_pb2.GenerateRequest, worker_pb2.GenerateEvent],
+    ) -> None:
+        candidates, choice = _where_to_prefill(request)
+        with feed.lane(request.lane, work.first_choice if work.num_choices == 1 else None) as lane:
+
+            def give(output: Output) -> None:
+                if output.done:
+                    self._host.count_served()
+                lane.give(output)
+
+            try:
+                await _unless(lane.lost, self._streams.run(work, candidates, give, grammar, choice))
+            except PdserveError:
+                await context.write(worker_pb2.GenerateEvent(given=lane.given))
+                raise
+            await context.write(worker_pb2.GenerateEvent(given=lane.given))
+
+    def _deliver(self, events: list[Event]) -> None:
+        self._streams.deliver(events)
+        self._feeds.flush()
 
     async def ProbeLinks(
         self,
@@ -173,3 +219,21 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         async with typed_errors(context):
             refs = [worker_ref_from_wire(ref) for ref in request.prefill]
             return worker_pb2.ProbeLinksReply(peers=[await self._handoff.probe(ref) for ref in refs])
+
+
+def _where_to_prefill(request: worker_pb2.GenerateRequest) -> tuple[tuple[WorkerRef, ...], PrefillChoice]:
+    return tuple(worker_ref_from_wire(ref) for ref in request.prefill), choice_from_wire(request.choice)
+
+
+async def _unless(lost: asyncio.Future[PdserveError], run: Coroutine[None, None, None]) -> None:
+    """Runs it to its end, unless the feed is lost first."""
+    running = asyncio.create_task(run, name="generate")
+    try:
+        either: set[asyncio.Future[Any]] = {running, lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            raise lost.result()
+    finally:
+        if not running.done():
+            await cancel_and_wait(running)
+    running.result()

@@ -4,7 +4,8 @@ The life of a stream:
   1. the request is submitted to the engine, with the prefill workers that the router proposes
   2. the scheduler reserves blocks and decides where the prompt is prefilled
   3. remote: the hand-off has it computed elsewhere and verifies what arrives (`handoff.fetch`); the engine hears of it
-  4. the engine generates; its outputs are given out as they come, one per step at most
+  4. the engine generates; its outputs are given out as they come, one per step at most: to whoever iterates (`generate`), or by a
+     call within the engine's own delivery (`run`), with no task between
 However the stream ends, the request is gone from the engine and the hand-off when it has: an unfinished one is aborted.
 
 It knows neither sockets nor threads: the engine is what takes posts and reports events, whatever runs it.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from common.clock import Clock
@@ -31,15 +33,28 @@ from decode_worker.scheduler import DecodeScheduler
 
 _log = get_logger(__name__)
 
+_TOO_LONG = "the request took longer than its time"
+
+
+Give = Callable[[Output], None]
+
 
 class _Stream:
     """One Generate in progress: what the engine has for it, and the hand-off that runs for it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, give: Give, started_s: float) -> None:
         self.request = request
-        self.news: asyncio.Queue[Output | PdserveError] = asyncio.Queue()
+        self.give = give
+        self.ended: asyncio.Future[PdserveError | None] = asyncio.get_running_loop().create_future()
         self.fetch: asyncio.Task[None] | None = None
         self.span = current_span()
+        self.started_s = self.first_token_s = started_s
+        self.queue_s = 0.0
+
+    def end(self, error: PdserveError | None = None) -> None:
+        """The first end counts."""
+        if not self.ended.done():
+            self.ended.set_result(error)
 
 
 class DecodeStreams:
@@ -57,6 +72,25 @@ class DecodeStreams:
         self._streams: dict[str, _Stream] = {}
         self._failure: PdserveError | None = None
 
+    async def run(
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...],
+        give: Give,
+        grammar: CompiledGrammar | None = None,
+        choice: PrefillChoice = PrefillChoice.WORKER,
+    ) -> None:
+        """Calls `give` with every output, in order, while the engine reports it. Returns after the output that says `done`, or
+        raises a PdserveError. Cancelling it aborts the request."""
+        async with self._opened(request, candidates, give, grammar, choice) as stream:
+            try:
+                async with asyncio.timeout(request.timeout_s):
+                    error = await stream.ended
+            except TimeoutError:
+                raise DeadlineExceeded(_TOO_LONG) from None
+            if error is not None:
+                raise error
+
     async def generate(
         self,
         request: Request,
@@ -65,33 +99,40 @@ class DecodeStreams:
         choice: PrefillChoice = PrefillChoice.WORKER,
     ) -> AsyncGenerator[Output, None]:
         """Ends after the output that says `done`, or raises a PdserveError. Closing it aborts the request."""
+        deadline_s = self._clock.monotonic_s() + request.timeout_s
+        news: asyncio.Queue[Output | None] = asyncio.Queue()  # None: it has ended, and the stream knows how
+        async with self._opened(request, candidates, news.put_nowait, grammar, choice) as stream:
+            stream.ended.add_done_callback(lambda _: news.put_nowait(None))
+            while True:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s())):
+                        output = await news.get()
+                except TimeoutError:
+                    raise DeadlineExceeded(_TOO_LONG) from None
+                if output is not None:
+                    yield output
+                    if output.done:
+                        return
+                elif (error := stream.ended.result()) is not None:
+                    raise error
+
+    @asynccontextmanager
+    async def _opened(
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...],
+        give: Give,
+        grammar: CompiledGrammar | None,
+        choice: PrefillChoice,
+    ) -> AsyncIterator[_Stream]:
         if self._failure is not None:
             raise self._failure
-        deadline_s = self._clock.monotonic_s() + request.timeout_s
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
-        stream = self._streams[key] = _Stream(request)
+        stream = self._streams[key] = _Stream(request, give, self._clock.monotonic_s())
         self._inbox.post(self._scheduler.submit, replace(request, request_id=key), candidates, grammar, choice)
-        started_s = first_token_s = self._clock.monotonic_s()
-        queue_s = 0.0
         try:
-            while True:
-                news = await self._next(stream, deadline_s)
-                if news.started is not None:
-                    first_token_s = self._clock.monotonic_s()
-                    queue_s = news.started.timings.decode_queue_s
-                    _trace_start(stream.span, started_s, first_token_s, news.started)
-                    self._observe_start(news)
-                for chunk in news.chunks:
-                    if chunk.finish_reason is not None:
-                        self._metrics.finished(chunk.finish_reason.value)
-                if news.done:
-                    # Before the last tokens leave: whoever has them may cancel at once, and the request was served all the same.
-                    stream.span.child("generate", start_s=first_token_s).end()
-                    self._account(request, queue_s, first_token_s - started_s, self._clock.monotonic_s() - started_s)
-                yield news
-                if news.done:
-                    break
+            yield stream
         finally:
             del self._streams[key]
             # In this order: the engine forgets the request first, so that what the hand-off reports later finds nothing.
@@ -104,9 +145,11 @@ class DecodeStreams:
         for event in events:
             match event:
                 case Output():
-                    self._tell(event.request_id, event)
+                    self._tell(event)
                 case Failed():
-                    self._tell(event.request_id, event.error)
+                    stream = self._streams.get(event.request_id)
+                    if stream is not None:
+                        stream.end(event.error)
                 case RemotePrefillWanted():
                     self._start_fetch(event)
 
@@ -114,24 +157,29 @@ class DecodeStreams:
         """Nothing can be generated any more: all streams end, and those to come; in `error`, if what happened has a name."""
         self._failure = error or EngineFailure("the decode engine failed")
         for stream in self._streams.values():
-            stream.news.put_nowait(self._failure)
+            stream.end(self._failure)
 
     # -- within --------------------------------------------------------------------------------------------------------
 
-    async def _next(self, stream: _Stream, deadline_s: float) -> Output:
-        try:
-            async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s())):
-                news = await stream.news.get()
-        except TimeoutError as error:
-            raise DeadlineExceeded("the request took longer than its time") from error
-        if isinstance(news, PdserveError):
-            raise news
-        return news
-
-    def _tell(self, key: str, news: Output | PdserveError) -> None:
-        stream = self._streams.get(key)
-        if stream is not None:
-            stream.news.put_nowait(news)
+    def _tell(self, output: Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None or stream.ended.done():
+            return
+        if output.started is not None:
+            stream.first_token_s = self._clock.monotonic_s()
+            stream.queue_s = output.started.timings.decode_queue_s
+            _trace_start(stream.span, stream.started_s, stream.first_token_s, output.started)
+            self._observe_start(output.started)
+        for chunk in output.chunks:
+            if chunk.finish_reason is not None:
+                self._metrics.finished(chunk.finish_reason.value)
+        if output.done:
+            # Before the last tokens leave: whoever has them may cancel at once, and the request was served all the same.
+            stream.span.child("generate", start_s=stream.first_token_s).end()
+            self._account(stream)
+        stream.give(output)
+        if output.done:
+            stream.end()
 
     def _start_fetch(self, wanted: RemotePrefillWanted) -> None:
         key = wanted.request.request_id
@@ -155,21 +203,21 @@ class DecodeStreams:
         with entered(stream.span):
             stream.fetch = self._handoff.fetch(replace(wanted, request=stream.request), report)
 
-    def _account(self, request: Request, queue_s: float, ttft_s: float, total_s: float) -> None:
-        self._metrics.decode_s.observe(total_s - ttft_s)
-        self._metrics.inference_s.observe(max(0.0, total_s - queue_s))
+    def _account(self, stream: _Stream) -> None:
+        request, ended_s = stream.request, self._clock.monotonic_s()
+        self._metrics.decode_s.observe(ended_s - stream.first_token_s)
+        self._metrics.inference_s.observe(max(0.0, ended_s - stream.started_s - stream.queue_s))
         _log.info(
             "served",
+            request_id=request.request_id,
             prompt_tokens=request.num_prompt_tokens,
             choices=request.num_choices,
-            ttft_ms=round(ttft_s * 1e3, 1),
-            total_ms=round(total_s * 1e3, 1),
+            ttft_ms=round((stream.first_token_s - stream.started_s) * 1e3, 1),
+            total_ms=round((ended_s - stream.started_s) * 1e3, 1),
         )
 
-    def _observe_start(self, news: Output) -> None:
-        if news.started is None:
-            return
-        timings, metrics = news.started.timings, self._metrics
+    def _observe_start(self, started: Started) -> None:
+        timings, metrics = started.timings, self._metrics
         metrics.queue_s.observe(timings.decode_queue_s)
         if timings.transport:
             metrics.transfer_exposed_s.observe(timings.transfer_exposed_s)

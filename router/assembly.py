@@ -29,6 +29,7 @@ from router.cache.answers import AnswerCache
 from router.cache.semantic_port import SemanticLookup
 from router.console.console import Console
 from router.dispatch import Dispatcher
+from router.feeds import Feeds
 from router.front import Front
 from router.generation import InFlight
 from router.placement.watching import Watching
@@ -95,7 +96,7 @@ def assemble(config: Config, *, manager_address: str, cluster_token: str, router
     tracer = make_tracer(config.tracing, service="pdserve-router", instance=uuid.uuid4().hex, clock=clock)
     store = make_store(config.cache, cluster_token=cluster_token, clock=clock, metrics=metrics.store)
     registry = Registry(config, manager_address=manager_address, cluster_token=cluster_token, clock=clock)
-    dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics)
+    dispatcher = Dispatcher(config.router, registry, cluster_token=cluster_token, clock=clock, metrics=metrics, feeds=Feeds())
     in_flight = InFlight()
     semantics = make_semantics(config.cache, store=store, clock=clock, metrics=metrics.semantic)
     cache = AnswerCache(

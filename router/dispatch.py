@@ -4,7 +4,8 @@
  2. Placement (`router.placement`): the decode worker, the prefill candidates, and who of them is to compute the prompt. Nobody
     there: NoWorkerAvailable, or a wait for the workers of a model that slept.
  3. Connect to the decode worker, within the connect timeout.
- 4. Open ONE stream, `Decode.Generate(request, prefill candidates)`. Cancelling it cancels everything below it.
+ 4. Open ONE stream, `Decode.Generate(request, prefill candidates)`. Cancelling it cancels everything below it. Events come over
+    it or, once there is a feed from that worker (`router.feeds`), over a lane there; then the stream says only how it ended.
  5. Wait for the first tokens. Until then nothing was handed to the caller, so nothing can have reached the client.
  6. A failure that is nobody's fault (worker lost, full, hand-off broken) before the first tokens: suspect the worker if it is
     lost and go back to 2 with the same request, so the same id and seed, avoiding the workers already tried. When there is no
@@ -48,6 +49,7 @@ from common.types import Request, Started, TokenChunk, WorkerRef, WorkerState
 from common.wire import worker_pb2
 from common.wire.worker_pb2_grpc import DecodeStub
 from router.answer import Answer
+from router.feeds import Feeds, Lane, News
 from router.links import Links
 from router.observe.cost import BrokenOff, CostSplit, Ledger, Ledgers
 from router.placement.membership import Placement, Prompt
@@ -58,6 +60,7 @@ log = get_logger(__name__)
 
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 1.0
 _WAKE_AGAIN_S = 2.0
+_UNSTARTED = "the worker sent tokens before it said how it started"
 _QUEUED_EVENTS = 64  # of an answer whose choices go on separately, while the client is slow
 
 
@@ -94,8 +97,17 @@ class Dispatcher:
     """Lives as long as the router. `abort_all` is called once, when a drain has run out of time."""
 
     def __init__(
-        self, config: RouterConfig, registry: Registry, *, cluster_token: str, clock: Clock, metrics: RouterMetrics
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        *,
+        cluster_token: str,
+        clock: Clock,
+        metrics: RouterMetrics,
+        feeds: Feeds | None = None,
     ) -> None:
+        """Without `feeds` every event comes over its request's own stream."""
+        self._feeds = feeds
         self._config = config
         self._registry = registry
         self._clock = clock
@@ -176,7 +188,16 @@ class Dispatcher:
         self._metrics.placed(request.model, placement.choice.value)
         account = _Account(answer, self.ledgers.of(request.model))
         return _Attempt(
-            request, placement, deadline_s, self._links, dispatched, self._clock, self._metrics, self._active, account
+            request,
+            placement,
+            deadline_s,
+            self._links,
+            dispatched,
+            self._clock,
+            self._metrics,
+            self._active,
+            account,
+            self._feeds,
         )
 
     async def _before_retry(
@@ -212,6 +233,8 @@ class Dispatcher:
             self._tidied = view
             self.placer.sync(view.workers)
             await self._links.keep_only(view.refs())
+            if self._feeds is not None:
+                self._feeds.keep_only(view.refs())
 
     def leave_lost(self) -> None:
         """Ends the streams to workers that the manager has given up: a host that vanished does not end them itself."""
@@ -227,6 +250,8 @@ class Dispatcher:
             attempt.abort(NoWorkerAvailable("the router is shutting down", retry_after_s=1.0))
 
     async def close(self) -> None:
+        if self._feeds is not None:
+            await self._feeds.close()
         await self._links.close()
 
 
@@ -272,7 +297,11 @@ class _Attempt:
         metrics: RouterMetrics,
         active: set[_Attempt],
         account: _Account,
+        feeds: Feeds | None,
     ) -> None:
+        self._feeds = feeds
+        self._lane: Lane | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._account = account
         self._span = current_span().child(
             "dispatch",
@@ -306,12 +335,18 @@ class _Attempt:
         self._dispatched.close()
         self._account.close()
         self._span.end(error="" if kind is None or kind is GeneratorExit else kind.__name__)
+        if self._lane is not None:
+            self._lane.close()
         if self._call is not None:
             self._call.cancel()
+        if self._watching is not None:
+            await cancel_and_wait(self._watching)
         await self._stack.__aexit__(kind, error, traceback)
 
     def abort(self, error: PdserveError) -> None:
         self._aborted = error
+        if self._lane is not None:
+            self._lane.end(error, at_once=True)
         if self._call is not None:
             self._call.cancel()
 
@@ -326,6 +361,7 @@ class _Attempt:
         except TimeoutError:
             raise DeadlineExceeded("the request's time is over") from None
         remaining_s = max(0.001, self._deadline_s - self._clock.monotonic_s())
+        lane = self._lane = None if self._feeds is None else self._feeds.lane(worker, channel)
         with entered(self._span):
             self._call = DecodeStub(channel).Generate(
                 worker_pb2.GenerateRequest(
@@ -334,19 +370,25 @@ class _Attempt:
                     ),
                     prefill=[worker_ref_to_wire(ref) for ref in self._placement.prefill],
                     choice=choice_to_wire(self._placement.choice),
+                    feed=0 if lane is None else lane.feed_number,
+                    lane=0 if lane is None else lane.number,
                 ),
                 timeout=remaining_s,
             )
         self._events = aiter(self._call)
+        if lane is not None:
+            self._watching = asyncio.create_task(self._watch(lane), name="watch a stream")
         started: Started | None = None
         while True:
             message = await self._read()
+            if isinstance(message, tuple):
+                raise EngineFailure(_UNSTARTED)
             if message.HasField("started"):
                 started = started_from_wire(message.started)
             if message.chunks:
                 break
         if started is None:
-            raise EngineFailure("the worker sent tokens before it said how it started")
+            raise EngineFailure(_UNSTARTED)
         self._dispatched.started(started)
         self._account.began(started)
         self._span.event("first token")
@@ -359,13 +401,30 @@ class _Attempt:
 
     async def next_tokens(self) -> DispatchEvent:
         while True:
-            message = await self._read()
-            if message.chunks:
-                return DispatchEvent(_chunks(message), cost=self._account.told(message))
+            news = await self._read()
+            if isinstance(news, tuple):
+                return DispatchEvent((TokenChunk(self._request.first_choice, news),))
+            if news.chunks:
+                return DispatchEvent(_chunks(news), cost=self._account.told(news))
 
-    async def _read(self) -> worker_pb2.GenerateEvent:
+    async def _read(self) -> News:
         if self._aborted is not None:
             raise self._aborted
+        return await (self._from_stream() if self._lane is None else self._lane.next())
+
+    async def _watch(self, lane: Lane) -> None:
+        """The stream of a request whose events come over a lane: how it ends, and, from a worker that does not use lanes, all."""
+        try:
+            while True:
+                message = await self._from_stream()
+                if message.HasField("given"):
+                    lane.expect(message.given)
+                else:
+                    lane.push(message)
+        except PdserveError as error:
+            lane.end(error)
+
+    async def _from_stream(self) -> worker_pb2.GenerateEvent:
         try:
             message: worker_pb2.GenerateEvent = await anext(self._events)
         except StopAsyncIteration:

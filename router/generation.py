@@ -115,6 +115,7 @@ class Generation:
         self._ended_s: float | None = None
         self._moved_to: list[str] = []
         self._finish_reasons: list[str] = []
+        self._gaps = metrics.itl_s.of(call.model.name)
         self._cost = NOTHING  # as far as workers have told,
         self._told: set[int] = set()  # of these requests
         self.failure: PdserveError | None = None
@@ -269,15 +270,14 @@ class Generation:
                 continue
             first = index not in self._last_token_s
             if not first:
-                gap_s = now_s - self._last_token_s[index]
-                self._metrics.itl_s.labels(self.call.model.name).observe(gap_s)
+                self._gaps.observe(now_s - self._last_token_s[index])
             self._last_token_s[index] = now_s
             delta = choice.push(chunk)
             if delta.finish_reason is not None:
                 self._metrics.success_total.labels(self.call.model.name, str(delta.finish_reason)).inc()
                 self._finish_reasons.append(str(delta.finish_reason))
             if first or not delta.empty:
-                yield ChoiceDelta(index, delta.text, delta.tokens, delta.finish_reason, delta.stop_reason)
+                yield delta
 
     def _observe_latency(self, model: str) -> None:
         if not all(choice.finished for choice in self._choices) or self._ended_s is None:

@@ -122,6 +122,8 @@ class ChoiceText:
         if self.discard_tokens:
             self.finished = chunk.finish_reason is not None
             return ChoiceDelta(self.choice, finish_reason=FinishReason.LENGTH if self.finished else None)
+        if len(chunk.token_ids) == 1 and chunk.finish_reason is None and not (self.stops or self._unreported or chunk.logprobs):
+            return self._push_one(chunk.token_ids[0])
         text = ""
         for position, token_id in enumerate(chunk.token_ids):
             self.num_tokens += 1
@@ -141,6 +143,18 @@ class ChoiceText:
         self._released_chars += len(held)
         stop_token = chunk.stop_token_id if chunk.stop_token_id in self.client_stop_token_ids else None
         return self._end(text + held, chunk.finish_reason, stop_token)
+
+    def _push_one(self, token_id: int) -> ChoiceDelta:
+        """What `push` comes to when nothing is held back, and nothing can be: nearly every token of nearly every answer."""
+        token = ReportedToken(token_id, self._detokenized_chars)
+        piece = self.detokenizer.push(token_id)
+        self.num_tokens += 1
+        self._detokenized_chars += len(piece)
+        self._released_chars = self._detokenized_chars
+        if not piece:
+            self._unreported.append(token)
+            return ChoiceDelta(self.choice)
+        return ChoiceDelta(self.choice, piece, (token,))
 
     def _release(self, piece: str) -> str:
         self._detokenized_chars += len(piece)

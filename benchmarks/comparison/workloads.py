@@ -5,6 +5,7 @@
     w3   2,048 / 16, one at a time; w3x4 four at a time         prompt tokens/s until the last first token
     w4   8 streams 64 / 256 decode while 8 prompts of 2,048     99th percentile of the streams' gaps; requests/s within
          tokens arrive, one each second                         5 x TTFT and 3 x TPOT of an unloaded peer
+    w4s  the same with one prompt every five seconds            likewise; only where it is asked for
     w5   32 requests that share 1,024 tokens, 64 own / 32       seconds until all have ended
     w6   prompts that begin to copy what they hold, / 128       output tokens/s, one stream
 
@@ -57,6 +58,7 @@ def workloads(*, quick: bool) -> dict[str, Workload]:
         Workload("w3x4", "2,048/16, four at a time", lambda block: _plain(block, 4, 2048, 16), 4, _prompt_rate),
         Workload("w5", "32 requests that share 1,024 tokens, +64/32", _shared, 32, _wall),
         Workload("w4", "8 streams 64/256, a prompt each second", _mixed, None, _mixed_figures),
+        Workload("w4s", "8 streams 64/256, a prompt every 5 s", lambda block: _mixed(block, 5.0, 4), None, _mixed_figures),
         Workload("w6", "one stream that copies, 128 out", lambda block: _copying(block, 1 if quick else 2), 1, _output_rate),
     )  # fmt: skip
     return {one.name: one for one in made}
@@ -102,13 +104,13 @@ def _plain(block: int, count: int, prompt_tokens: int, output_tokens: int) -> li
     return [PlannedRequest(index, 0.0, ids.draw(f"{index}", prompt_tokens), output_tokens) for index in range(count)]
 
 
-def _mixed(block: int) -> list[PlannedRequest]:
+def _mixed(block: int, every_s: float = 1.0, num_prompts: int = _NUM_PROMPTS) -> list[PlannedRequest]:
     """The streams first, then the prompts, the first of them one second later."""
     ids = _ids(f"mixed {block}")
     streams = [PlannedRequest(index, 0.0, ids.draw(f"{index}", 64), _STREAM_TOKENS) for index in range(_NUM_STREAMS)]
     prompts = [
-        PlannedRequest(_NUM_STREAMS + number, 1.0 + number, ids.draw(f"prompt {number}", 2048), 16)
-        for number in range(_NUM_PROMPTS)
+        PlannedRequest(_NUM_STREAMS + number, 1.0 + every_s * number, ids.draw(f"prompt {number}", 2048), 16)
+        for number in range(num_prompts)
     ]
     return streams + prompts
 

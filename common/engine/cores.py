@@ -8,9 +8,10 @@ other, in a page of shared memory, that they compute. Each has a place in it, he
 says when its last computation began and ended; who ended a moment ago is taken for busy still, for between two steps there is
 only a moment. A process that died within a computation is forgotten after a while, or when its place is taken again.
 
-A short computation, such as a step of decoding, leaves one core free: whoever carries its tokens to their clients needs one
-in those very milliseconds, and a thread that is sent away from its core keeps all others waiting at the next barrier. On two
-cores, a token of one stream took 16 ms with both and 8 ms with one (benchmarks/RESULTS.md).
+A short computation, such as a step of decoding, leaves one core free at first: whoever carries its tokens to their clients needs
+one in those very milliseconds, and a thread that is sent away from its core keeps all others waiting at the next barrier. On two
+cores, a token of one stream took 16 ms with both and 8 ms with one (benchmarks/RESULTS.md). Whether that holds for the load at
+hand is tried out (`spare_core`), while nobody else computes: then it would have but a part of the cores anyway.
 
 Results do not depend on the number of threads. One thread uses an object of these.
 """
@@ -28,6 +29,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from common.engine.spare_core import SpareCore
 from common.errors import StartupError
 
 PLACES = 64
@@ -68,6 +70,7 @@ class SharedCores:
         """Blocking. Raises StartupError if the file cannot be opened or has no place left."""
         self.most = cores
         self._now_ns = now_ns
+        self._spare = SpareCore(now_ns=now_ns)
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.ftruncate(self._file, _SIZE_BYTES)
@@ -93,9 +96,15 @@ class SharedCores:
     def computing(self, num_rows: int) -> Iterator[int]:
         now_ns = self._now_ns()
         self._page[self._place] = now_ns
+        busy = self._num_busy(now_ns)
         try:
-            free = self.most if num_rows >= _LONG_ROWS else self.most - 1
-            yield max(1, free // self._num_busy(now_ns))
+            if num_rows >= _LONG_ROWS or self.most == 1:
+                yield max(1, self.most // busy)
+            elif busy > 1:
+                yield max(1, (self.most - 1) // busy)
+            else:
+                with self._spare.computing(num_rows) as leaves_one:
+                    yield self.most - leaves_one
         finally:
             self._page[self._place + 1] = self._now_ns()
 

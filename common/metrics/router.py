@@ -13,6 +13,7 @@ from common.metrics.observe import ObserveMetrics
 from common.metrics.scrape_gauges import ScrapeGauges
 from common.metrics.semantic import SemanticMetrics
 from common.metrics.store import StoreMetrics
+from common.metrics.token_gaps import TokenGaps
 
 
 class RouterMetrics:
@@ -29,7 +30,7 @@ class RouterMetrics:
         self.requests_total = counter("pdserve_router_requests", "Requests by their HTTP status.", model, "endpoint", "status")
         self.success_total = counter("vllm:request_success", "Choices that ended well.", model, "finished_reason")
         self.ttft_s = histogram("vllm:time_to_first_token_seconds", "Received until first token.", TTFT_BUCKETS_S)
-        self.itl_s = histogram("vllm:inter_token_latency_seconds", "Gap between tokens.", TOKEN_BUCKETS_S)
+        self.itl_s = TokenGaps("vllm:inter_token_latency_seconds", "Gap between tokens.", TOKEN_BUCKETS_S, registry=registry)
         self.tpot_s = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean gap between the tokens of a request.", TOKEN_BUCKETS_S
         )

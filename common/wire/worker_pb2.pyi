@@ -56,24 +56,62 @@ class LinkReport(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., configured: _Optional[bool] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request", "prefill", "choice")
+    __slots__ = ("request", "prefill", "choice", "feed", "lane")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    FEED_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     prefill: _containers.RepeatedCompositeFieldContainer[_types_pb2.WorkerRef]
     choice: PrefillChoice
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ..., choice: _Optional[_Union[PrefillChoice, str]] = ...) -> None: ...
+    feed: int
+    lane: int
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[_types_pb2.WorkerRef, _Mapping]]] = ..., choice: _Optional[_Union[PrefillChoice, str]] = ..., feed: _Optional[int] = ..., lane: _Optional[int] = ...) -> None: ...
+
+class OpenFeedRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenFeedReply(_message.Message):
+    __slots__ = ("address", "feed", "ticket")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FEED_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    feed: int
+    ticket: bytes
+    def __init__(self, address: _Optional[str] = ..., feed: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
+class Deltas(_message.Message):
+    __slots__ = ("events", "lanes", "token_ids")
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[LaneEvent]
+    lanes: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, events: _Optional[_Iterable[_Union[LaneEvent, _Mapping]]] = ..., lanes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LaneEvent(_message.Message):
+    __slots__ = ("lane", "event")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    lane: int
+    event: GenerateEvent
+    def __init__(self, lane: _Optional[int] = ..., event: _Optional[_Union[GenerateEvent, _Mapping]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("started", "chunks", "account")
+    __slots__ = ("started", "chunks", "account", "given")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
     started: _types_pb2.Started
     chunks: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenChunk]
     account: _types_pb2.WorkAccount
-    def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ..., account: _Optional[_Union[_types_pb2.WorkAccount, _Mapping]] = ...) -> None: ...
+    given: int
+    def __init__(self, started: _Optional[_Union[_types_pb2.Started, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_types_pb2.TokenChunk, _Mapping]]] = ..., account: _Optional[_Union[_types_pb2.WorkAccount, _Mapping]] = ..., given: _Optional[int] = ...) -> None: ...
 
 class PushProbeRequest(_message.Message):
     __slots__ = ("decode_worker_id", "decode_incarnation", "offer", "pool_blocks", "layout", "tickets")

@@ -39,6 +39,11 @@ class DecodeStub:
                 request_serializer=common_dot_wire_dot_worker__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=common_dot_wire_dot_worker__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.OpenFeed = channel.unary_unary(
+                '/pdserve.v1.Decode/OpenFeed',
+                request_serializer=common_dot_wire_dot_worker__pb2.OpenFeedRequest.SerializeToString,
+                response_deserializer=common_dot_wire_dot_worker__pb2.OpenFeedReply.FromString,
+                _registered_method=True)
         self.ProbeLinks = channel.unary_unary(
                 '/pdserve.v1.Decode/ProbeLinks',
                 request_serializer=common_dot_wire_dot_worker__pb2.ProbeLinksRequest.SerializeToString,
@@ -52,6 +57,13 @@ class DecodeServicer:
     def Generate(self, request, context):
         """One stream per request. Cancelling it stops the work on both sides and frees everything.
         Events: Started once, before or with the first tokens; then tokens; the stream ends OK after every choice has finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenFeed(self, request, context):
+        """A second way for what Generate says: one connection for all requests of a router, one message per step (common.feed_frames).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +83,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=common_dot_wire_dot_worker__pb2.GenerateRequest.FromString,
                     response_serializer=common_dot_wire_dot_worker__pb2.GenerateEvent.SerializeToString,
+            ),
+            'OpenFeed': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenFeed,
+                    request_deserializer=common_dot_wire_dot_worker__pb2.OpenFeedRequest.FromString,
+                    response_serializer=common_dot_wire_dot_worker__pb2.OpenFeedReply.SerializeToString,
             ),
             'ProbeLinks': grpc.unary_unary_rpc_method_handler(
                     servicer.ProbeLinks,
@@ -105,6 +122,33 @@ class Decode:
             '/pdserve.v1.Decode/Generate',
             common_dot_wire_dot_worker__pb2.GenerateRequest.SerializeToString,
             common_dot_wire_dot_worker__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenFeed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Decode/OpenFeed',
+            common_dot_wire_dot_worker__pb2.OpenFeedRequest.SerializeToString,
+            common_dot_wire_dot_worker__pb2.OpenFeedReply.FromString,
             options,
             channel_credentials,
             insecure,

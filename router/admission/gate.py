@@ -66,7 +66,8 @@ class Grant:
 
     def note(self, event: DispatchEvent) -> None:
         """What came of it: that is what its tenant was served."""
-        tokens = sum(len(chunk.token_ids) for chunk in event.chunks)
+        chunks = event.chunks
+        tokens = len(chunks[0].token_ids) if len(chunks) == 1 else sum(len(chunk.token_ids) for chunk in chunks)
         cached = event.admission.started.cached_tokens if event.admission is not None else None
         self._gate.served(self._desk, self._item, self._standing, tokens, cached)
 

@@ -109,6 +109,10 @@ class Limiter:
             account.concurrent += 1
         return None
 
+    def limits(self, identity: Identity) -> bool:
+        """Whether anything is counted for it at all."""
+        return self._by_key.get((identity.tenant.name, identity.key_id)) != ()
+
     def spend(self, identity: Identity, tokens: int, now_s: float) -> None:
         """Of an answer; or, below zero, of a prompt that was not computed after all."""
         for _, bucket in buckets(Limit.TOKENS, self.accounts(identity, now_s)):

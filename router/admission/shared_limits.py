@@ -100,7 +100,9 @@ class Limits:
         return reached
 
     def spend(self, identity: Identity, tokens: int) -> None:
-        """Of an answer; or, below zero, of a prompt that was not computed after all."""
+        """Of an answer, token by token; or, below zero, of a prompt that was not computed after all."""
+        if not self._own.limits(identity):
+            return
         self._own.spend(identity, tokens, self._clock.monotonic_s())
         if self._server is not None:
             self._owe([bucket for _, bucket in buckets(Limit.TOKENS, self._accounts(identity))], tokens)

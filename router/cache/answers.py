@@ -286,7 +286,9 @@ class AnswerCache:
                         if admission is not None and follows:
                             admission = self._without_worker(asked.request, admission)
                         if rest.chunks:
-                            yield replace(rest, admission=admission, cost=None if follows else rest.cost)
+                            if admission is not rest.admission or (follows and rest.cost is not None):
+                                rest = replace(rest, admission=admission, cost=None if follows else rest.cost)
+                            yield rest
                             admitted = True
                 if report.result is CacheResult.COALESCED:
                     self._count_saved(asked.request, shown.num_tokens)

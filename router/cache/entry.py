@@ -121,11 +121,12 @@ class Recording:
             _Growing(choice_text(call, first + choice) if look_at_text else None)
             for choice in range(call.requests[index].num_choices)
         ]
+        self._num_complete = 0
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
     @property
     def complete(self) -> bool:
-        return all(choice.finish is not None for choice in self._choices)
+        return self._num_complete == len(self._choices)
 
     @property
     def text(self) -> str:
@@ -139,8 +140,10 @@ class Recording:
         for chunk in event.chunks:
             if not 0 <= chunk.choice < len(self._choices):
                 raise EngineFailure("the worker sent tokens for a choice that was not asked for")
-            if self._choices[chunk.choice].finish is None:
-                _grow(self._choices[chunk.choice], chunk)
+            choice = self._choices[chunk.choice]
+            if choice.finish is None:
+                _grow(choice, chunk)
+                self._num_complete += choice.finish is not None
 
     def entry(self, created_s: float) -> Entry:
         """Once complete."""

@@ -66,7 +66,7 @@ class Flight:
         self._events: list[DispatchEvent] = []
         self._listeners = 0
         self._failure: PdserveError | None = None
-        self._news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._task = asyncio.create_task(self._fly(), name="shared answer")
         self._task.add_done_callback(self._end)
 
@@ -74,6 +74,16 @@ class Flight:
         """All events from the first. Raises the flight's failure, or DeadlineExceeded at the listener's own deadline."""
         self._listeners += 1
         position = 0
+        loop = asyncio.get_running_loop()
+        late = False
+
+        def time_is_over() -> None:
+            nonlocal late
+            late = True
+            self._tell()
+
+        # One timer for all waits: there is one wait per token.
+        timer = loop.call_later(max(0.0, deadline_s - self._clock.monotonic_s()), time_is_over)
         try:
             while True:
                 while position < len(self._events):
@@ -83,8 +93,13 @@ class Flight:
                     return
                 if self.ended:
                     raise self._outcome()
-                await self._wait(deadline_s)
+                if late:
+                    raise DeadlineExceeded("the request's time is over")
+                news = loop.create_future()
+                self._waiting.append(news)
+                await news
         finally:
+            timer.cancel()
             self._listeners -= 1
             if self._listeners == 0 and not self.complete and not self.ended:
                 self._on_leave(self)  # at once: who comes now must not join what is being cancelled
@@ -92,13 +107,6 @@ class Flight:
 
     async def close(self) -> None:
         await cancel_and_wait(self._task)
-
-    async def _wait(self, deadline_s: float) -> None:
-        try:
-            async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s())):
-                await self._news.wait()
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time is over") from None
 
     async def _fly(self) -> None:
         try:
@@ -118,8 +126,10 @@ class Flight:
             self._failure = error
 
     def _tell(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for news in waiting:
+            if not news.done():
+                news.set_result(None)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self.ended = True

@@ -30,8 +30,20 @@ class Shown:
 
     def rest_of(self, event: DispatchEvent) -> DispatchEvent:
         """The event without what was shown; perhaps no chunks are left. Raises WorkerLost if it contradicts what was shown."""
+        if len(event.chunks) == 1 and self._is_new(event.chunks[0]):
+            return event
         rests = [self._rest(chunk) for chunk in event.chunks]
         return replace(event, chunks=tuple(rest for rest in rests if rest is not None))
+
+    def _is_new(self, chunk: TokenChunk) -> bool:
+        """Whether it goes on where all that was shown ends, as tokens do but for those of another generation. It is noted."""
+        shown = self._tokens.get(chunk.choice)
+        start = self._position.get(chunk.choice, 0)
+        if shown is None or len(shown) != start or chunk.finish_reason is not None or chunk.choice in self._ended:
+            return False
+        shown += chunk.token_ids
+        self._position[chunk.choice] = start + len(chunk.token_ids)
+        return bool(chunk.token_ids)
 
     def _rest(self, chunk: TokenChunk) -> TokenChunk | None:
         shown = self._tokens.setdefault(chunk.choice, [])

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from benchmarks import peers
-from benchmarks.comparison import targets
+from benchmarks.comparison import installation, targets
 from benchmarks.comparison.installation import Installation, at_hand, what_it_requires
 from benchmarks.comparison.pairing import Direction, Ratio, Target, Verdict, order_of, ratio_of, verdict
 from benchmarks.comparison.processes import Glance, descendants, machine_ticks, processor_s
@@ -26,6 +26,7 @@ from benchmarks.load.client import Outcome
 from benchmarks.load.report import Slo
 from common.config import load_config
 
+ALL_LINES = (*targets.LINES, *targets.SLOWER_LINES, *targets.EXACT_LINES)
 AT_LEAST_2 = Target(Direction.AT_LEAST, 2.0)
 AT_MOST_HALF = Target(Direction.AT_MOST, 0.5)
 
@@ -162,9 +163,9 @@ def test_a_file_keeps_what_another_call_measured(tmp_path: Path) -> None:
 
 
 def test_each_line_has_a_load_and_known_servers() -> None:
-    for line in targets.LINES:
+    for line in ALL_LINES:
         assert line.workload in workloads(quick=True)
-        assert {line.ours, line.theirs} <= set(targets.servers_of(line.workload))
+        assert {line.ours, line.theirs} <= set(targets.servers_of(line.workload, ALL_LINES))
 
 
 # -- loads -----------------------------------------------------------------------------------------------------------
@@ -178,6 +179,7 @@ def test_each_line_has_a_load_and_known_servers() -> None:
         ("w3", [(2048, 16)]),
         ("w3x4", [(2048, 16)] * 4),
         ("w4", [(64, 256)] * 8 + [(2048, 16)] * 8),
+        ("w4s", [(64, 256)] * 8 + [(2048, 16)] * 4),
         ("w5", [(1088, 32)] * 32),
     ],
 )
@@ -281,7 +283,7 @@ def test_half_an_installation_is_none(tmp_path: Path) -> None:
 def test_what_pdserve_is_started_with_is_a_configuration_that_it_takes(tmp_path: Path) -> None:
     options = peers.parser().parse_args(["--folder", str(tmp_path)])
     known = peers.servers_at_hand(options, {}, tmp_path / "m.gguf", tmp_path / "m")
-    assert set(known) == {name for line in targets.LINES for name in (line.ours, line.theirs)} - {targets.VLLM, targets.LLAMA}
+    assert set(known) == {name for line in ALL_LINES for name in (line.ours, line.theirs)} - {targets.VLLM, targets.LLAMA}
     for server in known.values():
         config = load_config(Path(server.command[-1]), environment={})
         assert config.router.http_port == server.port
@@ -322,3 +324,20 @@ def test_a_child_and_its_child_belong_to_it_and_so_does_their_time() -> None:
 def test_every_name_of_a_server_is_the_name_of_a_cluster(tmp_path: Path) -> None:
     server = pdserve("pdserve-best", tmp_path, tmp_path / "m", {}, version="v")
     assert yaml.safe_load(Path(server.command[-1]).read_text())["cluster"] == "peers-best"
+
+
+def test_a_compilation_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "llama.cpp" / "build" / "half.o"
+    (tmp_path / "llama.cpp" / "source" / "ggml").mkdir(parents=True)
+    (tmp_path / "llama.cpp" / "source" / "ggml" / "CMakeLists.txt").touch()
+    made.parent.mkdir()
+    made.touch()
+    (tmp_path / "llama.cpp" / "unpacked").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    installation.install("llama.cpp", tmp_path, lambda line: None)
+    assert made.exists()
+    assert (tmp_path / "llama.cpp" / "installed").exists()
+    assert "download" not in (tmp_path / "commands.log").read_text()

@@ -325,13 +325,14 @@ async def fake_cluster(
     model_path: Path,
     *,
     num_workers: int = 1,
+    make_worker: Callable[[str, Tokenizer], FakeDecodeWorker] = FakeDecodeWorker,
     models: tuple[str, ...] = (),
     drain_grace_s: float = 5.0,
     **router: Any,
 ) -> AsyncIterator[FakeCluster]:
     """Everything up and, if there are workers, ready; everything down afterwards."""
     manager = FakeManager()
-    workers = [FakeDecodeWorker(f"tiny/decode/{index}", tokenizer) for index in range(num_workers)]
+    workers = [make_worker(f"tiny/decode/{index}", tokenizer) for index in range(num_workers)]
     workers += [FakeDecodeWorker(f"{model}/decode/0", tokenizer, f"I am {model}", model) for model in models]
     for worker in workers:
         await worker.start()
