@@ -30,12 +30,14 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from common.config import Config, ModelConfig, pdserve_home
+from common.config import Config, ModelConfig, RouterConfig, pdserve_home
 from common.errors import ClusterError, PdserveError
 from common.logs import configure_logging, get_logger
 from common.model_store import pull
 from common.wire.registry_pb2 import ClusterSnapshot
 from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_path, write_state
+from deploy.diagnosis.finding import Severity
+from deploy.diagnosis.ports import check_ports
 from deploy.head_services import HeadService, head_services
 from deploy.logs.runs import begin_run
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
@@ -79,6 +81,7 @@ def launch(asked: Launch, say: Say) -> int:
         configure_logging(asked.config.logging, process="launcher")
         log.info("cluster starting", cluster=name, version=distribution_version("pdserve"), config=str(asked.config_path))
         try:
+            _check_ports(asked.config.router)
             models = [_model_to_serve(model, asked.config, home, say) for model in asked.config.models]
             return _launch(asked, models, home, lock, say)
         except PdserveError as error:
@@ -217,7 +220,8 @@ class _Cluster:
             if time.monotonic() - started_s > 60.0:
                 backoff_s = _BACKOFF_FIRST_S
             if backoff_s > _BACKOFF_LAST_S or status == 1:
-                raise ClusterError(f"the {name} ended with status {status}")
+                hint = "; its last words: pdserve logs router" if name == _ROUTER else ""
+                raise ClusterError(f"the {name} ended with status {status}{hint}")
             log.warning("a process ended; starting it again", name=name, status=status)
             await asyncio.sleep(backoff_s)
             backoff_s *= 2
@@ -230,8 +234,7 @@ class _Cluster:
         """Tells Prometheus of every change."""
         version = -1
         while True:
-            news = await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version)))
-            snapshot = ClusterSnapshot.FromString(news)
+            snapshot = await self._snapshot_after(version)
             version = snapshot.version
             update(self._scraping, snapshot)
 
@@ -265,8 +268,7 @@ class _Cluster:
         version = -1
         told: dict[str, str] = {}
         while True:
-            news = await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version)))
-            snapshot = ClusterSnapshot.FromString(news)
+            snapshot = await self._snapshot_after(version)
             version = snapshot.version
             for worker in snapshot.workers:
                 if told.get(worker.worker_id) != worker.state:
@@ -277,6 +279,12 @@ class _Cluster:
             ready = sum(worker.state == "ready" for worker in snapshot.workers)
             if snapshot.routers and ready >= _count_workers(self._asked.config):
                 return snapshot
+
+    async def _snapshot_after(self, version: int) -> ClusterSnapshot:
+        try:
+            return ClusterSnapshot.FromString(await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version))))
+        except PdserveError as error:
+            raise ClusterError(f"the pool manager is gone: {error.message}") from error
 
     async def _watch_manager(self) -> None:
         """Returns when somebody asked the manager to shut the cluster down; raises when it broke."""
@@ -311,6 +319,13 @@ class _Cluster:
         if self._asked.config.ray.address is not None:
             ray.kill(self._manager)
         state_path(self._home, self._asked.config.cluster).unlink(missing_ok=True)
+
+
+def _check_ports(router: RouterConfig) -> None:
+    """Before anything is started: the router would find out only when Ray and the manager are up."""
+    for finding in check_ports(router, ours=frozenset()):
+        if finding.severity is Severity.FAILURE:
+            raise ClusterError(f"{finding.what}: {finding.found}; {finding.advice}", param=f"router.{finding.what.lower()}_port")
 
 
 def _with_log_folder(asked: Launch, home: Path) -> Launch:

@@ -43,6 +43,11 @@ _KILL_PATIENCE_S = 1.0
 _KILL_TIMEOUT_S = 30.0
 _UNHEARD_S = 3.0  # longest wait for a keeper's word, beyond the patience
 _MOST_REASON_CHARACTERS = 300
+# What whole paragraphs of Ray's come to.
+_SIGNS = {
+    "its node has died": "Ray on its host is gone",
+    "connection error code 2": "it was killed, perhaps for want of memory, or crashed",
+}
 
 
 async def answer(reference: Awaitable[T]) -> T:
@@ -55,8 +60,7 @@ async def answer(reference: Awaitable[T]) -> T:
             raise cause from None
         raise EngineFailure(_short(f"{type(cause).__name__}: {cause}")) from error
     except RayActorError as error:
-        _, _, cause_of_death = str(error).partition("The actor is dead because ")  # before it: ids of Ray's
-        raise WorkerLost(_short(f"the process ended: {cause_of_death or error}")) from error
+        raise WorkerLost(_short(f"the process ended: {_cause_of_death(str(error))}")) from error
 
 
 class RayHost:
@@ -217,6 +221,14 @@ class _RemoteProcess(_ActorProcess):
             return await answer(cast(Awaitable[bool], self._keeper.end.remote(self._pid, self._started, _KILL_PATIENCE_S)))
         except (PdserveError, RayError):
             return True  # the keeper is dead for good: so is its node
+
+
+def _cause_of_death(told: str) -> str:
+    for sign, meaning in _SIGNS.items():
+        if sign in told:
+            return meaning
+    _, _, cause = told.partition("The actor is dead because ")  # before it: ids of Ray's
+    return cause or told
 
 
 def _short(text: Any) -> str:

@@ -206,8 +206,8 @@ class Autoscaler:
 
     def _note(self, model: _Model, view: ModelView, decision: Decision, reason: str, performed: bool) -> None:
         said = f"{decision.act.value} {_FIGURES.sub('', reason)}"
-        if decision.act is Act.NONE and said == model.said:
-            return
+        if not performed and said == model.said:
+            return  # in a dry run, too, it is wanted again and again
         model.said = said
         prefill, decode = decision.sizes
         model.decisions.append(

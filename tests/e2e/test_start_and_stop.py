@@ -47,7 +47,7 @@ def test_two_clusters_live_side_by_side_on_loopback_and_one_is_killed(
         port = one.base_url.rsplit(":", 1)[1]
         taken = {"router": {"http_port": int(port), "grpc_port": 0}}
         with (
-            pytest.raises(AssertionError, match=port),
+            pytest.raises(AssertionError, match=rf"HTTP: 127\.0\.0\.1:{port} is taken by \S+ \(pid \d+\)"),
             launched(tmp_path / "other", model_path=tiny_model, name="other", settings=taken),
         ):
             pytest.fail("a second router took the same port")
