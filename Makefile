@@ -59,7 +59,7 @@ chaos: install-dev ## Every fault at every protocol step over every transport, i
 kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an answer; writes tests/chaos/KILL_SWEEP.md (5 min)
 	$(BIN)/python tests/chaos/sweep.py $(ARGS)
 
-exactness-grid: install-dev ## Every combination of speculation, TP, PP, preemption, overlap and prompt batching against one reference (long; never timed whole)
+exactness-grid: install-dev ## Every combination of speculation, TP, PP, preemption, overlap and prompt batching against one reference (half an hour on two cores)
 	$(BIN)/python tests/exactness/run.py $(ARGS)
 
 simulate: install-dev ## Ten thousand simulated clusters under faults, one per seed (ARGS="--replay SEED" shows one)

@@ -1,7 +1,7 @@
 """What a GPU makes of all this, against what the card can do: one command for each block of checks, each within ten minutes.
 
     python -m benchmarks.gpu kernels  [--json out.json]      products, attention and draws by themselves       K1 to K6
-    python -m benchmarks.gpu engine                          steps of whole models, captured and not           E1 to E4, Q1, X1
+    python -m benchmarks.gpu engine                          steps of whole models, captured and not           E, Q, X
     python -m benchmarks.gpu grid                            step times over batch, context and chunk          M1
     python -m benchmarks.gpu transfer                        KV from one process to another on the same GPU    T1, T3
     python -m benchmarks.gpu disagg   [--sharing streams]    prefill and decode apart, against two whole engines    D1, D3

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.on_gpu.calibration import fit_steps
@@ -23,6 +24,8 @@ from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
 from common.engine.device_steps import weights_bytes
 from common.engine.engine import Engine
 from common.engine.quantisation import WeightFormat
+from common.engine.sampler import sample
+from common.engine.token_rules import Bias, Penalties, RowRules
 
 CHECKED_TOKENS = 48
 CHECKED_PROMPT = 40
@@ -32,6 +35,8 @@ FEWEST_POINTS = 12
 def run_engine(report: Report, *, model_path: Path | None) -> None:
     large, small = models_of(report)
     tokens_agree(report, str(model_path) if model_path is not None else small)
+    free()
+    draws_agree(report, str(model_path) if model_path is not None else small)
     free()
     decode(report, small, (1,), 1024, idle_target=0.15, ratio_target=4.0)
     free()
@@ -89,6 +94,56 @@ def tokens_agree(report: Report, source: str) -> None:
         free()
     for text in announced:
         report.note(text)
+
+
+def draws_agree(report: Report, source: str) -> None:
+    """Tokens that a step has drawn, with temperatures, filters and rules, against what the host draws from the same logits."""
+    device = report.device
+    settings = Settings(
+        device,
+        dtype="float32",
+        kernels="auto" if device == "cuda" else "torch",
+        kv_pool_tokens=2048,
+        captured_rows=4 if device == "cuda" else 0,
+        max_model_tokens=1024,
+    )
+    announced: list[str] = []
+    engine = engine_of(source, settings, announced)
+    same = 0
+    for position in range(1, CHECKED_TOKENS + 1):
+        specs = drawn_in_many_ways(position, engine.architecture.vocab_size)
+        slices = [
+            SequenceSlice(
+                [position * (row + 1) % 400], position - 1, [1 + 4 * row, 2 + 4 * row, 3 + 4 * row, 4 + 4 * row], (spec,)
+            )
+            for row, spec in enumerate(specs)
+        ]
+        batch = ScheduledBatch(tuple(slices))
+        drawn = [item.tokens[0].token_id for item in engine.runner.execute(batch).slices]
+        expected = sample(engine.runner.compute_logits(batch).cpu(), specs, range(len(specs)))
+        same += sum(token_id == token.token_id for token_id, token in zip(drawn, expected, strict=True))
+    count = CHECKED_TOKENS * len(specs)
+    what = "drawn tokens as the host draws them, float32, captured"
+    report.add(Figure("Q2", what, same, "tokens", same / count, "all", 1.0))
+    steps = engine.runner.steps
+    if steps is not None and steps.drawn_behind:
+        report.note(f"drawn behind steps: {dict((reason.name, number) for reason, number in steps.drawn_behind.items())}")
+    for text in announced:
+        report.note(text)
+
+
+def drawn_in_many_ways(position: int, vocab_size: int) -> list[SampleSpec]:
+    rules = RowRules(
+        Bias(np.array([7, 30]), np.array([2.0, 1.0], dtype=np.float32)),
+        Penalties(np.arange(40, 90), np.arange(50, dtype=np.float32) % 3, 1.3, 0.2, 0.1),
+        banned_token_ids=np.arange(0, vocab_size, 3),
+    )
+    return [
+        replace(sample_at(position), rules=rules),
+        SampleSpec(position, 2**64 - 3, 0, 0.8, 0, 0.9, 0.0, None),
+        SampleSpec(position, 5, 1, 1.2, 40, 0.95, 0.01, None, rules),
+        SampleSpec(position, 6, 0, 1.0, 0, 1.0, 0.0, None),
+    ]
 
 
 def greedy(engine: Engine, prompt: Sequence[int]) -> list[int]:

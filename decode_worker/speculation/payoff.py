@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _RATE = 0.1  # of a gain or loss that goes into the bar
 _MOST_GAINED = 0.5  # of one step; beyond, something else happened
 _HIGHEST = 1.0
-_KEPT_WITHOUT_GUESSES = 0.995  # per step
+_KEPT_WITHOUT_GUESSES = 0.99  # per step
 
 
 @dataclass(slots=True)

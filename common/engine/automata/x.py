@@ -4,7 +4,7 @@ A mask of theirs takes less than half the time. What they are trusted with is na
 for xgrammar converts much of JSON schema loosely: it ignores some keywords, and writes raw control characters where a string
 has a greatest length. In any string it lets DEL pass, and bytes of lone surrogates, which reach a client as replacement
 characters. Of white space it writes one form, a space behind every comma and colon, which is among those that llguidance lets
-pass; so an answer that was begun with one of them may go on with the other.
+pass. An answer that was begun with it may go on with llguidance, not the other way round: workers of a model read alike.
 
 The library is an extra (`pdserve[xgrammar]`).
 """

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import EngineConfig
+from benchmarks.on_gpu.settings import Settings
 from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
 from common.engine.runner import ModelRunner
@@ -30,7 +30,7 @@ GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_
 
 def build(source: str, **changes: object) -> Engine:
     settings = {"device": "cuda", "dtype": "float32", "kv_pool_tokens": 2048, "max_model_tokens": 128, "captured_rows": 4}
-    config = EngineConfig(**{**settings, **changes})
+    config = Settings(**{**settings, **changes})
     return build_engine(Path(source), config, threads=1, model_digest="m", tokenizer_digest="t")
 
 
