@@ -53,7 +53,7 @@ test-cluster: install-dev ## Hosts of namespaces, `ray up`, load and faults; wri
 test-clients: install-dev .venv-clients/installed .venv-guidellm/installed ## Run openai, langchain, litellm, llm, lm-eval and guidellm against a cluster (2 GB of venvs)
 	$(BIN)/pytest -m clients
 
-chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (19 min on two busy cores)
+chaos: install-dev ## Every fault at every protocol step over every transport, in real processes; writes tests/chaos/MATRIX.md (31 min on two very busy cores)
 	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 kill-sweep: install-dev ## Kill the decode worker after each of 64 tokens of an answer; writes tests/chaos/KILL_SWEEP.md (5 min)

@@ -44,6 +44,7 @@ FOLDS = 5
 BUCKETS = 32_768
 EPOCHS = 12
 TARGETS = (0.2, 0.5)
+RESAMPLES = 200
 Floats = npt.NDArray[np.float64]
 
 
@@ -133,16 +134,34 @@ def curve(score: Floats, outcomes: Outcomes) -> tuple[float, dict[float, float]]
 
 def held_out(outcomes: Outcomes, folds: Sequence[Sequence[int]], l2: float) -> dict[str, Floats]:
     """Scores of every prompt by routers that were not trained on its fold."""
-    scores = {name: np.zeros(len(outcomes.prompts)) for name in ("gain", "hard-first")}
+    scores = {name: np.zeros(len(outcomes.prompts)) for name in ("gain", "hard-first", "told domain")}
     for fold in folds:
         inside = set(fold)
         rest = [row for row in range(len(outcomes.prompts)) if row not in inside]
+        scores["told domain"][list(fold)] = gain_of_domains(outcomes, fold, rest)
         predictor, trained = train(outcomes.part(rest), ("weak", "strong"), l2)
         matrix = Matrix([outcomes.prompts[row] for row in fold], trained.idf)
         weak, strong = (1 / (1 + np.exp(-matrix.scores(predictor.parts[name]))) for name in ("weak", "strong"))
         scores["gain"][list(fold)] = strong - weak
         scores["hard-first"][list(fold)] = 1 - weak
     return scores
+
+
+def gain_of_domains(outcomes: Outcomes, fold: Sequence[int], rest: Sequence[int]) -> list[float]:
+    """What somebody would say who is told the domain of each prompt, and reads none of it: its mean gain among the rest."""
+    gain = (outcomes.strong - outcomes.weak).tolist()
+    of: dict[str, list[float]] = {}
+    for row in rest:
+        of.setdefault(outcomes.domains[row], []).append(gain[row])
+    overall = statistics.fmean(gain[row] for row in rest)
+    return [statistics.fmean(of.get(outcomes.domains[row], [overall])) for row in fold]
+
+
+def spread(score: Floats, outcomes: Outcomes) -> float:
+    """Of the area, had other prompts of the same kind been asked: standard deviation over resamples."""
+    dice = np.random.default_rng(0)
+    drawn = [dice.integers(0, len(score), len(score)) for _ in range(RESAMPLES)]
+    return statistics.pstdev(curve(score[rows], outcomes.part(rows.tolist()))[0] for rows in drawn)
 
 
 def by_rows(count: int) -> list[list[int]]:
@@ -162,11 +181,12 @@ def report(outcomes: Outcomes, folds: Sequence[Sequence[int]], l2: float) -> dic
     scores = held_out(outcomes, folds, l2)
     noise = np.random.default_rng(0).random(len(outcomes.prompts))
     ranked: dict[str, Floats] = {"random": noise, "length": np.array([float(len(prompt)) for prompt in outcomes.prompts])}
-    ranked |= {"hard-first": scores["hard-first"], "gain": scores["gain"]}
+    ranked |= {name: scores[name] for name in ("told domain", "hard-first", "gain")}
     found = {}
     for name, score in ranked.items():
         apgr, cpt = curve(score, outcomes)
         found[name] = {"apgr": apgr, **{f"cpt{int(100 * level)}": share for level, share in cpt.items()}}
+    found["gain"]["apgr_spread"] = spread(scores["gain"], outcomes)
     return found
 
 

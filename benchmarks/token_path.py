@@ -6,7 +6,7 @@ This process plays the manager and the clients (`benchmarks.load`). Per number o
 
     router          all threads of its process
     worker's loop   the thread that gives tokens out
-    worker's rest   its other threads but the engine's: gRPC's own
+    worker's rest   its other threads but the one that computes: gRPC's own, and who plans the next step meanwhile
     engine          the thread that computes; not part of a token's way, and there for comparison
 
 CPU time does not depend on who else uses the machine, but for caches: two versions are compared by running both, one after the

@@ -306,7 +306,7 @@ def test_the_columns_of_the_kernel_are_read_as_they_are() -> None:
 
 def test_a_child_and_its_child_belong_to_it_and_so_does_their_time() -> None:
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    work = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\nsys.stdin.read()"
+    work = "import sys, time\nwhile time.process_time() < 0.35: pass\nprint('done', flush=True)\nsys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", script, work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         before = Glance.now([])
         assert child.stdout is not None

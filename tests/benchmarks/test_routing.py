@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.routing import Matrix, Outcomes, curve, read, train
+from benchmarks.routing import Matrix, Outcomes, curve, gain_of_domains, read, spread, train
 from router.models.predictor import Predictor
 
 
@@ -55,3 +55,17 @@ def test_what_is_learned_is_the_gain_and_the_router_reads_the_same(tmp_path: Pat
     rows = Matrix(outcomes.prompts[:5], matrix.idf)
     scores = 1 / (1 + np.exp(-rows.scores(predictor.parts["small"])))
     assert scores == pytest.approx([predictor.probabilities(prompt)["small"] for prompt in outcomes.prompts[:5]], abs=1e-9)
+
+
+def test_a_told_domain_says_its_mean_gain_among_the_others() -> None:
+    outcomes = made_up(300)
+    fold, rest = range(60), range(60, 300)
+    told = gain_of_domains(outcomes, fold, rest)
+    assert told == [float(outcomes.domains[row] == "proof") for row in fold]
+    unknown = [row for row in range(300) if outcomes.domains[row] != "proof"]
+    assert set(gain_of_domains(outcomes, range(60), unknown)) == {0.0}  # of what it never met it says the mean of the rest
+
+
+def test_the_spread_of_an_area_shrinks_with_more_prompts() -> None:
+    few, many = (spread(np.random.default_rng(0).random(count), made_up(count)) for count in (100, 1600))
+    assert 0 < many < few / 2
