@@ -42,7 +42,7 @@ from router.semantic.prior import Prior, PriorFile, shipped, word_weights
 from router.semantic.reading import Reading, read
 
 _TRAIN_SHARE = 0.35
-_BOUNDS = (0.01, 0.02, 0.05, 0.10)
+_BOUNDS = (0.01, 0.02, 0.05, 0.10, 0.15, 0.20)
 _STATIC = (0.70, 0.80, 0.85, 0.90, 0.95, 0.97, 0.99)
 _DELTAS = (0.01, 0.02, 0.05)
 _HELD_OUT = 0.3  # of the training classes, for the prior's trials
@@ -107,7 +107,7 @@ def policies(file: PriorFile, revision: str, *, seed: int, shadow: float) -> Ite
             prior = Prior(file, revision, informed=informed)
             name = f"ours, {'with the prior' if informed else 'cold'}, bound {bound:.0%}"
             yield name, Ours(prior, weights, max_wrong=bound, shadow_share=shadow, seed=seed)
-    for bound in _BOUNDS[2:]:
+    for bound in _BOUNDS[2:4]:
         prior = Prior(file, revision, informed=False)
         ours = Ours(prior, weights, max_wrong=bound, shadow_share=shadow, seed=seed, only_cosine=True)
         yield f"pooled, cosine only, bound {bound:.0%}", ours

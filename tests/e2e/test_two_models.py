@@ -1,4 +1,5 @@
-"""The configuration with two models as it is shipped, with both models: by name, by alias, by rule, and with one of them gone."""
+"""The configuration with two models as it is shipped, with real workers: by name, by alias, by rule, and with one model gone.
+One is the default model; the other, of another family, is tiny."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import yaml
 
 from common.model_store import ModelFiles
 from support.cluster import RunningCluster, launched
+from support.tiny_gemma import make_tiny_gemma
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -23,11 +25,11 @@ SMALL, LARGE = "smollm2-135m", "gemma3-270m"
 
 
 @pytest.fixture(scope="module")
-def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles, gemma3: ModelFiles) -> Iterator[RunningCluster]:
+def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles) -> Iterator[RunningCluster]:
     """Its names and routes, with the models where they are, and small pools."""
     config: dict[str, Any] = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     folder = tmp_path_factory.mktemp("two")
-    for model, path in zip(config["models"], (smollm2.path, gemma3.path), strict=True):
+    for model, path in zip(config["models"], (smollm2.path, make_tiny_gemma(folder / "gemma")), strict=True):
         model.update(source=str(path), engine={"kv_pool_tokens": 2048, "kernels": "torch", "threads": 1})
     config["models"][1]["engine"] |= {"dtype": "float32", "exact": True}  # what goes on elsewhere goes on to the last bit
     # A worker that dies has to be back within the wait, however busy the machine is.
@@ -72,7 +74,7 @@ def test_both_models_behind_one_router(two_models: RunningCluster, tmp_path: Pat
     assert explained.stdout.splitlines()[0] == f"best -> {LARGE}"
 
     # A worker of one model dies under an answer: that model alone pauses, and the answer is what it would have been.
-    body = {"model": LARGE, "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    body = {"model": LARGE, "prompt": "The capital of France is", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
     whole = complete(two_models, **body).json()["choices"][0]["text"]
     victim, heard = next(worker for worker in two_models.workers("decode") if worker["model"] == LARGE), ""
     url = f"{two_models.base_url}/v1/completions"

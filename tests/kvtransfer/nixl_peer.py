@@ -20,6 +20,7 @@ from kvtransfer.transports.nixl_agent import NixlAgent
 def spring(signal: int) -> None:
     os.kill(os.getpid(), signal)
     time.sleep(0.5)  # this thread would go on for a moment: the process stops when all of its threads have noticed
+    time.sleep(0.5)  # after a stop the other threads go first: they hear what has happened meanwhile
 
 
 def set_trap(where: str, signal: int) -> None:

@@ -156,7 +156,7 @@ class Grid:
                 missing = not_yet_tested(one, workers.decode._scheduler.totals, prefill)
                 if not missing:
                     break
-            assert not missing
+            assert not missing, f"never happened: {missing}"
             await workers.assert_nothing_leaks()
 
     async def _reference(self, numerics: str, shards: int) -> list[Answer]:

@@ -141,6 +141,7 @@ async def _settle() -> None:
 
 def watch_decode(breakpoint_: Breakpoint) -> None:
     """In a decode worker's process, before the worker is made."""
+    from decode_worker.feeds import Feeds
     from decode_worker.prefill_peer import GrpcPrefillPeer
     from decode_worker.streams import DecodeStreams
     from kvtransfer.incoming import Incoming
@@ -226,23 +227,59 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
 
     _wrap(Incoming, "complete", make_complete)
 
+    class Told:
+        """What a request's outputs have said so far."""
+
+        def __init__(self, request: Any) -> None:
+            self._request = request
+            self._first = True
+            self._num_tokens = 0  # of the first choice
+
+        def left(self, output: Any) -> None:
+            self._num_tokens += sum(len(chunk.token_ids) for chunk in output.chunks if chunk.choice == self._request.first_choice)
+            if self._first:
+                reached(DecodeStep.FIRST_TOKEN, self._request.request_id)
+                self._first = False
+            if self._num_tokens >= breakpoint_.num_tokens:
+                reached(DecodeStep.SOME_TOKENS, self._request.request_id)
+
     def make_generate(original: Any) -> Any:
         async def generate(self: Any, request: Any, *placing: Any) -> AsyncGenerator[Any, None]:
-            first = True
-            num_tokens = 0  # of the first choice
+            told = Told(request)
             async with aclosing(original(self, request, *placing)) as outputs:
                 async for output in outputs:
                     yield output  # when this goes on, the event is with gRPC
-                    num_tokens += sum(len(chunk.token_ids) for chunk in output.chunks if chunk.choice == request.first_choice)
-                    if first:
-                        reached(DecodeStep.FIRST_TOKEN, request.request_id)
-                        first = False
-                    if num_tokens >= breakpoint_.num_tokens:
-                        reached(DecodeStep.SOME_TOKENS, request.request_id)
+                    told.left(output)
 
         return generate
 
+    given: list[tuple[Told, Any]] = []  # to lanes, in a step that was not flushed yet
+
+    def make_run(original: Any) -> Any:
+        async def run(self: Any, request: Any, candidates: Any, give: Any, *placing: Any) -> None:
+            told = Told(request)
+
+            def giving(output: Any) -> None:
+                give(output)
+                given.append((told, output))
+
+            await original(self, request, candidates, giving, *placing)
+
+        return run
+
+    def make_flush(original: Any) -> Any:
+        def flush(self: Any) -> None:
+            original(self)  # now the step's events are with the socket
+            leaving = tuple(given)
+            given.clear()
+            for told, output in leaving:
+                told.left(output)
+
+        return flush
+
     _wrap(DecodeStreams, "generate", make_generate)
+    _wrap(DecodeStreams, "run", make_run)
+    _wrap(Feeds, "flush", make_flush)
 
 
 def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
