@@ -40,6 +40,7 @@ tools: # What tests need beside Python, where it can be installed; tests whose t
 
 test: install-dev tools model ## Run every test that this machine can run, the quick ones first
 	$(QUICK_TESTS)
+	$(BIN)/python tests/simulation/run.py
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "long and not model and not cluster"
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
 	$(BIN)/pytest -m "cluster and not clients"

@@ -54,6 +54,7 @@ class Prompt:
         self.serial = serial  # in order of arrival
         self.state = PromptState.WAITING
         self.cached_tokens = 0
+        self.left_behind: list[int] = []  # blocks that others' took the place of when some tokens were in them; held to the end
         self.expected_blocks = 0  # while it waits: of its first blocks so many can be found, as far as is known
         self.logprobs: list[TokenLogprob] = []
         self.received_s = received_s

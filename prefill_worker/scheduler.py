@@ -190,7 +190,7 @@ class PrefillScheduler:
         self.stop(request_id)
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
-            self._blocks.release(prompt.sequence.detach())
+            self._blocks.release([*prompt.sequence.detach(), *prompt.left_behind])
 
     def schedule(self) -> StepPlan:
         """The next step. Its batch is empty when nothing can be computed now."""
@@ -308,13 +308,17 @@ class PrefillScheduler:
         return True
 
     def _catch_up(self, prompt: Prompt) -> None:
-        """Blocks that others computed since its last chunk take the place of its own, which are empty."""
+        """Blocks that others computed since its last chunk take the place of its own, which are empty, or partly the first."""
         sequence = prompt.sequence
         first = sequence.num_computed // self._layout.block_tokens
         found = self._blocks.find(prompt.reusable_hashes[first:])
         if found:
             self._blocks.acquire(found)
-            self._blocks.release(sequence.replace(first, found))
+            replaced = sequence.replace(first, found)
+            if sequence.num_computed % self._layout.block_tokens:
+                # Its first tokens may be on their way already, in a smaller block of the peer's: they are read from here.
+                prompt.left_behind.append(replaced.pop(0))
+            self._blocks.release(replaced)
             self._reuse(prompt, (first + len(found)) * self._layout.block_tokens - sequence.num_computed)
 
     def _reuse(self, prompt: Prompt, count: int) -> None:

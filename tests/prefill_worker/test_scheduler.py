@@ -42,10 +42,24 @@ class Driver:
         self.times_computed: Counter[tuple[int, ...]] = Counter()  # of each full block, by all the text up to its end
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._pool: dict[tuple[int, int], int] = {}
+        self._announced: dict[str, set[tuple[int, int]]] = {}  # of those that are not released: blocks, and positions in the text
 
     def submit(self, request: Request) -> None:
         self._prompts[request.request_id] = request.prompt_token_ids
         self.scheduler.submit(request)
+
+    def release(self, name: str) -> None:
+        self._announced.pop(name, None)
+        self.scheduler.release(name)
+
+    def check_announced(self) -> None:
+        """Tokens that were said to be computed may be read from where they were, until the prompt is released: all of them, for
+        blocks of the peer's may be smaller."""
+        for name, places in self._announced.items():
+            tokens = self._prompts[name]
+            for block, position in places:
+                assert self.blocks.num_references(block), "a block that may still be read was given back"
+                assert self._pool[block, position % BLOCK_TOKENS] == hash(tokens[: position + 1])
 
     def step(self) -> int:
         """Computes one step; the number of tokens in it."""
@@ -89,6 +103,8 @@ class Driver:
             match event:
                 case LayersComputed():
                     tokens = self._prompts[event.request_id]
+                    places = ((event.blocks[position // BLOCK_TOKENS], position) for position in range(event.num_tokens))
+                    self._announced.setdefault(event.request_id, set()).update(places)
                     final = (
                         event.num_tokens if event.num_tokens == len(tokens) else event.num_tokens // BLOCK_TOKENS * BLOCK_TOKENS
                     )
@@ -142,13 +158,15 @@ def test_every_prompt_is_computed_within_budget_and_blocks(data: st.DataObject) 
             if action == "stop":
                 driver.scheduler.stop(name)
             else:
-                driver.scheduler.release(name)
+                driver.release(name)
             released.add(name)
+        driver.check_announced()
         driver.blocks.check_integrity()
     for _ in range(3000):
         driver.step()
+        driver.check_announced()
         for name in (*driver.done, *released):
-            driver.scheduler.release(name)
+            driver.release(name)
         if driver.scheduler.is_idle:
             break
     assert driver.blocks.num_used == 0

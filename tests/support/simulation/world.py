@@ -185,10 +185,15 @@ class World:
         return [host for host in self.hosts.values() if isinstance(host, WorkerProcess) and host.loop.alive]
 
     def _stop_all(self) -> None:
-        stopping = [host.loop.call(host.loop.create_task, host.stop()) for host in self._workers()]
-        self.time.run(lambda: all(task.done() for task in stopping), until_s=self.time.now_s + STOP_S, what="an orderly stop")
-        for task in stopping:
-            if not task.cancelled() and task.exception() is not None:
+        stopping = [(host, host.loop.call(host.loop.create_task, host.stop())) for host in self._workers()]
+        # One whose engine had failed may be given up, and killed, in the middle of it.
+        self.time.run(
+            lambda: all(task.done() or not host.loop.alive for host, task in stopping),
+            until_s=self.time.now_s + STOP_S,
+            what="an orderly stop",
+        )
+        for _, task in stopping:
+            if task.done() and not task.cancelled() and task.exception() is not None:
                 self.network.complain(f"an orderly stop ends in {task.exception()!r}")
 
     def _bury_all(self) -> None:
