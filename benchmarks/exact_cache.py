@@ -35,6 +35,7 @@ from typing import Any
 
 import orjson
 
+from benchmarks.lone_router import Manager
 from common.codec import chunk_to_wire, request_from_wire, started_to_wire
 from common.config import pdserve_home
 from common.model_store import resolve
@@ -58,20 +59,6 @@ class Figures:
     p99_ms: float
     rps: float
     rps_per_core: float
-
-
-class Manager(registry_pb2_grpc.RegistryServicer):
-    """Tells every router of one model and one worker, and learns where the router listens."""
-
-    def __init__(self, snapshot: registry_pb2.ClusterSnapshot) -> None:
-        self._snapshot = snapshot
-        self.http_address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def Watch(self, request: registry_pb2.WatchRequest, context: Any) -> None:
-        await context.write(self._snapshot)
-        if not self.http_address.done():
-            self.http_address.set_result(request.http_address)
-        await asyncio.Event().wait()
 
 
 class DecodeWorker(worker_pb2_grpc.DecodeServicer):

@@ -33,7 +33,7 @@ class LoneRouter:
     worker_pid: int
 
 
-class _Manager(registry_pb2_grpc.RegistryServicer):
+class Manager(registry_pb2_grpc.RegistryServicer):
     """Tells the router of one model and one worker, and learns where it listens."""
 
     def __init__(self, snapshot: registry_pb2.ClusterSnapshot) -> None:
@@ -58,7 +58,7 @@ async def lone_router(
     model = registry_pb2.ModelInfo(
         name=NAME, path=str(model_path), context_tokens=8192, layout_fingerprint=info.layout_fingerprint
     )
-    manager = _Manager(registry_pb2.ClusterSnapshot(version=1, cluster="benchmark", models=[model], workers=[info]))
+    manager = Manager(registry_pb2.ClusterSnapshot(version=1, cluster="benchmark", models=[model], workers=[info]))
     manager_rpc = await start_server(
         lambda server: registry_pb2_grpc.add_RegistryServicer_to_server(manager, server),
         host="127.0.0.1",

@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from benchmarks.llama_config import llama_config
 from common.errors import ModelLoadError
 from common.gguf_reader import GGUFFile
 from common.gguf_tokenizer import build_backend, end_token_ids, special_tokens
@@ -36,21 +37,9 @@ def as_folder(source: Path, target: Path) -> Path:
     end_ids = end_token_ids(file)
     special = special_tokens(file)
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        **llama_config(architecture),
         "model_type": "llama",
         "hidden_act": "silu",
-        "num_hidden_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "num_attention_heads": architecture.num_heads,
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "intermediate_size": architecture.ffn_size,
-        "vocab_size": architecture.vocab_size,
-        "rope_theta": architecture.rope_theta,
-        "rms_norm_eps": architecture.rms_norm_eps,
-        "max_position_embeddings": architecture.context_tokens,
-        "tie_word_embeddings": architecture.tie_embeddings,
-        "attention_bias": architecture.attention_bias,
         "mlp_bias": False,
         "torch_dtype": "bfloat16",
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.llama_config import llama_config
 from common.engine.block_matrix import BlockKind, BlockMatrix, Weight
-from common.engine.loader import ModelArchitecture, load_stored_weights, load_weights
+from common.engine.loader import load_stored_weights, load_weights
 from common.errors import ModelLoadError
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ def pack(model: Path, parts: Path, part_bytes: int = PART_BYTES) -> int:
         entries.append({"name": name, "shape": list(weight.shape), "kind": _kind_of(weight), "bytes": len(data)})
         writer.write(data)
     digests = writer.close()
-    manifest = {"config": _config(architecture), "tensors": entries, "sha256": whole.hexdigest(), "parts": digests}
+    manifest = {"config": llama_config(architecture), "tensors": entries, "sha256": whole.hexdigest(), "parts": digests}
     (parts / MANIFEST).write_text(json.dumps(manifest))
     return len(digests)
 
@@ -120,24 +121,6 @@ def _tensors(entries: list[Mapping[str, Any]], data: bytes) -> Iterator[tuple[st
         else:
             blocks = piece.view(shape[0], -1)
             yield entry["name"], BlockMatrix(BlockKind(entry["kind"]), blocks, shape[1]).dequantised()
-
-
-def _config(architecture: ModelArchitecture) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "num_attention_heads": architecture.num_heads,
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "intermediate_size": architecture.ffn_size,
-        "vocab_size": architecture.vocab_size,
-        "rope_theta": architecture.rope_theta,
-        "rms_norm_eps": architecture.rms_norm_eps,
-        "max_position_embeddings": architecture.context_tokens,
-        "tie_word_embeddings": architecture.tie_embeddings,
-        "attention_bias": architecture.attention_bias,
-    }
 
 
 def main(arguments: list[str] | None = None) -> None:
