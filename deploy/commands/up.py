@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -17,6 +18,9 @@ from deploy.commands.examples import examples
 from deploy.commands.output import errors_as_lines, say
 
 if TYPE_CHECKING:
+    import types
+    from collections.abc import Iterator
+
     from common.config import Config
 
 _TOLD_CHARACTERS = 4000
@@ -70,11 +74,12 @@ def _detach(path: Path, overrides: list[str], config: Config) -> None:
     for override in overrides:
         command += ["--set", override]
     with log.open("wb") as sink, os.fdopen(reading, "rb") as pipe:
-        launcher = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True
-        )
-        os.close(writing)
         try:
+            with _interrupt_waits():
+                launcher = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True
+                )
+                os.close(writing)
             said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
         except KeyboardInterrupt:
             _stop(launcher)
@@ -82,6 +87,24 @@ def _detach(path: Path, overrides: list[str], config: Config) -> None:
     if not said:
         raise ClusterError(f"the cluster did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD_CHARACTERS:]}")
     say(f"cluster {config.cluster!r} is starting its workers; what it says goes to {log}")
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """A Ctrl-C in here is raised at its end: a process that was forked but not yet bound to a name could not be stopped."""
+    came = False
+
+    def remember(_signal: int, _frame: types.FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _stop(launcher: subprocess.Popen[bytes]) -> None:

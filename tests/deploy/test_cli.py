@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -137,7 +138,10 @@ def test_up_refuses_what_cannot_work_before_anything_is_started(tmp_path: Path) 
     assert "Ray" not in found.stderr
 
 
-def test_an_interrupt_while_a_detached_cluster_starts_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_it_is_made", [True, False])
+def test_an_interrupt_while_a_detached_cluster_starts_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_it_is_made: bool
+) -> None:
     """The launcher is in a session of its own, which the terminal's Ctrl-C does not reach. Here a script stands for it."""
     begun, ended, launcher = tmp_path / "begun", tmp_path / "ended", tmp_path / "launcher"
     os.mkfifo(begun)
@@ -148,8 +152,16 @@ def test_an_interrupt_while_a_detached_cluster_starts_ends_it(tmp_path: Path, mo
         begun.read_text()
         os.kill(os.getpid(), signal.SIGINT)
 
+    class InterruptedAsItIsMade(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            interrupt()
+
     monkeypatch.setattr(sys, "executable", str(launcher))
-    threading.Thread(target=interrupt).start()
+    if as_it_is_made:
+        monkeypatch.setattr(subprocess, "Popen", InterruptedAsItIsMade)
+    else:
+        threading.Thread(target=interrupt).start()
     found = CliRunner().invoke(app, ["up", "--detach"], env={"PDSERVE_HOME": str(tmp_path)})
     assert found.exit_code == 130
     assert ended.exists()
