@@ -63,6 +63,19 @@ app.add_typer(keys.app, name="keys", rich_help_panel=_SET_UP)
 app.add_typer(route.app, name="route", rich_help_panel=_LOOK)
 
 
+def _version_and_exit(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: bool = typer.Option(False, "--version", is_eager=True, callback=_version_and_exit, help="Prints the version."),
+) -> None:
+    """Serves language models with prefill and decode on separate pools."""
+
+
 @app.command(rich_help_panel=_SET_UP)
 def version() -> None:
     """Prints the version."""

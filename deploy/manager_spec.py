@@ -11,10 +11,12 @@ from deploy.reconcile import Pool, RestartPolicy
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
-    interval_s: float = 0.5
-    # Generous: on a machine with few cores a healthy worker's event loop can be kept waiting for seconds.
-    timeout_s: float = 3.0
+    """As `common.config.HealthConfig` has it."""
+
+    interval_s: float = 0.3
+    timeout_s: float = 0.7
     most_misses: int = 3
+    busy_timeout_s: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""One small actor on every other host that has workers: it ends their processes when they do not hear Ray any more.
+"""One small actor on every other host that has workers: it sees how their processes are, and ends those that do not hear Ray.
 
+    outlive(pid, started)          returns when the process is gone: sooner than Ray says so
+    observe(pid, span_s)           what the process does
     end(pid, started) -> (the process ends by itself within the patience | SIGKILL) -> True: it is gone
 
 Ray calls an actor dead as soon as it decided to kill it, while a stopped or hung process lives on, with its memory and its ports.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import signal
 
+from deploy.activity import Activity, observe
 from deploy.cluster_state import started_at
 from deploy.process_watch import ProcessWatch
 
@@ -22,6 +25,19 @@ class NodeKeeper:
 
     def __repr__(self) -> str:
         return f"keeper {self._node_id[:8]}"
+
+    async def outlive(self, pid: int, started: int) -> None:
+        watch = ProcessWatch.of(pid)
+        if watch is None:
+            return
+        try:
+            if started_at(pid) == started:
+                await watch.wait(None)
+        finally:
+            watch.close()
+
+    async def observe(self, pid: int, span_s: float) -> Activity:
+        return await observe(pid, span_s)
 
     async def end(self, pid: int, started: int, patience_s: float) -> bool:
         """Whether the process is gone. `started` tells it from another that got its number."""

@@ -35,8 +35,8 @@ class ProcessWatch:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
-    async def wait(self, timeout_s: float) -> bool:
-        """Whether the process ended in time."""
+    async def wait(self, timeout_s: float | None) -> bool:
+        """Whether the process ended in time; None: however long it lives."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._ended.wait()

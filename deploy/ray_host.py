@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -26,8 +26,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from common.config import RayConfig
 from common.errors import ClusterError, EngineFailure, PdserveError, WorkerLost
 from common.logs import get_logger
+from common.rpc import cancel_and_wait
 from common.types import WorkerRef
 from common.worker import WorkerSpec
+from deploy.activity import Activity, observe
 from deploy.node_keeper import NodeKeeper
 from deploy.nodes import nodes_of, resources_of, slots_of, threads_of_slot
 from deploy.process_watch import ProcessWatch
@@ -43,6 +45,7 @@ _KILL_PATIENCE_S = 1.0
 _KILL_TIMEOUT_S = 30.0
 _UNHEARD_S = 3.0  # longest wait for a keeper's word, beyond the patience
 _MOST_REASON_CHARACTERS = 300
+_ENDED = "the process ended: it was killed, perhaps for want of memory, or crashed"
 # What whole paragraphs of Ray's come to.
 _SIGNS = {
     "its node has died": "Ray on its host is gone",
@@ -181,6 +184,15 @@ class _LocalProcess(_ActorProcess):
         super().__init__(actor, place)
         self._watch = watch  # None: it was gone before we looked
 
+    async def ended(self) -> str:
+        """By Ray, who also knows of an engine that failed, or by the kernel, who says the end of a process at once."""
+        if self._watch is None:
+            return await super().ended()
+        return await _first(super().ended(), self._watch.wait(None))
+
+    async def activity(self, span_s: float) -> Activity:
+        return Activity.GONE if self._watch is None else await observe(self._watch.pid, span_s)
+
     async def kill(self) -> None:
         if self._watch is None:
             self._kill_actor()
@@ -203,6 +215,26 @@ class _RemoteProcess(_ActorProcess):
         self._pid, self._started = pid, started
         self._keeper = keeper
         self._ending: asyncio.Task[bool] | None = None
+        self._outliving: asyncio.Task[bool] | None = None  # one for all workers that the process is, one after the other
+
+    async def ended(self) -> str:
+        if self._outliving is None:
+            self._outliving = asyncio.create_task(self._outlive(), name=f"outlive {self._pid}")
+        return await _first(super().ended(), asyncio.shield(self._outliving))
+
+    async def _outlive(self) -> bool:
+        """Whether the process is known to be gone: not if its keeper is gone, too."""
+        try:
+            await answer(cast(Awaitable[None], self._keeper.outlive.remote(self._pid, self._started)))
+        except (PdserveError, RayError):
+            return False
+        return True
+
+    async def activity(self, span_s: float) -> Activity:
+        try:
+            return await answer(cast(Awaitable[Activity], self._keeper.observe.remote(self._pid, span_s)))
+        except (PdserveError, RayError):
+            return Activity.UNHEARD
 
     async def kill(self) -> None:
         """Also returns when its host has not been heard for a moment; the order stays."""
@@ -221,6 +253,19 @@ class _RemoteProcess(_ActorProcess):
             return await answer(cast(Awaitable[bool], self._keeper.end.remote(self._pid, self._started, _KILL_PATIENCE_S)))
         except (PdserveError, RayError):
             return True  # the keeper is dead for good: so is its node
+
+
+async def _first(told: Coroutine[Any, Any, str], gone: Awaitable[bool]) -> str:
+    """Why a worker ended, from whoever knows first."""
+    telling, going = asyncio.ensure_future(told), asyncio.ensure_future(gone)
+    try:
+        await asyncio.wait({telling, going}, return_when=asyncio.FIRST_COMPLETED)
+        if not telling.done() and going.result():
+            return _ENDED
+        return await telling
+    finally:
+        await cancel_and_wait(telling)
+        await cancel_and_wait(going)
 
 
 def _cause_of_death(told: str) -> str:

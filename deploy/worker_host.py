@@ -14,6 +14,7 @@ from typing import Protocol
 
 from common.types import Role, WorkerRef
 from common.worker import LoadedModel, WorkerServer, WorkerSpec
+from deploy.activity import Activity
 
 WorkerFactory = Callable[[WorkerSpec, LoadedModel | None], WorkerServer]
 
@@ -25,6 +26,10 @@ class WorkerProcess(Protocol):
 
     async def ended(self) -> str:
         """Waits until the worker can serve no more or its process is gone; says why. May be called more than once."""
+        ...
+
+    async def activity(self, span_s: float) -> Activity:
+        """What its process does, watched for so long. Waits longer for a host that is not heard; the caller bounds it."""
         ...
 
     async def become(self, spec: WorkerSpec) -> WorkerRef:

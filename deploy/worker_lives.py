@@ -3,7 +3,7 @@
     Start | Flip -> launched or taken over -> ready -> watched -> gone (told as a loss), or handed on to its successor
     Drain, Stop  -> through the worker first, and through its process if it does not answer in time
 
-A worker is lost when its process ends, when it says that it failed, or when it misses several health checks in a row; it is
+A worker is lost when its process ends, when it says that it failed, or when it is silent (`deploy.silence`); it is
 killed before its next incarnation starts, so that two never live. A flip hands the process of one worker on to the next: the life
 of the first ends without an end of its process. Nothing is decided here (`deploy.reconcile`), and it does not know Ray
 (`deploy.worker_host`).
@@ -24,9 +24,11 @@ from common.types import WorkerRef
 from common.wire.worker_pb2 import DrainRequest, InfoReply, InfoRequest
 from common.wire.worker_pb2_grpc import WorkerStub
 from common.worker import WorkerSpec
+from deploy.activity import Activity
 from deploy.manager_spec import ManagerSpec
 from deploy.pool_board import PoolBoard
 from deploy.reconcile import Action, Drain, Flip, Loss, Phase, Start, Stop, became_drained, became_ready, lost
+from deploy.silence import Silence
 from deploy.worker_host import WorkerHost, WorkerProcess
 
 log = get_logger(__name__)
@@ -160,20 +162,50 @@ class WorkerLives:
         policy = self._spec.health
         ended = asyncio.create_task(worker.process.ended())
         handed_on = asyncio.create_task(worker.handed_on.wait())
+        silence = Silence(policy, self._clock.monotonic_s())
+        check: asyncio.Task[str] | None = None
         try:
-            misses = 0
-            while misses < policy.most_misses:
-                await asyncio.wait({ended, handed_on}, timeout=policy.interval_s, return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                over = {ended, handed_on} | ({check} if check else set())
+                wait_s = None if check else silence.wait_s(self._clock.monotonic_s())
+                await asyncio.wait(over, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 if handed_on.done():
                     return "handed on"
                 if ended.done():
                     return ended.result()
-                misses = 0 if await self._answers(worker) else misses + 1
+                if check is None:
+                    check = asyncio.create_task(self._check(worker, silence))
+                    continue
+                if reason := check.result():
+                    return reason
+                check = None
                 self._board.publish()
-            return f"hung: missed {misses} health checks of {policy.timeout_s:g} s"
         finally:
-            await cancel_and_wait(handed_on)
-            await cancel_and_wait(ended)
+            for task in (handed_on, ended, check):
+                if task is not None:
+                    await cancel_and_wait(task)
+
+    async def _check(self, worker: _Worker, silence: Silence) -> str:
+        """One health check; why the worker must be given up, if it must. Whoever missed one is looked at during the next."""
+        timeout_s = self._spec.health.timeout_s
+        silence.asked(self._clock.monotonic_s())
+        looking = asyncio.create_task(self._activity(worker, timeout_s)) if silence.suspicious else None
+        try:
+            if await self._answers(worker):
+                silence.answered(self._clock.monotonic_s())
+                return ""
+            activity = await looking if looking else None
+            return silence.missed(activity, self._clock.monotonic_s())
+        finally:
+            if looking is not None:
+                await cancel_and_wait(looking)
+
+    async def _activity(self, worker: _Worker, timeout_s: float) -> Activity:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await worker.process.activity(timeout_s / 2)
+        except TimeoutError:
+            return Activity.UNHEARD
 
     async def _answers(self, worker: _Worker) -> bool:
         """One health check; its report goes into the picture."""

@@ -35,13 +35,23 @@ class NetworkConfig(Part):
 
 
 class HealthConfig(Part):
-    """When the pool manager gives up a worker that does not answer. One whose process ended is seen at once."""
+    """When the pool manager gives up a worker that does not answer. One whose process ended is seen at once; one that hangs
+    within interval_s + most_misses * timeout_s."""
 
-    interval_s: float = Field(0.5, gt=0, description="Between two checks.")
-    timeout_s: float = Field(
-        3.0, gt=0, description="For an answer. On a machine with few cores a healthy worker can be kept waiting for seconds."
+    interval_s: float = Field(0.3, gt=0, description="Between two checks that are answered.")
+    timeout_s: float = Field(0.7, gt=0, description="For an answer; the next check follows at once.")
+    most_misses: int = Field(
+        3,
+        ge=2,
+        description="So many checks in a row without an answer, and the worker is killed: if its process does nothing, or its"
+        " host is not heard.",
     )
-    most_misses: int = Field(3, ge=1, description="So many checks in a row without an answer, and the worker is killed.")
+    busy_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="A worker whose process computes, or waits for a core or a disk, is given so long for an answer: on a machine"
+        " with few cores a healthy one can be kept waiting for seconds.",
+    )
 
 
 class HeadConfig(Part):

@@ -13,6 +13,7 @@ from common.types import WorkerRef
 from common.wire.worker_pb2 import DrainReply, DrainRequest, InfoReply, InfoRequest, WorkerPace
 from common.wire.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from common.worker import WorkerSpec
+from deploy.activity import Activity
 from deploy.worker_host import WorkerProcess
 
 
@@ -58,6 +59,10 @@ class FakeWorker(WorkerServicer):
 
     async def ended(self) -> str:
         return await asyncio.shield(self._dead)
+
+    async def activity(self, span_s: float) -> Activity:
+        """As the kernel would say: whoever is to answer works, however long the machine lets it wait."""
+        return Activity.WORKING if self.answers.is_set() else Activity.STOPPED
 
     async def become(self, spec: WorkerSpec) -> WorkerRef:
         self._host.journal.append(("become", spec.worker_id, spec.incarnation))
