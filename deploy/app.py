@@ -28,7 +28,6 @@ _RUN, _LOOK, _CHANGE, _SET_UP = "Run", "Look", "Change", "Set up"
 
 app = typer.Typer(
     name="pdserve",
-    help="Serves language models with prefill and decode on separate pools.",
     epilog=examples(
         ("is this machine fit", "pdserve doctor"),
         ("start everything on this machine; Ctrl-C stops it", "pdserve up"),

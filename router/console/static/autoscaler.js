@@ -53,7 +53,7 @@ export function autoscaler() {
         "p.pressure",
         {},
         h("span", {}, `${role} ${pool.ready}/${pool.desired}`),
-        h("span.dim", {}, ` of ${pool.min}–${pool.max} · pressure ${pool.pressure.toFixed(2)} ${pool.signal}`),
+        h("span.dim", {}, ` of ${pool.min}–${pool.max} · pressure ${pool.pressure.toFixed(2)}${pool.signal ? `: ${pool.signal}` : ""}`),
       ),
     );
     const decisions = model.decisions

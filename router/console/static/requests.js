@@ -41,6 +41,7 @@ export function showRequests(view) {
   );
   const search = h("input", {
     type: "search",
+    size: 28,
     "aria-label": "Filter by id, model, worker or tenant",
     placeholder: "id, model, worker, tenant",
     oninput: () => {

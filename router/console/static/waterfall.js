@@ -25,7 +25,7 @@ const ROW = 22;
 export function waterfall(request, width) {
   const stages = request.stages.filter(([, value]) => value > 0);
   if (!stages.length) return h("p.dim", {}, request.cache?.startsWith("hit") ? "Answered from the cache: no worker was asked." : "There was no first token.");
-  const left = width < 480 ? 86 : 118;
+  const left = width < 480 ? 98 : 118; // "hidden transfer" is the longest name
   const right = width < 480 ? 58 : 76;
   const track = Math.max(60, width - left - right);
   const ttft = Math.max(request.ttft_ms ?? 0, 1e-6);

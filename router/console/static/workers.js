@@ -114,7 +114,7 @@ export function workerDetails(worker, links, atS) {
               h(
                 "tr",
                 {},
-                h("td", {}, link.prefill === worker.id ? `to ${link.decode}` : `from ${link.prefill}`),
+                h("td", {}, link.prefill === worker.id ? `to ${shortName(link.decode, worker.model)}` : `from ${shortName(link.prefill, worker.model)}`),
                 h("td", {}, link.transport || "–"),
                 h("td.num", {}, count(link.transfers)),
                 h("td.num", {}, count(link.failures)),
