@@ -31,6 +31,7 @@ class ClusterState:
     token: str = field(repr=False)
     janitor_pid: int = 0
     janitor_started: int = 0
+    files: tuple[str, ...] = ()  # and folders, that go with the cluster
     config_path: str = ""
 
     @property
@@ -71,6 +72,12 @@ def read_state(home: Path, cluster: str) -> ClusterState | None:
     """None if no such cluster runs. Raises ClusterError for a file that is not ours."""
     state = _read(home, cluster)
     return state if state is not None and state.launcher_lives else None
+
+
+def dead_state(home: Path, cluster: str) -> ClusterState | None:
+    """Of a cluster whose launcher is gone, while nobody has removed its file."""
+    state = _read(home, cluster)
+    return None if state is None or state.launcher_lives else state
 
 
 def running_state(home: Path, cluster: str) -> ClusterState:

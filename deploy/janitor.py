@@ -60,6 +60,14 @@ def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S, variable: str = _
     return True
 
 
+def remove_all(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.janitor")
     parser.add_argument("--cluster-id", required=True)
@@ -69,11 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()  # returns when the launcher is gone
     clean = kill_all(given.cluster_id)
-    for path in given.remove:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    remove_all(given.remove)
     return 0 if clean else 1
 
 

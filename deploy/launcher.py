@@ -3,8 +3,8 @@
     models fetched -> janitor -> Ray -> pool manager, its state file -> router -> every worker ready -> "how to call it"
     -> (a signal, or the manager's end) -> router drained -> workers stopped -> Ray ended -> files removed
 
-The launcher owns the processes, not the work: requests never pass through it. A router that dies is started again; a pool
-manager that dies ends the cluster. If the launcher itself is killed, the janitor does what it cannot do any more.
+The launcher owns the processes, not the work: requests never pass through it. A router or a janitor that dies is started
+again; a pool manager that dies ends the cluster. If the launcher itself is killed, the janitor does what it cannot do any more.
 
 On a Ray of several hosts (`ray up`) it runs on the head, and so do manager, router and what `deploy.head_services` starts.
 """
@@ -39,12 +39,14 @@ from deploy.cluster_state import ClusterState, cluster_lock, started_at, state_p
 from deploy.diagnosis.finding import Severity
 from deploy.diagnosis.ports import check_ports
 from deploy.head_services import HeadService, head_services
+from deploy.janitor_process import JanitorProcess
 from deploy.logs.runs import begin_run
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
 from deploy.manager_spec import HealthPolicy, ManagerSpec, ModelToServe
-from deploy.ray_environment import CLUSTER_ID_VARIABLE, actor_environment, namespace_of
+from deploy.ray_environment import actor_environment, namespace_of
 from deploy.ray_host import answer
 from deploy.ray_start import LOOPBACK, join_ray, start_private_ray
+from deploy.remains import clear_remains
 from deploy.scraping import TARGETS_FILE, TOKEN_FILE, prepare, scraping_folder, update
 from deploy.worker_host import build_worker
 
@@ -54,7 +56,7 @@ Say = Callable[[str], None]
 
 _MANAGER_START_TIMEOUT_S = 120.0
 _READY_TIMEOUT_S = 900.0  # beyond the time that a worker may wait for room
-_ROUTER = "router"
+_ROUTER, _JANITOR = "router", "janitor"
 _ROUTER_GRACE_S = 5.0
 _SHUTDOWN_TIMEOUT_S = 30.0
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 10.0
@@ -77,6 +79,7 @@ def launch(asked: Launch, say: Say) -> int:
     home = pdserve_home()
     name = asked.config.cluster
     with cluster_lock(home, name) as lock:
+        clear_remains(home, name)
         asked = _with_log_folder(asked, home)
         configure_logging(asked.config.logging, process="launcher")
         log.info("cluster starting", cluster=name, version=distribution_version("pdserve"), config=str(asked.config_path))
@@ -95,7 +98,8 @@ def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int
     folder = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
     scraping = scraping_folder(home, name)
     going = [folder, state_path(home, name), scraping / TARGETS_FILE, scraping / TOKEN_FILE]
-    janitor = _start_janitor(asked.cluster_id, going, lock)
+    janitor = JanitorProcess(asked.cluster_id, going, lock)
+    janitor.start()
     try:
         services = head_services(asked.config, run_folder=folder, scraping=scraping)
         say(f"starting cluster {name!r}: Ray, pool manager, router, {_count_workers(asked.config)} workers")
@@ -106,7 +110,7 @@ def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int
         else:
             host = join_ray(asked.config.ray.address, trusted_network=asked.config.network.trusted)
         try:
-            cluster = _Cluster(asked, models, services, home, host, folder, janitor.pid, say)
+            cluster = _Cluster(asked, models, services, home, host, folder, janitor, say)
             return asyncio.run(cluster.run())
         finally:
             ray.shutdown()
@@ -114,9 +118,7 @@ def _launch(asked: Launch, models: Sequence[ModelToServe], home: Path, lock: int
         shutil.rmtree(folder, ignore_errors=True)
         for path in going[2:]:
             path.unlink(missing_ok=True)
-        if janitor.stdin is not None:
-            janitor.stdin.close()
-        janitor.wait(_SHUTDOWN_TIMEOUT_S)
+        janitor.let_go(_SHUTDOWN_TIMEOUT_S)
 
 
 class _Cluster:
@@ -128,7 +130,7 @@ class _Cluster:
         home: Path,
         host: str,
         folder: Path,
-        janitor_pid: int,
+        janitor: JanitorProcess,
         say: Say,
     ) -> None:
         self._asked = asked
@@ -139,7 +141,8 @@ class _Cluster:
         self._scraping = scraping_folder(home, asked.config.cluster)
         self._cluster_id = asked.cluster_id
         self._home = home
-        self._janitor_pid = janitor_pid
+        self._janitor = janitor
+        self._state: ClusterState | None = None
         self._say = say
         self._token = asked.token
         self._stop = asyncio.Event()
@@ -154,6 +157,7 @@ class _Cluster:
         lasting = {
             asyncio.ensure_future(self._watch_manager()),
             asyncio.ensure_future(self._keep(_ROUTER, lambda: self._start_router(manager_address))),
+            asyncio.ensure_future(self._keep_janitor()),
             asyncio.ensure_future(self._follow_membership()),
             asyncio.ensure_future(self._wait_for_signal()),
             *(asyncio.ensure_future(self._keep(one.name, functools.partial(_start, one.command))) for one in self._services),
@@ -210,6 +214,21 @@ class _Cluster:
         except TimeoutError as error:
             raise ClusterError("the pool manager did not start in time") from error
 
+    async def _keep_janitor(self) -> None:
+        """Without it a launcher that is killed would leave everything behind."""
+        first = self._janitor.process
+
+        def start() -> subprocess.Popen[bytes]:
+            nonlocal first
+            if first is not None:
+                started, first = first, None
+                return started
+            started = self._janitor.start()
+            self._tell_state()
+            return started
+
+        await self._keep(_JANITOR, start)
+
     async def _keep(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         """Starts a process, and again whenever it ends. One that ends at once, over and over, ends the cluster."""
         backoff_s = _BACKOFF_FIRST_S
@@ -241,18 +260,17 @@ class _Cluster:
     async def _announce(self, manager_address: str) -> None:
         """Waits until everything serves, tells about it, and leaves the state file."""
         pid = os.getpid()
-        state = ClusterState(
+        self._state = ClusterState(
             cluster=self._asked.config.cluster,
             cluster_id=self._cluster_id,
             launcher_pid=pid,
             launcher_started=started_at(pid) or 0,
             manager_address=manager_address,
             token=self._token,
-            janitor_pid=self._janitor_pid,
-            janitor_started=started_at(self._janitor_pid) or 0,
             config_path=str(self._asked.config_path),
+            files=tuple(map(str, self._janitor.files)),
         )
-        write_state(self._home, state)
+        self._tell_state()
         if self._asked.announce is not None:
             os.write(self._asked.announce, b"up\n")
             os.close(self._asked.announce)
@@ -263,6 +281,11 @@ class _Cluster:
         except TimeoutError as error:
             raise ClusterError(f"not ready within {timeout_s:g} s") from error
         _tell_how_to_call(snapshot, self._asked.config, self._say)
+
+    def _tell_state(self) -> None:
+        if self._state is not None:
+            pid, started = self._janitor.identity
+            write_state(self._home, replace(self._state, janitor_pid=pid, janitor_started=started))
 
     async def _until_ready(self) -> ClusterSnapshot:
         version = -1
@@ -352,15 +375,6 @@ def _count_ranks(config: Config) -> int:
 
 def _count_workers(config: Config) -> int:
     return sum(model.prefill.replicas + model.decode.replicas for model in config.models)
-
-
-def _start_janitor(cluster_id: str, remove: Sequence[Path], lock: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deploy.janitor", "--cluster-id", cluster_id]
-    for path in remove:
-        command += ["--remove", str(path)]
-    environment = {key: value for key, value in os.environ.items() if key != CLUSTER_ID_VARIABLE}
-    # A session of its own: the terminal's Ctrl-C is not for it. It keeps the lock until everything is clean.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[lock])
 
 
 def _start_router(asked: Launch, settings: Sequence[str], manager_address: str, token: str) -> subprocess.Popen[bytes]:

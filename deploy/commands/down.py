@@ -19,12 +19,15 @@ def down(cluster: ClusterName = None) -> None:
     from common.config import pdserve_home
     from common.errors import ClusterError
     from deploy.cluster_state import read_state, running_clusters, wait_until_gone
+    from deploy.remains import clear_remains_of
 
     with errors_as_lines():
         # Only the one that was named, or the default: to stop whatever happens to run would be a bad guess.
         name = cluster or DEFAULT_CLUSTER
         state = read_state(pdserve_home(), name)
-        if state is None:
+        if state is None and wait_until_gone(pdserve_home(), name, _DOWN_TIMEOUT_S) and clear_remains_of(pdserve_home(), name):
+            say(f"what was left of a killed cluster {name!r} is gone")
+        elif state is None:
             others = running_clusters(pdserve_home())
             say(f"no cluster {name!r} runs here" + (f"; what runs is: {', '.join(others)} (--cluster NAME)" if others else ""))
         else:
