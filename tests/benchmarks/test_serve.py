@@ -98,7 +98,7 @@ def running() -> Iterator[tuple[FakeServer, str]]:
     thread.start()
     yield fake, f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     listener.close()
     assert not thread.is_alive()
 

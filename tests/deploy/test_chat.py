@@ -75,7 +75,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
         thread.start()
         yield running
         running.shutdown()
-        thread.join(10)
+        thread.join(60)
 
 
 def chat(server: ThreadingHTTPServer, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:

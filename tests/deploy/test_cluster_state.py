@@ -62,7 +62,7 @@ def test_a_launcher_that_is_only_starting_holds_the_name_too(tmp_path: Path) -> 
 
 def test_the_next_launcher_waits_for_the_janitor_of_a_dead_one(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        dead.wait(30)
+        dead.wait(60)
     with cluster_lock(tmp_path, "c") as descriptor:
         # The janitor inherits the lock; it ends when its pipe does, and so it outlives its launcher's hold.
         janitor = subprocess.Popen(

@@ -59,7 +59,7 @@ def start_janitor(stack: ExitStack, cluster_id: str, *remove: Path) -> subproces
 
 
 def wait_until_deaf(process: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 30.0
+    deadline_s = time.monotonic() + 60.0
     while True:
         status = Path(f"/proc/{process.pid}/status").read_text()
         ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
@@ -82,7 +82,7 @@ def test_the_end_of_the_pipe_ends_the_cluster_and_spares_the_neighbour(stack: Ex
     assert len(members(ours)) == 6
     assert janitor.stdin is not None
     janitor.stdin.close()
-    assert janitor.wait(30) == 0
+    assert janitor.wait(60) == 0
     assert members(ours) == []
     assert len(members(theirs)) == 2
     assert (folder.exists(), file.exists(), kept.exists()) == (False, False, True)
@@ -90,7 +90,7 @@ def test_the_end_of_the_pipe_ends_the_cluster_and_spares_the_neighbour(stack: Ex
     cleaner = start_janitor(stack, theirs)
     assert cleaner.stdin is not None
     cleaner.stdin.close()
-    assert cleaner.wait(30) == 0
+    assert cleaner.wait(60) == 0
 
 
 def test_while_the_launcher_lives_it_does_nothing(stack: ExitStack, tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_while_the_launcher_lives_it_does_nothing(stack: ExitStack, tmp_path: Pa
     assert len(members(cluster_id)) == 2
     assert janitor.stdin is not None
     janitor.stdin.close()
-    assert janitor.wait(30) == 0
+    assert janitor.wait(60) == 0
     assert members(cluster_id) == []

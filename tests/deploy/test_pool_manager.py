@@ -42,7 +42,7 @@ from support.fake_workers import FakeHost
 
 TOKEN = "token"
 PREFILL, DECODE = "m/prefill/0", "m/decode/0"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def spec_of(prefill: int = 1, decode: int = 1, autoscaling: AutoscalingConfig | None = None) -> ManagerSpec:

@@ -54,7 +54,7 @@ def test_two_clusters_live_side_by_side_on_loopback_and_one_is_killed(
         assert answers(one)
 
         os.kill(one.process.pid, signal.SIGKILL)
-        one.process.wait(10)
+        one.process.wait(60)
         assert eventually(lambda: not of_one.left()), of_one.left()
         assert one.process.returncode == -signal.SIGKILL
         one.process.returncode = 0  # `launched` checks the end by Ctrl-C

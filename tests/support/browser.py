@@ -28,7 +28,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-_START_S, _ANSWER_S = 20.0, 20.0
+_START_S, _ANSWER_S = 60.0, 60.0
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -84,7 +84,7 @@ class Browser:
         self, url: str, *, width: int = 1440, height: int = 900, mobile: bool = False, dark: bool = False
     ) -> AsyncIterator[Page]:
         """A fresh tab. Its complaints are collected from before the first byte is loaded."""
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, timeout=_ANSWER_S) as http:
             tab = (await http.put(f"{self._url}/json/new?about:blank")).json()
             async with connect(tab["webSocketDebuggerUrl"], max_size=64 * 1024 * 1024, proxy=None) as link:
                 page = Page(link, origin=urlsplit(url).netloc)
@@ -151,7 +151,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, condition: str, timeout_s: float = 10.0) -> None:
+    async def until(self, condition: str, timeout_s: float = 60.0) -> None:
         """Returns when an expression is true in the page; one that throws is not."""
         tried = f"(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"
         try:

@@ -33,7 +33,7 @@ class RunningCluster:
     environment: dict[str, str]
     log: Path
 
-    def cli(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*CLI, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -60,7 +60,7 @@ class RunningCluster:
     def workers(self, role: str, state: str = "ready") -> list[dict[str, Any]]:
         return [worker for worker in self.status()["workers"] if worker["role"] == role and worker["state"] == state]
 
-    def wait_for(self, what: str, condition: Any, timeout_s: float = 30.0) -> None:
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 90.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"the cluster ended while waiting for {what}:\n{self.log.read_text()[-4000:]}"
@@ -138,7 +138,7 @@ def _wait_ready(cluster: RunningCluster) -> None:
             routers = cluster.status()["routers"]
             if (
                 routers
-                and httpx.get(f"http://{routers[0]['http_address']}/ready", trust_env=False, timeout=5.0).status_code == 200
+                and httpx.get(f"http://{routers[0]['http_address']}/ready", trust_env=False, timeout=30.0).status_code == 200
             ):
                 return
         time.sleep(0.2)

@@ -78,7 +78,7 @@ class HostPeer:
 
     def write(self, copies: Sequence[tuple[int, int, int]]) -> list[bytes]:
         self._own.writes.append(list(copies))
-        if not self._own.go_on.wait(30):
+        if not self._own.go_on.wait(60):
             raise TransferBroken("the test did not let the write go on")
         return self._own.sums(self._mapping, copies)
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 NEEDED = ("ip", "nsenter", "unshare", "mount", "ssh", "ssh-keygen", "rsync", "bash")
 SUBNET = "10.77.0"
 _CLONE_NEWNET = 0x40000000
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 
 
 def what_is_missing(*more: str) -> str | None:
@@ -145,10 +145,10 @@ class Host:
         if self.process.poll() is None and self.first_pid:
             os.kill(self.first_pid, signal.SIGKILL)
         try:
-            self.process.wait(20.0)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(20.0)
+            self.process.wait(60)
         self.process = None
 
 

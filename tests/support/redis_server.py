@@ -15,7 +15,7 @@ from pathlib import Path
 
 import redis
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 KINDS = ("system", "packaged")
 
 

@@ -80,7 +80,7 @@ class Belongings:
         return found
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 90.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -70,10 +70,10 @@ class Workers:
     async def generate_together(self, work: Sequence[Request]) -> list[Answer]:
         """All at once, truly: the engine is held until it knows of every one, so that nothing is left to chance."""
         gate = threading.Event()
-        self.decode._loop.post(lambda: (gate.wait(30.0), None)[1])
+        self.decode._loop.post(lambda: (gate.wait(60), None)[1])
         running = [asyncio.ensure_future(self.generate(item)) for item in work]
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while self.decode._loop._inbox.qsize() < len(work):
                     await asyncio.sleep(0.002)
         finally:
@@ -83,7 +83,7 @@ class Workers:
     async def info(self, address: str) -> worker_pb2.InfoReply:
         channel = connect(address, TOKEN)
         try:
-            return await worker_pb2_grpc.WorkerStub(channel).Info(worker_pb2.InfoRequest(), timeout=5)
+            return await worker_pb2_grpc.WorkerStub(channel).Info(worker_pb2.InfoRequest(), timeout=60)
         finally:
             await channel.close(None)
 

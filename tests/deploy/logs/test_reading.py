@@ -52,7 +52,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         yield process
         if process.stdin is not None and not process.stdin.closed:
             process.stdin.close()
-        process.wait(30)
+        process.wait(60)
 
 
 def run_of(folder: Path, launcher: subprocess.Popen[bytes] | None = None) -> Run:
@@ -192,7 +192,7 @@ def test_following_goes_through_restarts_and_newcomers_and_ends_with_the_cluster
             # From another thread, so that it is the watch that wakes the reader, and not the next look.
             thread = threading.Thread(target=step)
             thread.start()
-            thread.join(10)
+            thread.join(60)
     assert seen == expected
 
 

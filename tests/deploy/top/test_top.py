@@ -169,7 +169,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "deploy.cli", *arguments])
         fcntl.ioctl(self._descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def until(self, text: str, timeout_s: float = 30.0) -> None:
+    def until(self, text: str, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.seen):
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[-3000:]!r}"

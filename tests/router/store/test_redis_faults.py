@@ -19,7 +19,7 @@ StartRedis = Callable[..., AbstractContextManager[RedisServer]]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -103,7 +103,7 @@ async def test_one_that_hangs_costs_a_few_requests_their_budget_and_then_none(
             await running.keep(b"k", b"v", NAMES)
             epochs = await epochs_of(running)
             server.pause()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while breaker(running) == "closed":
                     answers = await asyncio.gather(*(running.store.get(b"k", NAMES) for _ in range(5)))
                     assert answers == [AWAY] * 5
@@ -127,7 +127,7 @@ async def test_one_that_hangs_for_long_is_connected_to_anew(redis_of_my_own: Sta
                 await running.store.invalidate(NAMES)
             await until(lambda: breaker(running) == "open")
             server.resume()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while True:
                     with suppress(StoreUnavailable):
                         await running.store.invalidate(NAMES)
@@ -144,7 +144,7 @@ async def test_one_that_is_slow_is_left_alone(redis_of_my_own: StartRedis, names
             async with open_store(config) as running:
                 await running.keep(b"k", b"v", NAMES)
                 proxy.delay_s = delay_s
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while breaker(running) == "closed":
                         await running.store.get(b"k", NAMES)
                 assert results(running, expected) >= 3
@@ -227,7 +227,7 @@ async def test_a_value_ends_with_its_time_even_if_somebody_keeps_it(
         async with open_store(shared(server.url, namespace)) as running:
             await running.keep(b"k", b"v", NAMES, ttl_s=0.5)
             client.persist(f"{namespace}:v:k")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (await running.store.get(b"k", NAMES)).value is not None:
                     await asyncio.sleep(0.02)
             assert client.exists(f"{namespace}:v:k")

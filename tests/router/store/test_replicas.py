@@ -45,12 +45,12 @@ class Fleet:
 
     def end(self, number: int) -> None:
         self.processes[number].kill()
-        self.processes[number].wait(timeout=20)
+        self.processes[number].wait(timeout=60)
 
     async def serves(self, more: int = 20) -> None:
         """Returns when each replica has served `more` answers from the store."""
         goals = [self.board.served(number) + more for number in range(len(self.processes))]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while any(self.board.served(number) < goal for number, goal in enumerate(goals)):
                 assert all(process.poll() is None for process in self.processes)
                 await asyncio.sleep(0.01)
@@ -74,7 +74,7 @@ def fleet_of(
 async def move_on(fleet: Fleet, running: Running) -> None:
     """A new version: from its invalidation on, no older one may be served."""
     fleet.board.version += 1
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await running.store.invalidate(("model:m",))
