@@ -158,7 +158,8 @@ def _wait(pid: int, started: int, timeout_s: float) -> bool:
 def _read(home: Path, cluster: str) -> ClusterState | None:
     path = state_path(home, cluster)
     try:
-        return ClusterState(**json.loads(path.read_text(encoding="utf-8")))
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return ClusterState(**{**read, "files": tuple(read.get("files", ()))})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -76,6 +76,7 @@ def test_scale_flip_drain_and_roll_under_load_lose_no_request_and_change_no_toke
         assert sizes(cluster) == (2, 1)
         after = {worker["pid"] for role in ("prefill", "decode") for worker in cluster.workers(role)}
         assert not after & (before | {flipped})
+        cluster.wait_for("answers", lambda: load.served > 20 or load.wrong)
     assert load.wrong == []
     assert load.served > 20
     cluster.wait_for("every block back", cluster.nothing_leaks)
@@ -87,9 +88,10 @@ def test_the_autoscaler_follows_the_load_by_changing_roles(cluster: RunningClust
     assert sizes(cluster) == (2, 1)
     with load.asking(OUTPUTS, clients=6):
         order(cluster, "autoscaler", "tiny", "--mode", "on")
-        cluster.wait_for("a second decode worker", lambda: sizes(cluster) == (1, 2), timeout_s=60.0)
+        cluster.wait_for("a second decode worker", lambda: sizes(cluster) == (1, 2), timeout_s=150.0)
     with load.asking(PROMPTS, clients=6):
-        cluster.wait_for("a second prefill worker", lambda: sizes(cluster) == (2, 1), timeout_s=60.0)
+        cluster.wait_for("a second prefill worker", lambda: sizes(cluster) == (2, 1), timeout_s=150.0)
+        cluster.wait_for("answers", lambda: load.served > 20 or load.wrong)
         order(cluster, "autoscaler", "tiny", "--mode", "off")
     told = json.loads(cluster.cli("autoscaler", "tiny", "--json", "--cluster", cluster.name).stdout)
     flips = [one for one in told["models"][0]["decisions"] if one["action"] == "flip"]
@@ -104,7 +106,7 @@ def test_a_model_that_nobody_uses_sleeps_and_wakes_for_a_request(cluster: Runnin
     load = ExactLoad(cluster.base_url, "tiny")
     load.expect(OUTPUTS)
     order(cluster, "autoscaler", "tiny", "--mode", "on")
-    cluster.wait_for("sleep", lambda: not cluster.status()["workers"], timeout_s=60.0)
+    cluster.wait_for("sleep", lambda: not cluster.status()["workers"], timeout_s=150.0)
     expected, load.answers = load.answers, {}
     load.expect(OUTPUTS)
     assert load.answers == expected

@@ -248,6 +248,7 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
             cluster.cli, "scale", "tiny", "--prefill", "1", "--decode", "1", "--cluster", cluster.name, "--wait", "60"
         )
         assert back.returncode == 0, back.stderr
+        await asyncio.to_thread(cluster.wait_for, "answers", lambda: count > 20)
     finally:
         stop.set()
         await asyncio.gather(*lanes)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,6 +20,12 @@ from support.remains import Belongings, eventually, processes_of
 from support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+
+def state_of(cluster: RunningCluster) -> dict[str, Any]:
+    path = Path(cluster.environment["PDSERVE_HOME"]) / "clusters" / f"{cluster.name}.json"
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return state
 
 
 def answers(cluster: RunningCluster) -> bool:
@@ -53,6 +60,10 @@ def test_two_clusters_live_side_by_side_on_loopback_and_one_is_killed(
             pytest.fail("a second router took the same port")
         assert answers(one)
 
+        # Its janitor is killed first: there is another one before anybody needs it.
+        first = state_of(one)["janitor_pid"]
+        os.kill(first, signal.SIGKILL)
+        one.wait_for("another janitor", lambda: state_of(one)["janitor_pid"] != first)
         os.kill(one.process.pid, signal.SIGKILL)
         one.process.wait(60)
         assert eventually(lambda: not of_one.left()), of_one.left()
@@ -60,6 +71,26 @@ def test_two_clusters_live_side_by_side_on_loopback_and_one_is_killed(
         one.process.returncode = 0  # `launched` checks the end by Ctrl-C
     assert len(cluster.workers("prefill")) == len(cluster.workers("decode")) == 1
     assert answers(cluster)
+
+
+def test_a_router_that_is_killed_comes_back_where_it_was(cluster: RunningCluster) -> None:
+    url = cluster.base_url
+    (old,) = cluster.status()["routers"]
+    os.kill(old["pid"], signal.SIGKILL)
+    cluster.wait_for("another router", lambda: [one["pid"] for one in cluster.status()["routers"]] not in ([], [old["pid"]]))
+    assert cluster.base_url.rpartition(":")[0] == url.rpartition(":")[0]
+    cluster.wait_for("answers", lambda: answers(cluster))
+
+
+def test_a_cluster_without_its_raylet_ends_says_why_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    with launched(tmp_path, model_path=tiny_model, name="headless") as one:
+        here = Belongings.of(one)
+        (raylet,) = [pid for pid in here.pids if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
+        os.kill(raylet, signal.SIGKILL)
+        assert one.process.wait(120) == 1
+        one.process.returncode = 0  # `launched` checks the end by Ctrl-C
+    assert "pdserve: the pool manager is gone" in one.log.read_text()
+    assert eventually(lambda: not here.left()), here.left()
 
 
 def test_a_model_that_cannot_load_ends_the_start_with_its_reason(tmp_path: Path) -> None:

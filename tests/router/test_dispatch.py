@@ -236,7 +236,8 @@ async def test_an_abandoned_openai_stream_cancels_the_work(cluster: FakeCluster,
 
 @pytest.mark.parametrize("hold_after", [0, 2])
 async def test_the_deadline_ends_a_request_and_its_work(start_cluster: Any, hold_after: int) -> None:
-    async with start_cluster(request_timeout_s=0.3) as cluster, http_client(cluster) as http:
+    # Long enough for the request to reach its worker on a machine that is slow.
+    async with start_cluster(request_timeout_s=3.0) as cluster, http_client(cluster) as http:
         cluster.worker.hold_after = hold_after
         reply = await http.post("/v1/completions", json=BODY)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from common.errors import ModelNotFound
 from common.wire import registry_pb2
 from support.browser import Browser, Page, browser
 from support.fake_cluster import MODEL, FakeCluster
+from support.ports import quiet_port
 from support.router_clients import http_client
 
 ROWS = "document.querySelectorAll('.workers tbody tr').length"
@@ -174,8 +174,7 @@ async def test_with_keys_the_page_asks_once_and_keeps_the_key_in_its_tab(chromiu
 
 
 async def test_it_says_that_it_is_stale_and_finds_a_restarted_router(chromium: Browser, start_cluster: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = quiet_port()
     async with start_cluster(http_port=port) as cluster, chromium.page(cluster.http_url) as page:
         await page.until(LIVE)
         cluster.stop.set()

@@ -102,13 +102,14 @@ async def test_one_that_hangs_costs_a_few_requests_their_budget_and_then_none(
         async with open_store(shared(server.url, namespace, operation_timeout_s=0.05)) as running:
             await running.keep(b"k", b"v", NAMES)
             epochs = await epochs_of(running)
+            before = results(running, "late")
             server.pause()
             async with asyncio.timeout(60):
                 while breaker(running) == "closed":
                     answers = await asyncio.gather(*(running.store.get(b"k", NAMES) for _ in range(5)))
                     assert answers == [AWAY] * 5
             late = results(running, "late")
-            assert 3 <= late <= 15
+            assert 3 <= late - before <= 15
             assert await running.store.get(b"k", NAMES) == AWAY
             assert results(running, "late") == late
             running.store.put(b"k", b"another", ttl_s=60, epochs=epochs)
@@ -136,11 +137,11 @@ async def test_one_that_hangs_for_long_is_connected_to_anew(redis_of_my_own: Sta
             assert (await running.present(b"k", NAMES)).value is None
 
 
-@pytest.mark.parametrize(("delay_s", "expected"), [(0.5, "late"), (0.035, "found")], ids=["beyond the budget", "within it"])
+@pytest.mark.parametrize(("delay_s", "expected"), [(1.5, "late"), (0.25, "found")], ids=["beyond the budget", "within it"])
 async def test_one_that_is_slow_is_left_alone(redis_of_my_own: StartRedis, namespace: str, delay_s: float, expected: str) -> None:
     with redis_of_my_own() as server:
         async with slow_proxy(server.socket) as proxy:
-            config = shared(f"redis://127.0.0.1:{proxy.port}/0", namespace, operation_timeout_s=0.06, connect_timeout_s=5)
+            config = shared(f"redis://127.0.0.1:{proxy.port}/0", namespace, operation_timeout_s=0.45, connect_timeout_s=5)
             async with open_store(config) as running:
                 await running.keep(b"k", b"v", NAMES)
                 proxy.delay_s = delay_s
