@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = make_tiny_model(folder / "model", seed=4, layers=4, hidden=192, heads=6, kv_heads=2, head_dim=32, ffn=512)
+        path = make_tiny_model(folder / "model", seed=4, layers=8, hidden=384, heads=6, kv_heads=2, head_dim=64, ffn=1536)
         with _cluster(folder / "lone", path, prefill=0, decode=1) as cluster:
             expected, yardstick = asyncio.run(_measure(cluster.base_url, kinds))
         _say(
