@@ -27,6 +27,7 @@ from deploy.diagnosis.ports import check_ports, holder
 from deploy.diagnosis.shared_store import check_store
 from deploy.diagnosis.software import check_software, extras_of
 from deploy.diagnosis.storage import check_storage
+from support.ports import quiet_port
 from support.redis_server import RedisServer, any_binary
 from support.tiny_models import make_tiny_model
 
@@ -134,8 +135,8 @@ def test_packages_that_are_missing_or_old_are_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_port_that_is_taken_names_who_has_it() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = quiet_port()  # which nobody else takes when it is free again
+    with socket.create_server(("127.0.0.1", port)):
         assert f"(pid {os.getpid()})" in (holder(port) or "")
         config = RouterConfig(http_port=port, grpc_port=0)
         found = by_what(check_ports(config, ours=frozenset()))

@@ -187,7 +187,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.seen
 
     def _read(self) -> bool:
-        ready, _, _ = select.select([self._descriptor], [], [], 30.0)
+        ready, _, _ = select.select([self._descriptor], [], [], 60.0)
         try:
             data = os.read(self._descriptor, 65_536) if ready else b""
         except OSError:
