@@ -13,7 +13,7 @@ import pytest
 
 from support.cluster import RunningCluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 BODY: dict[str, Any] = {
     "model": "tiny",

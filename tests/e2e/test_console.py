@@ -10,7 +10,7 @@ import pytest
 from support.browser import Page, browser
 from support.cluster import RunningCluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 READY = "[...document.querySelectorAll('.node')].every((node) => node.dataset.state === 'ready')"
 

@@ -13,7 +13,7 @@ import pytest
 
 from support.cluster import RunningCluster, launched
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 QUESTION = {"role": "user", "content": "Name the capital of France and tell me a little about its rivers and its bridges."}
 

@@ -19,7 +19,7 @@ from support.cluster import RunningCluster
 from support.more_routers import Balanced, another_router
 from support.steady_load import Question, ask
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROMPT = [(7 * index) % 370 + 3 for index in range(120)]
 FRESH = {"x-cache": "bypass"}  # an answer that is given again says nothing about workers

@@ -19,7 +19,7 @@ from support.cluster import CLI, RunningCluster, launched
 from support.remains import Belongings, eventually, processes_of
 from support.tiny_models import make_tiny_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def state_of(cluster: RunningCluster) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {**os.environ, "PDSERVE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     up = subprocess.run(
-        [*CLI, "up", str(path), "--detach"], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*CLI, "up", str(path), "--detach"], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert up.returncode == 0, up.stderr
     (state,) = (tmp_path / "home/clusters").iterdir()
@@ -121,7 +121,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
     cluster = RunningCluster("away", _NotOurs(launcher_pid), environment, tmp_path / "home/logs/away.log")  # type: ignore[arg-type]
     here: Belongings | None = None
     try:
-        cluster.wait_for("router and workers", lambda: cluster.status()["routers"] and cluster.workers("decode"), timeout_s=90.0)
+        cluster.wait_for("router and workers", lambda: cluster.status()["routers"] and cluster.workers("decode"), timeout_s=180.0)
         here = Belongings.of(cluster)
         assert any("redis-server" in line for line in processes_of(here.home).values())
         body = {"model": "tiny", "prompt": [5] * 50, "temperature": 0}
@@ -136,7 +136,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
         assert again.returncode == 1
         assert "runs already" in again.stderr
     finally:
-        down = cluster.cli("down", "--cluster", "away", timeout_s=120.0)
+        down = cluster.cli("down", "--cluster", "away", timeout_s=240.0)
     assert down.returncode == 0, down.stderr
     assert here is not None
     assert eventually(lambda: not here.left()), here.left()

@@ -18,7 +18,7 @@ from common.model_store import ModelFiles
 from support.cluster import RunningCluster, launched
 from support.tiny_gemma import make_tiny_gemma
 
-pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(600)]
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml"
 SMALL, LARGE = "smollm2-135m", "gemma3-270m"
@@ -36,7 +36,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory, smollm2: ModelFiles) ->
     router = {"http_port": 0, "grpc_port": 0, "migration_wait_s": 120.0}
     settings = {"models": config["models"], "routing": config["routing"], "router": router}
     with launched(folder, model_path=smollm2.path, name="two", settings=settings) as cluster:
-        cluster.wait_for("both models", lambda: len(cluster.workers("decode")) == 2, timeout_s=90.0)
+        cluster.wait_for("both models", lambda: len(cluster.workers("decode")) == 2, timeout_s=180.0)
         yield cluster
 
 

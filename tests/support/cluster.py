@@ -21,8 +21,8 @@ from common.errors import PdserveError
 from deploy.cluster_state import running_state
 from deploy.commands.manager import ask_status, call_manager, describe
 
-START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 120.0
 CLI = (sys.executable, "-m", "deploy.cli")
 
 
