@@ -6,7 +6,7 @@ A replica is one slot of a pool; its worker id is `model/role/index`. Each start
                  ^         |                         |                 |                            |                 |
                  |         +---------lost------------+                 +------------lost------------+------lost-------+-> (absent)
                  |                   v
-                 +-- BACKOFF <-------+-------> FAILED (crash loop, or an error that a restart cannot mend)
+                 +-- BACKOFF <-------+-------> FAILED (never ready, or an error that a restart cannot mend)
                 (its time came)
 
 DRAINED --Flip--> STARTING in the pool of the other role: the process goes on under another id (`flip`). If that fails the
@@ -68,6 +68,7 @@ class Replica:
     phase: Phase
     ready_at_s: float | None = None
     quick_failures: int = 0  # in a row
+    failed_starts: int = 0  # the last of them that were not even ready
     restart_at_s: float = 0.0
     failure: str = ""  # why the previous incarnation ended
     outgoing: bool = False  # to be replaced
@@ -108,12 +109,13 @@ Action = Start | Drain | Stop | Flip
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """A replica that fails before it was ready for `stable_s` failed quickly; each quick failure doubles the wait."""
+    """A replica that fails before it was ready for `stable_s` failed quickly; each quick failure doubles the wait. It is given up
+    only if it does not even become ready, several times in a row: one that did may have died of its host, or of its users."""
 
     stable_s: float = 30.0
     first_wait_s: float = 0.5
     longest_wait_s: float = 10.0
-    most_quick_failures: int = 4
+    most_failed_starts: int = 4
 
     def wait_s(self, quick_failures: int) -> float:
         if quick_failures == 0:
@@ -178,7 +180,7 @@ def set_desired(state: PoolsState, desired: Mapping[Pool, int]) -> PoolsState:
     """Changes the named pools. Whoever gave up there gets a new chance: a change of scale is an operator's word."""
     for replica in list(state.replicas.values()):
         if replica.pool in desired and replica.phase is Phase.FAILED:
-            state = _with(state, replace(replica, phase=Phase.BACKOFF, restart_at_s=0.0, quick_failures=0))
+            state = _with(state, replace(replica, phase=Phase.BACKOFF, restart_at_s=0.0, quick_failures=0, failed_starts=0))
     return replace(state, desired={**state.desired, **desired})
 
 
@@ -239,7 +241,8 @@ def lost(state: PoolsState, loss: Loss, now_s: float, policy: RestartPolicy) -> 
         return _without(state, replica)
     stable = replica.ready_at_s is not None and now_s - replica.ready_at_s >= policy.stable_s
     quick_failures = 0 if stable else replica.quick_failures + 1
-    gave_up = loss.permanent or quick_failures >= policy.most_quick_failures
+    failed_starts = replica.failed_starts + 1 if replica.ready_at_s is None else 0
+    gave_up = loss.permanent or failed_starts >= policy.most_failed_starts
     return _with(
         state,
         replace(
@@ -247,6 +250,7 @@ def lost(state: PoolsState, loss: Loss, now_s: float, policy: RestartPolicy) -> 
             phase=Phase.FAILED if gave_up else Phase.BACKOFF,
             ready_at_s=None,
             quick_failures=quick_failures,
+            failed_starts=failed_starts,
             restart_at_s=now_s + policy.wait_s(quick_failures),
             failure=loss.reason,
             outgoing=False,  # whoever comes next is the successor

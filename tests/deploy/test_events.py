@@ -8,7 +8,7 @@ from deploy.events import KEPT_EVENTS, EventLog, Happening, changes
 from deploy.reconcile import Loss, Pool, PoolsState, RestartPolicy, became_ready, decide, lost, set_desired
 
 DECODE = Pool("m", Role.DECODE)
-POLICY = RestartPolicy(most_quick_failures=2)
+POLICY = RestartPolicy(most_failed_starts=1)
 
 
 def told(before: PoolsState, after: PoolsState) -> list[tuple[str, str, str]]:

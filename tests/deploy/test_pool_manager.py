@@ -59,7 +59,7 @@ def spec_of(prefill: int = 1, decode: int = 1, autoscaling: AutoscalingConfig | 
         transfer=TransferConfig(),
         logging=LoggingConfig(),
         cluster_token=TOKEN,
-        restarts=RestartPolicy(stable_s=60.0, first_wait_s=0.01, longest_wait_s=0.05, most_quick_failures=3),
+        restarts=RestartPolicy(stable_s=60.0, first_wait_s=0.01, longest_wait_s=0.05, most_failed_starts=3),
         health=HealthPolicy(interval_s=0.02, timeout_s=0.3, most_misses=2, busy_timeout_s=120.0),
     )
 

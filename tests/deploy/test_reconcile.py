@@ -35,7 +35,7 @@ from deploy.reconcile import (
 
 PREFILL = Pool("m", Role.PREFILL)
 DECODE = Pool("m", Role.DECODE)
-POLICY = RestartPolicy(stable_s=30.0, first_wait_s=1.0, longest_wait_s=8.0, most_quick_failures=3)
+POLICY = RestartPolicy(stable_s=30.0, first_wait_s=1.0, longest_wait_s=8.0, most_failed_starts=3)
 
 
 @dataclass
@@ -224,6 +224,25 @@ def test_a_crash_loop_backs_off_and_gives_up_with_the_reason() -> None:
     replica = state.replicas["m/decode/0"]
     assert (replica.phase, replica.failure) == (Phase.FAILED, "crash 3")
     assert _run(state, 1e9)[1] == ()
+
+
+def test_one_that_becomes_ready_each_time_is_never_given_up_however_often_it_is_lost() -> None:
+    """Its host may be cut off and vanish, all within seconds; that it waits ever longer is enough."""
+    state, _ = _run(PoolsState(desired={DECODE: 1}))
+    now_s, waits = 0.0, []
+    for incarnation in range(1, 9):
+        state = became_ready(state, "m/decode/0", incarnation, now_s)
+        state = lost(state, Loss("m/decode/0", incarnation, "its host vanished"), now_s + 1.0, POLICY)
+        wake = wake_at_s(state)
+        assert wake is not None
+        waits.append(wake - now_s - 1.0)
+        state, actions = _run(state, now_s := wake)
+        assert actions == (Start("m/decode/0", incarnation + 1, DECODE),)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0]
+    for incarnation in (9, 10, 11):
+        state = lost(state, Loss("m/decode/0", incarnation, "crash"), now_s, POLICY)
+        state, _ = _run(state, now_s := now_s + 100.0)
+    assert state.replicas["m/decode/0"].phase is Phase.FAILED
 
 
 def test_a_worker_that_ran_long_is_restarted_at_once() -> None:

@@ -17,7 +17,7 @@ from support.host_namespaces import network_of_hosts, what_is_missing
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(what_is_missing() is not None, reason=what_is_missing() or "everything is there"),
 ]
 
@@ -46,7 +46,7 @@ class Worker:
         return ray.get_runtime_context().get_node_id()
 
 workers = {role: Worker.options(resources=resources_of(role, slots=True)).remote() for role in Role}
-placed = {role: ray.get(worker.node.remote(), timeout=60) for role, worker in workers.items()}
+placed = {role: ray.get(worker.node.remote(), timeout=240) for role, worker in workers.items()}
 nodes = {node.node_id: node for node in nodes_of(ray.nodes())}
 print(json.dumps({role: {each: nodes[node_id].slots[each] for each in Role} for role, node_id in placed.items()}))
 """
@@ -88,7 +88,7 @@ def test_a_worker_without_a_slot_gets_a_node_of_its_role() -> None:
             f" && {binaries}/ray start --head --num-cpus=1 --include-dashboard=false --disable-usage-stats"
             f" --object-store-memory=80000000 --node-ip-address={host.address} --autoscaling-config=/root/autoscaling.json"
         )
-        asked = host.run(f"RAY_AUTH_MODE=disabled {binaries}/python /root/asking.py", timeout_s=90.0, check=False)
+        asked = host.run(f"RAY_AUTH_MODE=disabled {binaries}/python /root/asking.py", timeout_s=300.0, check=False)
         monitor = host.run("tail -n 40 /tmp/ray/session_latest/logs/monitor.*", check=False).stdout
         assert asked.returncode == 0, asked.stderr[-3000:] + monitor
         assert json.loads(asked.stdout.splitlines()[-1]) == {

@@ -95,11 +95,11 @@ def test_a_cluster_made_by_ray_up_serves_through_faults(network: HostNetwork, tr
 def up(cluster: Cluster) -> None:
     cluster.on_laptop("ray get-auth-token --generate")
     started_s = time.monotonic()
-    cluster.on_laptop("ray up -y deploy/ray/local.yaml", timeout_s=180.0)
+    cluster.on_laptop("ray up -y deploy/ray/local.yaml", timeout_s=480.0)
     cluster.say(
         f"`ray up -y deploy/ray/local.yaml` returned after {time.monotonic() - started_s:.1f} s; the cluster can be asked"
     )
-    cluster.wait_for("first workers", lambda: bool(cluster.ready("prefill") and cluster.ready("decode")), timeout_s=180.0)
+    cluster.wait_for("first workers", lambda: bool(cluster.ready("prefill") and cluster.ready("decode")), timeout_s=480.0)
     cluster.say(f"prefill and decode worker ready {time.monotonic() - started_s:.1f} s after the start")
     for worker in cluster.status()["workers"]:
         cluster.say(f"{worker['worker_id']} serves on host {cluster.host_of(worker).name}, {worker['address']}")
@@ -127,7 +127,7 @@ def scale_down(cluster: Cluster) -> None:
 def down(cluster: Cluster) -> None:
     cluster.ray_exec("pdserve down")
     cluster.say("`ray exec deploy/ray/local.yaml 'pdserve down'`: stopped")
-    cluster.on_laptop("ray down -y deploy/ray/local.yaml", timeout_s=120.0)
+    cluster.on_laptop("ray down -y deploy/ray/local.yaml", timeout_s=360.0)
     started_s = time.monotonic()
     while left := cluster.network.leftover():
         assert time.monotonic() - started_s < 120.0, left

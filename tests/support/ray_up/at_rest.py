@@ -84,7 +84,7 @@ def nothing_is_open(cluster: Cluster) -> None:
                 listening.setdefault(who.group(1) if who else "?", Counter())[where] += 1
         return advertised <= bound
 
-    cluster.wait_for("ports on their host's address, not on every one", advertised_ports_are_bound_to_their_host, timeout_s=30.0)
+    cluster.wait_for("ports on their host's address, not on every one", advertised_ports_are_bound_to_their_host, timeout_s=120.0)
     cluster.say("a call without the cluster's token and a scrape without the metrics' token are refused from another host")
     for who, places in sorted(listening.items()):
         cluster.say(f"`{who}` listens: " + ", ".join(f"{count} x {place}" for place, count in sorted(places.items())))
@@ -105,7 +105,7 @@ def prometheus_and_redis(cluster: Cluster, question: Question) -> None:
         found = cluster.head.in_network(targets)
         return len(found) == 4 and all(one["health"] == "up" for one in found)
 
-    cluster.wait_for("scraped targets", all_up, timeout_s=90.0)
+    cluster.wait_for("scraped targets", all_up, timeout_s=240.0)
     cluster.say("Prometheus on the head scrapes all 4 processes: 2 workers, manager, router")
 
     def served() -> str:
@@ -113,5 +113,5 @@ def prometheus_and_redis(cluster: Cluster, question: Question) -> None:
         return httpx.post(f"{URL}/v1/completions", json=body, trust_env=False, timeout=60.0).headers["x-cache"]
 
     assert cluster.head.in_network(served) == "miss"
-    cluster.wait_for("hit", lambda: cluster.head.in_network(served) == "hit-exact", timeout_s=30.0)
+    cluster.wait_for("hit", lambda: cluster.head.in_network(served) == "hit-exact", timeout_s=120.0)
     cluster.say("the router's cache is in the Redis on the head: asked twice, computed once")

@@ -22,7 +22,7 @@ def _fault(cluster: Cluster, what: str, signal_name: str) -> None:
     worker = cluster.ready("decode")[0]
     # Told by the host itself: to get there takes as long as some detections.
     struck_at = float(cluster.host_of(worker).run(f"date +%s.%N; kill -{signal_name} {worker['pid']}").stdout)
-    cluster.wait_for("two decode workers", lambda: _restarted(cluster, worker), timeout_s=90.0)
+    cluster.wait_for("two decode workers", lambda: _restarted(cluster, worker), timeout_s=240.0)
     noticed_s = cluster.told_at("worker given up", struck_at) - struck_at
     cluster.say(f"{worker['worker_id']} on {cluster.host_of(worker).name}: {what}; given up after {noticed_s:.2f} s")
 
@@ -41,7 +41,7 @@ def partition(cluster: Cluster) -> None:
     host.cut()
     time.sleep(PARTITION_S)
     host.mend()
-    healed_s = cluster.wait_for("two decode workers", lambda: _restarted(cluster, worker), timeout_s=180.0)
+    healed_s = cluster.wait_for("two decode workers", lambda: _restarted(cluster, worker), timeout_s=360.0)
     noticed_s = cluster.told_at("worker given up", cut_at) - cut_at
     cluster.say(
         f"{host.name} was cut off for {PARTITION_S:.0f} s: {worker['worker_id']} given up after {noticed_s:.2f} s,"
@@ -67,7 +67,7 @@ def come_back(cluster: Cluster) -> None:
     host = next(one for one in cluster.network.hosts.values() if one.process is None)
     host.start()
     host.mend()
-    took_s = cluster.wait_for("two decode workers", lambda: len(cluster.ready("decode")) == 2, timeout_s=240.0)
+    took_s = cluster.wait_for("two decode workers", lambda: len(cluster.ready("decode")) == 2, timeout_s=480.0)
     cluster.say(f"{host.name} is back: set up again by Ray and its worker ready after {took_s:.0f} s, with nobody's help")
 
 
@@ -94,6 +94,6 @@ def kill_the_launcher(cluster: Cluster) -> None:
     took_s = time.monotonic() - started_s
     cluster.say(f"the launcher was killed: {took_s:.1f} s later all {len(before)} processes of ours on other hosts are gone")
     cluster.pdserve("up ~/pdserve/deploy/configs/cluster.yaml --detach")
-    cluster.wait_for("workers", lambda: bool(cluster.ready("prefill") and cluster.ready("decode")), timeout_s=180.0)
+    cluster.wait_for("workers", lambda: bool(cluster.ready("prefill") and cluster.ready("decode")), timeout_s=360.0)
     ask_all(cluster)
     cluster.say("started again, it serves")

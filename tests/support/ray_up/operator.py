@@ -97,7 +97,7 @@ class Cluster:
     def ready(self, role: str) -> list[dict[str, Any]]:
         return [one for one in self.status()["workers"] if one["role"] == role and one["state"] == "ready"]
 
-    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 120.0) -> float:
+    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 240.0) -> float:
         started_s = time.monotonic()
         while not condition():
             assert time.monotonic() - started_s < timeout_s, f"no {what}: {self.status()}\n{self.log()[-6000:]}"
