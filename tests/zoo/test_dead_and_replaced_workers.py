@@ -60,7 +60,7 @@ async def health_of(address: str) -> int:
     """What the standard health service says."""
     channel = connect(address, None)
     try:
-        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=5)
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=60)
         return int(reply.status)
     finally:
         await channel.close(None)

@@ -356,10 +356,10 @@ async def call_raw(channel: grpc.aio.Channel, path: str, streams: bool, body: by
     """Any bytes to any method."""
     try:
         if streams:
-            async for _ in channel.unary_stream(path)(body, timeout=10):
+            async for _ in channel.unary_stream(path)(body, timeout=60):
                 continue
         else:
-            await channel.unary_unary(path)(body, timeout=10)
+            await channel.unary_unary(path)(body, timeout=60)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK

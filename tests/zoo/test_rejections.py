@@ -448,7 +448,7 @@ async def test_z10_one_of_n_writes_is_missing(model_path: Path, oracle: Oracle, 
     Ours: complete is the set of the ticket's blocks, each verified, and the ticket has a deadline: one that is missing is a typed
     error, however many others came, and the next request is served."""
     write, expected = INCOMPLETE[way]
-    config = TransferConfig(transports=(transport,), ticket_ttl_s=1.0 if way == "hangs" else 300.0)
+    config = TransferConfig(transports=(transport,), ticket_ttl_s=4.0 if way == "hangs" else 300.0)
     async with running_workers(model_path, engine=ENGINE, decode=REMOTE, prefill=WHOLE, transfer=config) as workers:
         work = request(prompt_of(5 * BLOCK, 44), max_tokens=6)
         plants.write = write

@@ -25,7 +25,7 @@ async def run_on_prefill(workers: Workers, message: worker_pb2.PrefillRequest) -
     """As a decode worker calls it, or somebody who got hold of a message."""
     channel = connect(workers.prefill_refs[0].address, TOKEN)
     try:
-        return await worker_pb2_grpc.PrefillStub(channel).Run(message, timeout=10)
+        return await worker_pb2_grpc.PrefillStub(channel).Run(message, timeout=60)
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
     finally:

@@ -228,7 +228,7 @@ async def test_grpc_routes_and_falls_back_alike(two: FakeCluster) -> None:
     two.workers[1].refuse = Overloaded("full")
     message = inference_pb2.InferenceRequest(model="best", prompt="hi", max_tokens=40)
     async with grpc.aio.insecure_channel(two.grpc_address) as channel:
-        call = inference_pb2_grpc.InferenceStub(channel).Generate(message, timeout=10)
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(message, timeout=60)
         text = "".join([event.text async for event in call])
         trailing = dict(await call.trailing_metadata())
     assert text.startswith("hello")

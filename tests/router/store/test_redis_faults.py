@@ -226,7 +226,7 @@ async def test_a_value_ends_with_its_time_even_if_somebody_keeps_it(
     server = redis_server("system")
     with server.client() as client:
         async with open_store(shared(server.url, namespace)) as running:
-            await running.keep(b"k", b"v", NAMES, ttl_s=0.5)
+            await running.keep(b"k", b"v", NAMES, ttl_s=2.0)
             client.persist(f"{namespace}:v:k")
             async with asyncio.timeout(60):
                 while (await running.store.get(b"k", NAMES)).value is not None:

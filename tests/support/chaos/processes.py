@@ -23,7 +23,7 @@ from support.chaos.steps import TOKENS_BEFORE_STEP, Step
 from support.chaos.zygote import Zygote
 
 TOKEN = "chaos-cluster-token"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 ORDER_TIMEOUT_S = 20.0
 ENGINE = EngineConfig(dtype="float32", exact=True, block_tokens=8, kv_pool_tokens=1536)
 
