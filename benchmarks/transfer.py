@@ -43,6 +43,7 @@ from common.config import pdserve_home
 from common.types import KVLayout, Ticket, WorkerRef
 from kvtransfer.digest import piece_digest
 from kvtransfer.native.choice import piece_kernel, prepare
+from kvtransfer.native.kernel import packed_piece
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
@@ -81,7 +82,7 @@ def constant_digest(piece: memoryview, nonce: bytes, logical_block: int, first_l
 def use_digests(on: bool) -> None:
     for module in DIGESTING:
         module.piece_digest = piece_digest if on else constant_digest  # type: ignore[attr-defined]
-    kvtransfer.transports.shm.piece_kernel = piece_kernel if on else lambda: None  # type: ignore[attr-defined]
+        module.piece_kernel = piece_kernel if on else lambda: None  # type: ignore[attr-defined]
 
 
 # -- the prefill side --------------------------------------------------------------------------------------------------
@@ -223,7 +224,10 @@ class Memory:
         kernel = piece_kernel()
         assert kernel is not None
         (source, destination), size = self._addresses, self._source.block_bytes
-        moves = [(source + start, destination + start, size) for start in range(0, self._source.buffer.nbytes, size)]
+        moves = [
+            packed_piece(source + start, destination + start, size, 0, 0, 0)
+            for start in range(0, self._source.buffer.nbytes, size)
+        ]
         await asyncio.sleep(0.003)
         started_s = time.perf_counter()
         kernel.copy(moves)

@@ -105,6 +105,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         host.report(scheduler, loop, step_tokens=spec.model.decode.step_tokens, local_prefill=spec.model.decode.local_prefill)
         loop.start(deliver=self._deliver, on_failure=self._engine_failed)
         host.watch_ranks(loop)
+        host.watch_engine(loop.sign, self._engine_failed)
         ref = await host.serve(lambda server: worker_pb2_grpc.add_DecodeServicer_to_server(self, server), ("pdserve.v1.Decode",))
         _log.info("ready", worker=ref.worker_id, incarnation=ref.incarnation, address=ref.address)
         return ref

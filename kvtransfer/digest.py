@@ -72,6 +72,11 @@ def _bound(tag: bytes, content: bytes, nonce: bytes, logical_block: int, first_l
     return digest
 
 
+def binding_of(nonce: bytes) -> bytes:
+    """What stands before a piece's place and content in what its digest is taken of, for whoever takes it natively."""
+    return _HOST_TAG + nonce
+
+
 def block_digest_of(pieces: Sequence[tuple[int, int, bytes]]) -> bytes:
     """The sum over a block's pieces (first layer, number of layers, digest), which must come sorted and cover the block."""
     if len(pieces) == 1:

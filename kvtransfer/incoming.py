@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from common.clock import Clock
@@ -23,6 +23,8 @@ from common.types import Ticket
 from kvtransfer.device import read_contents
 from kvtransfer.digest import piece_digest
 from kvtransfer.lease import PULSES_PER_LEASE
+from kvtransfer.native.choice import piece_kernel
+from kvtransfer.native.kernel import packed_piece
 from kvtransfer.region import BlockRegion
 from kvtransfer.state import UNDECIDED, Arrival, HandoffState, IncomingTransfer, Seal
 from kvtransfer.transports.base import PieceName, ReceiverLink, Refusal, Written
@@ -56,6 +58,7 @@ class PoolSide:
     lease_s: float
     clock: Clock
     counters: ReceiverCounters
+    address: int | None  # of the pool, where this process can read it
     forget: Callable[[bytes], object]  # the nonce of a transfer that has ended
     silent: Callable[[ReceiverLink], None]  # a writer on this link was not heard for the time of a lease
 
@@ -174,23 +177,21 @@ class Incoming:
         return None if block is None else self._bytes_of(block, name)
 
     def arrived(self, written: Sequence[Written]) -> None:
-        transfer, counters, nonce = self.transfer, self._side.counters, self.ticket.nonce
+        transfer, counters = self.transfer, self._side.counters
         blocks_before = len(transfer.verified)
         transfer.heard(self._side.clock.monotonic_s())
         arrived_bytes = verified_bytes = repeated_bytes = 0
-        contents = [self._content(name) if dropped is None else dropped for name, _, dropped in written]
-        if self._side.region.on_device:
-            read_contents(contents)
-        for (name, stated, _), content in zip(written, contents, strict=True):
+        for (name, stated, _), found in zip(written, self._digests_of(written), strict=True):
             if not transfer.receiving:
                 counters.late_pieces += 1
                 continue
-            arrived_bytes += content.nbytes
-            arrival = transfer.piece_arrived(name, stated, piece_digest(content, nonce, *name) == stated)
+            piece_bytes = name.num_layers * self._layer_bytes
+            arrived_bytes += piece_bytes
+            arrival = transfer.piece_arrived(name, stated, found == stated)
             if arrival is Arrival.VERIFIED:
-                verified_bytes += content.nbytes
+                verified_bytes += piece_bytes
             elif arrival is Arrival.DUPLICATE:
-                repeated_bytes += content.nbytes
+                repeated_bytes += piece_bytes
         counters.blocks += len(transfer.verified) - blocks_before
         counters.bytes += verified_bytes
         self._unspent_bytes -= arrived_bytes
@@ -215,6 +216,34 @@ class Incoming:
         self._settle()
 
     # -- within -------------------------------------------------------------------------------------------------------
+
+    def _digests_of(self, written: Sequence[Written]) -> Iterable[bytes]:
+        """What the bytes of these pieces are, here and now; where all lie in the pool, one native call says it."""
+        nonce, kernel = self.ticket.nonce, piece_kernel()
+        if kernel is not None and self._layer_bytes >= kernel.least_bytes:
+            packed = self._packed(written)
+            if packed:
+                return kernel.digests(packed, nonce)
+        contents = [self._content(name) if dropped is None else dropped for name, _, dropped in written]
+        if self._side.region.on_device:
+            read_contents(contents)
+        return (piece_digest(content, nonce, *name) for (name, _, _), content in zip(written, contents, strict=True))
+
+    def _packed(self, written: Sequence[Written]) -> list[bytes]:
+        """Where each of these pieces lies; nothing if one of them does not lie in one of the ticket's blocks."""
+        packed: list[bytes] = []
+        pool_address, blocks, first_block = self._side.address, self._blocks, self._first_block
+        block_bytes, layer_bytes = self._block_bytes, self._layer_bytes
+        for name, _, dropped in written:
+            logical_block, first_layer, num_layers = name
+            index, start_bytes, piece_bytes = logical_block - first_block, first_layer * layer_bytes, num_layers * layer_bytes
+            if pool_address is None or dropped is not None or not 0 <= index < len(blocks):
+                return []
+            if start_bytes < 0 or piece_bytes <= 0 or start_bytes + piece_bytes > block_bytes:
+                return []
+            address = pool_address + blocks[index] * block_bytes + start_bytes
+            packed.append(packed_piece(address, 0, piece_bytes, logical_block, first_layer, num_layers))
+        return packed
 
     def _content(self, name: PieceName) -> memoryview:
         """Where a piece is that was put into the pool; nothing if it has no business there."""

@@ -21,7 +21,6 @@ import enum
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from common.clock import Clock
 from common.errors import (
@@ -66,14 +65,6 @@ class SourceSide:
     silent: Callable[[SenderLink], None]  # over this link the decode worker was not heard for the time of a lease
 
 
-class _Queued(NamedTuple):
-    """A piece as it lies in the pool, or one that is still to be made (`kvtransfer.recutting`)."""
-
-    size_bytes: int
-    piece: Piece | None
-    cut: Cut | None
-
-
 class _Phase(enum.Enum):
     PUSHING = "pushing"  # takes pushes
     FINISHING = "finishing"  # no more pushes; writes what is queued
@@ -96,7 +87,7 @@ class Outgoing:
         self._recutting = recutting
         self._phase = _Phase.PUSHING
         self._error: HandoffError | None = None
-        self._queue: deque[_Queued] = deque()
+        self._queue: deque[Piece | Cut] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
         self._all_layers = (1 << side.num_layers) - 1
@@ -222,7 +213,7 @@ class Outgoing:
             if batch:
                 started_s = self._side.clock.monotonic_s()
                 if self._recutting is None:
-                    await self._write(link, [queued.piece for queued in batch if queued.piece is not None])
+                    await self._write(link, [piece for piece in batch if isinstance(piece, Piece)])
                 else:
                     await self._write_cut(link, self._recutting, batch)
                 self._transfer_s += self._side.clock.monotonic_s() - started_s
@@ -232,7 +223,7 @@ class Outgoing:
                 self._changed.clear()
                 await self._changed.wait()  # bounded by the lease and by the ticket's time
 
-    async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[_Queued]) -> None:
+    async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[Piece | Cut]) -> None:
         """This batch, and those that there is credit for behind it: each is made while the one before it is written. When it has
         returned or raised, no source is read any more."""
         making = self._start_making(recutting, batch)
@@ -248,8 +239,8 @@ class Outgoing:
             if making is not None:
                 await self._let_end(recutting, making)
 
-    def _start_making(self, recutting: Recutting, batch: Sequence[_Queued]) -> asyncio.Task[Made] | None:
-        cuts = [queued.cut for queued in batch if queued.cut is not None]
+    def _start_making(self, recutting: Recutting, batch: Sequence[Piece | Cut]) -> asyncio.Task[Made] | None:
+        cuts = [cut for cut in batch if isinstance(cut, Cut)]
         return asyncio.create_task(recutting.make(cuts, self.ticket.num_tokens), name="kv-cut") if cuts else None
 
     async def _let_end(self, recutting: Recutting, making: asyncio.Task[Made]) -> None:
@@ -260,26 +251,28 @@ class Outgoing:
 
     async def _write(self, link: SenderLink, pieces: Sequence[Piece]) -> None:
         digests = await link.write(self.ticket.nonce, pieces, self._stopping)
-        for (name, _, source), digest in zip(pieces, digests, strict=False):
-            self._digests.setdefault(name.logical_block, []).append((name.first_layer, name.num_layers, digest))
-            self._bytes += source.nbytes
+        written = self._digests
+        for piece, digest in zip(pieces, digests, strict=False):
+            logical_block, first_layer, num_layers = piece.name
+            written.setdefault(logical_block, []).append((first_layer, num_layers, digest))
+            self._bytes += piece.source.nbytes
         if len(digests) < len(pieces) and not self._stopping():
             raise TransferBroken("the link to the decode worker went away")
 
     def _can_write(self) -> bool:
-        return bool(self._queue) and self._queue[0].size_bytes <= self._credit_bytes
+        return bool(self._queue) and _size_bytes(self._queue[0]) <= self._credit_bytes
 
-    def _next_batch(self) -> list[_Queued]:
-        batch: list[_Queued] = []
+    def _next_batch(self) -> list[Piece | Cut]:
+        batch: list[Piece | Cut] = []
         size_bytes = 0
         largest_bytes = BATCH_BYTES if self._recutting is None else self._recutting.staging_bytes
         queue, most_bytes = self._queue, min(largest_bytes, self._credit_bytes)
-        while queue and size_bytes + queue[0].size_bytes <= most_bytes:
+        while queue and size_bytes + (next_bytes := _size_bytes(queue[0])) <= most_bytes:
             batch.append(queue.popleft())
-            size_bytes += batch[-1].size_bytes
+            size_bytes += next_bytes
         if not batch and self._can_write():  # a piece that is larger than a batch goes by itself
             batch.append(queue.popleft())
-            size_bytes = batch[0].size_bytes
+            size_bytes = _size_bytes(batch[0])
         self._credit_bytes -= size_bytes
         self._queued_bytes -= size_bytes
         if self._queued_bytes <= MAX_QUEUED_BYTES:
@@ -294,38 +287,43 @@ class Outgoing:
             raise IllegalTransition(f"push while {self._phase.value}")
         return bool(blocks)
 
-    async def _push(self, queued: Sequence[_Queued]) -> None:
+    async def _push(self, queued: Sequence[Piece | Cut]) -> None:
         self._queue.extend(queued)
-        self._queued_bytes += sum([item.size_bytes for item in queued])
+        self._queued_bytes += sum([_size_bytes(item) for item in queued])
         self._changed.set()
         if self._queued_bytes > MAX_QUEUED_BYTES:
             self._room.clear()
             await self._room.wait()
             self._raise_if_over()
 
-    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[_Queued]:
+    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Piece | Cut]:
         """Checked in full before anything is noted down: a refused push leaves no trace."""
         region, ticket = self._side.region, self.ticket
         pushed = self._check_new([logical for logical, _ in blocks], first, end)
-        layer_bytes = region.block_bytes // self._side.num_layers
-        start_bytes, end_bytes = first * layer_bytes, end * layer_bytes
-        buffer, block_bytes, first_block, destinations = region.buffer, region.block_bytes, ticket.first_block, ticket.blocks
-        queued = []
+        block_bytes, first_block, destinations, num_layers = region.block_bytes, ticket.first_block, ticket.blocks, end - first
+        layer_bytes = block_bytes // self._side.num_layers
+        start_bytes, piece_bytes = first * layer_bytes, num_layers * layer_bytes
+        buffer, num_blocks = region.buffer, region.num_blocks
+        pieces: list[Piece | Cut] = []
         for logical, source in blocks:
-            if not 0 <= source < region.num_blocks:
-                raise IndexError(f"block {source} of {region.num_blocks}")
-            offset_bytes = destinations[logical - first_block] * block_bytes + start_bytes
-            content = buffer[source * block_bytes + start_bytes : source * block_bytes + end_bytes]
-            piece = Piece(PieceName(logical, first, end - first), offset_bytes, content)
-            queued.append(_Queued(end_bytes - start_bytes, piece, None))
+            if not 0 <= source < num_blocks:
+                raise IndexError(f"block {source} of {num_blocks}")
+            at_bytes = source * block_bytes + start_bytes
+            pieces.append(
+                Piece(
+                    PieceName(logical, first, num_layers),
+                    destinations[logical - first_block] * block_bytes + start_bytes,
+                    buffer[at_bytes : at_bytes + piece_bytes],
+                )
+            )
         self._pushed.update(pushed)
-        return queued
+        return pieces
 
-    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[_Queued]:
+    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[Piece | Cut]:
         """Likewise."""
         ticket, block_bytes = self.ticket, recutting.layout.block_bytes
         pushed = self._check_new(logical, first, end)
-        queued = []
+        cuts: list[Piece | Cut] = []
         for number in logical:
             name = PieceName(number, first, end - first)
             size_bytes = recutting.size_bytes(name)
@@ -334,9 +332,9 @@ class Outgoing:
             outside = next((block for block in table.blocks if block >= self._side.region.num_blocks), None)
             if outside is not None:
                 raise IndexError(f"block {outside} of {self._side.region.num_blocks}")
-            queued.append(_Queued(size_bytes, None, Cut(name, offset_bytes, table)))
+            cuts.append(Cut(name, offset_bytes, size_bytes, table))
         self._pushed.update(pushed)
-        return queued
+        return cuts
 
     def _check_new(self, logical_blocks: Iterable[int], first: int, end: int) -> dict[int, int]:
         """What is pushed of each of these blocks once these layers are. Raises TicketRefused."""
@@ -398,3 +396,7 @@ class Outgoing:
     def _raise_if_over(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _size_bytes(queued: Piece | Cut) -> int:
+    return queued.source.nbytes if isinstance(queued, Piece) else queued.size_bytes

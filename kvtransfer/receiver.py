@@ -83,6 +83,7 @@ class KVReceiver:
             lease_s=lease_s,
             clock=clock,
             counters=self.counters,
+            address=None if region.on_device else region.address,
             forget=lambda nonce: self._incoming.pop(nonce, None),
             silent=self._link_silent,
         )

@@ -33,6 +33,7 @@ class Cut(NamedTuple):
 
     name: PieceName
     destination_offset_bytes: int
+    size_bytes: int
     table: BlockTable  # the blocks here that hold its tokens
 
 
@@ -81,7 +82,7 @@ class Recutting:
     def _make(self, cuts: Sequence[Cut], num_tokens: int, staging: memoryview) -> list[Piece]:
         pieces: list[Piece] = []
         used_bytes = 0
-        for (logical_block, first_layer, num_layers), offset_bytes, table in cuts:
+        for (logical_block, first_layer, num_layers), offset_bytes, _, table in cuts:
             piece = gather_piece(
                 Side(self._source, _WHOLE, table),
                 self._region.buffer,

@@ -11,6 +11,7 @@ The region does not know which blocks are in use.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -35,6 +36,7 @@ class BlockRegion:
         self.block_bytes = block_bytes
         self.num_blocks = num_blocks
         self.fd = fd
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))  # of the first block, in this process
         self._mapping: mmap.mmap | None = None
 
     @classmethod

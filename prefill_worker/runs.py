@@ -5,7 +5,8 @@ The life of a run:
   2. the prompt is submitted to the engine
   3. what becomes final is pushed while the engine goes on: groups of layers of a chunk, then the next chunk
   4. when the last block was written, the seal goes back as the reply
-However it ends, the engine stops computing this prompt within one step, and its blocks are given back when nobody reads them.
+However it ends, the engine stops computing this prompt within one step, or within a layer if no other prompt is in that step, and
+its blocks are given back when nobody reads them.
 
 It knows neither sockets nor threads: the engine is what takes posts and reports events, whatever runs it.
 """
@@ -110,6 +111,7 @@ class PrefillRuns:
             account = await push.finish()
         finally:
             del self._news[key]
+            self._scheduler.give_up(key)
             self._inbox.post(self._scheduler.stop, key)
             self._spawn_give_back(push, key)
         self._trace(received_s, computed)

@@ -12,7 +12,9 @@ step, so it costs no prompt its turn.
 
 A prompt gets its blocks, all of them, when its first chunk comes, and is never preempted; they are held after it was computed, or
 given up, until the hand-off has stopped reading them. When the first that wants blocks finds none, nobody behind it gets any.
-A prompt whose time is over is ended before a step. It knows no tensor, no socket, no ticket.
+A prompt whose time is over is ended before a step. A step of which no prompt is wanted any more (`give_up`, from any thread) is
+stopped between two layers, where the engine can do that; its prompts are stopped before the next one. It knows no tensor, no
+socket, no ticket.
 """
 
 from __future__ import annotations
@@ -115,6 +117,7 @@ class PrefillScheduler:
         self._serials = itertools.count()
         self._events: list[Event] = []
         self._dispatches: list[int] = []
+        self._given_up: set[str] = set()
         self._step_started_s = 0.0
         self.totals = SchedulerTotals()
         self.waiting_since_s: float | None = None  # since when the oldest prompt waits that nothing was computed of
@@ -179,6 +182,10 @@ class PrefillScheduler:
             self._dispatches.append(request.dispatch_id)
             del self._dispatches[:-_MAX_DISPATCHES]
 
+    def give_up(self, request_id: str) -> None:
+        """From any thread, and only before `release`: nobody wants any more of this prompt, `stop` will follow."""
+        self._given_up.add(request_id)
+
     def stop(self, request_id: str) -> None:
         """Computes no further chunk of this prompt; its blocks are held on. Legal in any state; unknown ids are ignored."""
         prompt = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
@@ -188,6 +195,7 @@ class PrefillScheduler:
     def release(self, request_id: str) -> None:
         """Nobody reads the prompt's blocks any more. Legal in any state; unknown ids are ignored."""
         self.stop(request_id)
+        self._given_up.discard(request_id)
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
             self._blocks.release([*prompt.sequence.detach(), *prompt.left_behind])
@@ -225,6 +233,16 @@ class PrefillScheduler:
                     end_layer,
                 )
             )
+
+    def wants(self, plan: StepPlan) -> bool:
+        return not all(prompt.request.request_id in self._given_up for prompt, _ in plan.prompts)
+
+    def stopped(self, plan: StepPlan) -> None:
+        """Of its prompts nothing is computed but what was before; its rows were for nothing. Those prompts go no further."""
+        rows = sum(count for _, count in plan.prompts)
+        self.totals.step_done(self._clock.monotonic_s() - self._step_started_s, rows=rows, prefill_rows=0, wasted_rows=rows)
+        for prompt, _ in plan.prompts:
+            self.stop(prompt.request.request_id)
 
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
         """Accounts for a computed step, whose layers have all been reported."""

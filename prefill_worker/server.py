@@ -71,6 +71,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         host.report(self._scheduler, self._loop, step_tokens=max(config.chunk_tokens, config.shared_tokens))
         self._loop.start(deliver=self._runs.deliver, on_failure=self._engine_failed)
         host.watch_ranks(self._loop)
+        host.watch_engine(self._loop.sign, self._engine_failed)
         ref = await host.serve(
             lambda server: worker_pb2_grpc.add_PrefillServicer_to_server(self, server), ("pdserve.v1.Prefill",)
         )

@@ -68,6 +68,12 @@ class EngineConfig(Part):
         description="What reads grammars of structured output. xgrammar (an extra): its masks take less time, for JSON schemas of"
         " closed objects, lists, plain scalars and choices; llguidance reads all others.",
     )
+    hang_s: float = Field(
+        180.0,
+        gt=0,
+        description="A worker whose engine is at work and gives no sign for so long, not a layer and not a step, has failed and"
+        " is replaced.",
+    )
     prefix_cache: bool = Field(True, description="Keep the KV of finished requests and reuse it for equal prefixes.")
     rank_timeout_s: float = Field(
         10.0, gt=0, description="A worker of several processes ends when one of them gives no sign of life for so long."

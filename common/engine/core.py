@@ -26,6 +26,7 @@ from common.clock import Clock
 from common.engine.batch import ForwardResult, ScheduledBatch
 from common.engine.engine import Engine
 from common.engine.in_flight_step import InFlightStep
+from common.engine.stopping import StepStopped
 from common.errors import IllegalTransition
 from common.metrics import WorkerMetrics
 
@@ -89,7 +90,7 @@ Event = TypeVar("Event")
 
 
 class Scheduler(Protocol[PlanType, Event]):
-    """`schedule` and `complete` alternate; a plan with an empty batch is not completed."""
+    """`schedule` and `complete` alternate; a plan with an empty batch is not completed, nor one that was stopped."""
 
     @property
     def is_idle(self) -> bool:
@@ -118,6 +119,14 @@ class LayerWatcher(Protocol[WatchedPlan]):
     def layers_computed(self, plan: WatchedPlan, first_layer: int, end_layer: int) -> None:
         """Keys and values of the layers [first, end) of the plan's batch are in the pool. In order; the last group ends with
         the model's last layer."""
+        ...
+
+    def wants(self, plan: WatchedPlan) -> bool:
+        """Whether anybody wants what is left of the plan's step. Asked between layers where a step can be stopped."""
+        ...
+
+    def stopped(self, plan: WatchedPlan) -> None:
+        """Its step was stopped as nobody wanted it: the plan is not completed."""
         ...
 
 
@@ -174,7 +183,12 @@ class Core(Generic[PlanType, Event]):
         step, following = self._step, None if self._ahead is None else self._ahead.schedule_ahead()
         self._plan = self._step = None
         if following is None or isinstance(following, enum.Enum):
-            result = self._engine.runner.execute(plan.batch, watch) if step is None else step.collect()
+            try:
+                result = self._engine.runner.execute(plan.batch, watch) if step is None else step.collect()
+            except StepStopped:
+                if self._watcher is not None:
+                    self._watcher.stopped(plan)
+                return
         else:
             if step is None:
                 step = self._engine.runner.launch(plan.batch, watch)
@@ -213,6 +227,7 @@ class Core(Generic[PlanType, Event]):
 
     def _watch(self, watcher: LayerWatcher[PlanType], plan: PlanType, hand_over: Callable[[], None]) -> Callable[[int], None]:
         first_layer = 0
+        all_layers, can_stop = self._engine.layout.num_layers, self._engine.runner.can_stop
 
         def layer_done(num_layers: int) -> None:
             nonlocal first_layer
@@ -220,6 +235,8 @@ class Core(Generic[PlanType, Event]):
                 watcher.layers_computed(plan, first_layer, num_layers)
                 first_layer = num_layers
                 hand_over()
+            if can_stop and num_layers < all_layers and not watcher.wants(plan):
+                raise StepStopped
 
         return layer_done
 

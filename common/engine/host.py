@@ -29,6 +29,7 @@ from common.engine.core import SchedulerTotals
 from common.engine.cores import Cores, OwnCores, SharedCores
 from common.engine.engine import Engine, build_engine
 from common.engine.grammar import CompiledGrammar, GrammarCompiler
+from common.engine.hang_watch import HangWatch
 from common.engine.loop import Inbox
 from common.engine.pace import Pace
 from common.engine.reporter import Reporter, ReportingScheduler
@@ -130,6 +131,7 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         self._grammars: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile grammar")
         self._not_serving: asyncio.Task[None] | None = None
+        self._hang_watch: HangWatch | None = None
 
     @property
     def engine(self) -> Engine:
@@ -277,6 +279,15 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
         if self.engine.group is not None:
             self.engine.group.watch(lambda error: inbox.post(fail, error))
 
+    def watch_engine(
+        self, sign: Callable[[], int | None], on_hang: Callable[[PdserveError], None], hang_s: float | None = None
+    ) -> None:
+        """Has it called once if the engine's thread hangs (`common.engine.hang_watch`), until `stop`. `hang_s`: other than the
+        configured time."""
+        if self._hang_watch is not None:
+            self._hang_watch.close()
+        self._hang_watch = HangWatch(sign, self.spec.engine.hang_s if hang_s is None else hang_s, on_hang)
+
     async def close_engine(self) -> None:
         """After the engine's thread has ended, and also where it never began."""
         if self._engine is not None:
@@ -313,6 +324,8 @@ class WorkerHost(worker_pb2_grpc.WorkerServicer):
 
     async def stop(self, grace_s: float) -> None:
         await self.drain(grace_s)
+        if self._hang_watch is not None:
+            self._hang_watch.close()
         if self._reporter is not None:
             self._reporter.close()
         if self._not_serving is not None:

@@ -63,6 +63,8 @@ class EngineLoop(Generic[Event]):
         self._on_failure: Callable[[BaseException], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._signs = 0
+        self._waiting = True
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -75,6 +77,11 @@ class EngineLoop(Generic[Event]):
     def post(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
         """Has the engine thread call the function between two steps. Returns at once; calls are applied in order."""
         self._inbox.put(lambda: function(*arguments))
+
+    def sign(self) -> int | None:
+        """From any thread: another number after each step and whatever it had to say meanwhile; None while it waits for posts, or
+        has ended."""
+        return None if self._waiting else self._signs
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """Returns when the thread has ended; a step in progress is completed first."""
@@ -94,6 +101,8 @@ class EngineLoop(Generic[Event]):
                 self._core.abandon()
                 self._call(self._on_failure, error)
                 raise
+            finally:
+                self._waiting = True
 
     def _work(self) -> None:
         progressed = False
@@ -112,7 +121,10 @@ class EngineLoop(Generic[Event]):
 
     def _apply_posted(self, *, wait: bool) -> None:
         if wait:
-            self._inbox.get()()
+            self._waiting = True
+            apply = self._inbox.get()
+            self._signs, self._waiting = self._signs + 1, False
+            apply()
         while not self._stopping:
             try:
                 apply = self._inbox.get_nowait()
@@ -121,6 +133,7 @@ class EngineLoop(Generic[Event]):
             apply()
 
     def _hand_over(self) -> None:
+        self._signs += 1
         events = self._core.take_events()
         if events:
             self._call(self._deliver, events)

@@ -43,6 +43,7 @@ from common.engine.numerics import Numerics
 from common.engine.operations import Operations
 from common.engine.profile.stopwatch import Stopwatch
 from common.engine.step_input import StepBuffers, StepInput
+from common.engine.stopping import StepStopped
 from common.engine.to_device import to_device
 from common.engine.verification import draw, num_sampled_rows, refusal
 from common.errors import EngineFailure
@@ -121,6 +122,11 @@ class ModelRunner:
         self._operations = stopwatch.around(self._operations, sample="sampling", report_logprobs="log-probabilities")
         return model
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether a `layer_done` of `execute` may raise `StepStopped`: nothing but this thread is at work on the step."""
+        return self._group is None and self._computing is None and self.steps is None and self._pool.device.type == "cpu"
+
     def execute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> ForwardResult:
         """Computes one step. Blocks until its tokens are on the host; calls `layer_done` from within, on this thread."""
         if not batch.slices:
@@ -171,7 +177,11 @@ class ModelRunner:
         ]
         wanted = [rows for groups in reported for rows in groups] + ([sampled] if sampled else [])
         kept = sampled if batch.keeps_rows else ()
-        logits = self._compute(batch, wanted, layer_done, kept)
+        try:
+            logits = self._compute(batch, wanted, layer_done, kept)
+        except StepStopped:
+            _wait_for(working_out)
+            raise
         prompt_logprobs = [
             _prompt_logprobs(item, len(groups), logits, self._operations)
             for item, groups in zip(batch.slices, reported, strict=True)

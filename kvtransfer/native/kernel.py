@@ -1,25 +1,68 @@
 """The C interface of the compiled library (`source/pieces.cpp`), and what shows that it computes what it should.
 
+    copy       contents of pieces that are copied
+    digests    digests of pieces that lie where they lie
+    write      a batch from end to end: copied, digested, framed and sent, a frame at a time
+
 Addresses are plain numbers: whoever calls keeps the memory alive and has checked its bounds. Calls let go of the GIL.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
+import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from xxhash import xxh3_128_digest
 
 from common.native_build import BuildError
-from kvtransfer.digest import DIGEST_BYTES
+from kvtransfer.digest import DIGEST_BYTES, binding_of, piece_digest
 
-_INTERFACE = 1
+_INTERFACE = 2
+_CHECKED_NONCE = bytes(range(200, 216))
 _CHECKED_SIZES = (241, 256, 257, 1023, 1024, 1025, 4096, 4097, 12_288, 65_536 + 33)
+NAME_BYTES = 8
+DESCRIPTOR_BYTES = NAME_BYTES + DIGEST_BYTES
+_BYTES_PER_BUFFER = 16
 
-Move = tuple[int, int, int]
-"""Address of the source, address of the destination, bytes."""
+packed_piece = struct.Struct("<QQQIHH").pack
+"""A piece, as all calls take it: address of the source, address of the destination (0: it stays where it is), bytes, and its
+name: logical block, first layer, number of layers. Raises struct.error for what has no room."""
+
+
+class Outcome(enum.IntEnum):
+    """How a write ended."""
+
+    DONE = 0
+    WAITED = 1  # for so long that it is time to ask whether it is still wanted
+    WOKEN = 2
+    STALLED = 3
+    BROKEN = 4
+
+
+class Outlet(NamedTuple):
+    """The socket of a write, and the event that wakes one who waits for it."""
+
+    socket: int
+    wake: int
+    stall_ms: int
+    patience_ms: int
+
+
+class _Link(ctypes.Structure):
+    _fields_ = (
+        ("socket", ctypes.c_int32),
+        ("wake", ctypes.c_int32),
+        ("stall_ms", ctypes.c_uint32),
+        ("patience_ms", ctypes.c_uint32),
+        ("header", ctypes.c_uint8 * 32),
+        ("tag_nonce", ctypes.c_uint8 * 28),
+        ("with_payload", ctypes.c_uint32),
+    )
 
 
 class PieceKernel:
@@ -31,21 +74,58 @@ class PieceKernel:
             interface = library.pdserve_pieces_interface()
             library.pdserve_pieces_least.restype = ctypes.c_uint64
             self.least_bytes: int = library.pdserve_pieces_least()
-            self._copy = library.pdserve_pieces_copy
+            self._contents = library.pdserve_pieces_contents
+            self._digests = library.pdserve_pieces_digests
+            self._write = library.pdserve_pieces_write
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         if interface != _INTERFACE:
             raise BuildError(f"{path} has interface {interface}, not {_INTERFACE}")
-        self._copy.argtypes, self._copy.restype = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p), None
+        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64
+        self._contents.argtypes, self._contents.restype = (text, number, pointer), None
+        self._digests.argtypes, self._digests.restype = (text, number, text, pointer), None
+        self._write.argtypes = (pointer, text, pointer, number, pointer, pointer, pointer)
+        self._write.restype = ctypes.c_int64
 
-    def copy(self, moves: Sequence[Move]) -> list[bytes]:
+    def copy(self, pieces: Sequence[bytes]) -> list[bytes]:
         """Copies each, of at least `least_bytes`; xxh3-128 of what was read, in one pass. When it returns, all copies are there
         for every process."""
-        table = array("Q", [number for move in moves for number in move])
-        digests = ctypes.create_string_buffer(DIGEST_BYTES * len(moves))
-        self._copy(table.buffer_info()[0], len(moves), ctypes.addressof(digests))
-        raw = digests.raw
-        return [raw[start : start + DIGEST_BYTES] for start in range(0, len(raw), DIGEST_BYTES)]
+        contents = ctypes.create_string_buffer(DIGEST_BYTES * len(pieces))
+        self._contents(b"".join(pieces), len(pieces), ctypes.addressof(contents))
+        return _parted(contents.raw, 0, DIGEST_BYTES)
+
+    def digests(self, pieces: Sequence[bytes], nonce: bytes) -> list[bytes]:
+        """As `piece_digest` of each, of at least `least_bytes`."""
+        digests = ctypes.create_string_buffer(DIGEST_BYTES * len(pieces))
+        self._digests(b"".join(pieces), len(pieces), binding_of(nonce), ctypes.addressof(digests))
+        return _parted(digests.raw, 0, DIGEST_BYTES)
+
+    def write(
+        self, pieces: Sequence[bytes], ends: Sequence[int], outlet: Outlet, nonce: bytes, header: bytes, *, with_payload: bool
+    ) -> tuple[list[bytes], Outcome]:
+        """Copies and digests pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the last of
+        which is their number: `header` with its own count of pieces, and amount of payload if there is any; descriptors; payload.
+        Returns the digests of those whose frames were sent in full."""
+        link = _Link(*outlet, with_payload=with_payload)
+        link.header[:], link.tag_nonce[:] = header, binding_of(nonce)
+        frames = array("I", ends)
+        descriptors = ctypes.create_string_buffer(DESCRIPTOR_BYTES * len(pieces))
+        buffers = ctypes.create_string_buffer(_BYTES_PER_BUFFER * (len(pieces) + 2))
+        written = ctypes.c_uint64(0)
+        outcome = self._write(
+            ctypes.addressof(link),
+            b"".join(pieces),
+            frames.buffer_info()[0],
+            len(frames),
+            ctypes.addressof(descriptors),
+            ctypes.addressof(buffers),
+            ctypes.addressof(written),
+        )
+        return _parted(descriptors.raw[: DESCRIPTOR_BYTES * written.value], NAME_BYTES, DESCRIPTOR_BYTES), Outcome(outcome)
+
+
+def _parted(raw: bytes, first_byte: int, stride_bytes: int) -> list[bytes]:
+    return [raw[start : start + DIGEST_BYTES] for start in range(first_byte, len(raw), stride_bytes)]
 
 
 def check_kernel(path: Path) -> None:
@@ -57,7 +137,10 @@ def check_kernel(path: Path) -> None:
     for size in _CHECKED_SIZES:
         for start, place in ((0, aligned), (3, aligned), (1, aligned + 1)):
             destination[:] = bytes(len(destination))
-            (digest,) = kernel.copy([(from_address + start, to_address + place, size)])
+            name = (size, start, 7)
+            (content,) = kernel.copy([packed_piece(from_address + start, to_address + place, size, *name)])
+            (digest,) = kernel.digests([packed_piece(from_address + start, 0, size, *name)], _CHECKED_NONCE)
             wanted = bytes(source[start : start + size])
-            if digest != xxh3_128_digest(wanted) or destination != bytes(place) + wanted + bytes(len(destination) - place - size):
+            right = content == xxh3_128_digest(wanted) and digest == piece_digest(memoryview(wanted), _CHECKED_NONCE, *name)
+            if not right or destination != bytes(place) + wanted + bytes(len(destination) - place - size):
                 raise BuildError(f"the library makes something else of {size} bytes")

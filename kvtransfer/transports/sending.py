@@ -25,14 +25,64 @@ from typing import Any, Protocol, TypeVar
 
 from common.errors import HandoffError, TransferBroken
 from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, decode_header
+from kvtransfer.native.kernel import Outcome, Outlet
 from kvtransfer.transports.base import Piece, Refusal, WriterNews
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no bytes for so long is given up
+PATIENCE_S = 0.05  # native code that has waited for so long asks whether its batch is still wanted
 MAX_BUFFERS_PER_SEND = 512
 REPLY_BUFFER_BYTES = 64 * HEADER_BYTES
 
 Result = TypeVar("Result")
 Send = Callable[[Sequence[bytes | memoryview]], None]
+
+
+class SocketSend:
+    """What a batch is sent with, in the lane: by the interpreter when called, or by native code through `outlet`."""
+
+    def __init__(self, sock: socket.socket, wake: int, lost: Callable[[], HandoffError | None]) -> None:
+        """`wake` can be read once `lost` says why the link is gone."""
+        self._sock = sock
+        self._wake = wake
+        self._lost = lost
+        self.outlet = Outlet(sock.fileno(), wake, int(STALL_TIMEOUT_S * 1000), int(PATIENCE_S * 1000))
+
+    def __call__(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """All of them. Raises TransferBroken when the link goes, is dropped, or stalls."""
+        left = [memoryview(buffer) for buffer in buffers]
+        first = 0  # the first buffer that is not sent in full
+        poller: select.poll | None = None
+        while first < len(left):
+            self._check_lost()
+            try:
+                sent = self._sock.sendmsg(left[first : first + MAX_BUFFERS_PER_SEND])
+            except (BlockingIOError, InterruptedError):
+                if poller is None:
+                    poller = select.poll()
+                    poller.register(self._sock, select.POLLOUT)
+                    poller.register(self._wake, select.POLLIN)
+                if not poller.poll(STALL_TIMEOUT_S * 1000):
+                    self.check(Outcome.STALLED)
+                continue
+            except OSError:
+                self.check(Outcome.BROKEN)
+            while first < len(left) and sent >= left[first].nbytes:
+                sent -= left[first].nbytes
+                first += 1
+            if sent:
+                left[first] = left[first][sent:]
+
+    def check(self, outcome: Outcome) -> None:
+        self._check_lost()
+        if outcome is Outcome.STALLED:
+            raise TransferBroken(f"the peer took nothing for {STALL_TIMEOUT_S:g} s")
+        if outcome in (Outcome.BROKEN, Outcome.WOKEN):
+            raise TransferBroken("the link to the decode worker went away")
+
+    def _check_lost(self) -> None:
+        lost = self._lost()
+        if lost is not None:
+            raise TransferBroken(lost.message)
 
 
 class BatchWriter(Protocol):
@@ -60,6 +110,7 @@ class StreamSenderLink:
         self._pulsing: set[bytes] = set()  # their pulse waits for its turn in the lane
         self._replies = bytearray()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._send = SocketSend(sock, self._wake, lambda: self.lost)
         self._ending: asyncio.Task[None] | None = None
         self._loop.add_reader(sock, self._readable)
 
@@ -134,32 +185,6 @@ class StreamSenderLink:
         error = None if future.cancelled() else future.exception()
         if isinstance(error, TransferBroken):
             self.drop(error)
-
-    def _send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """In the lane: all of `buffers`. Raises TransferBroken when the link goes, is dropped, or stalls."""
-        left = [memoryview(buffer) for buffer in buffers]
-        first = 0  # the first buffer that is not sent in full
-        poller: select.poll | None = None
-        while first < len(left):
-            if self.lost is not None:
-                raise TransferBroken(self.lost.message)
-            try:
-                sent = self._sock.sendmsg(left[first : first + MAX_BUFFERS_PER_SEND])
-            except (BlockingIOError, InterruptedError):
-                if poller is None:
-                    poller = select.poll()
-                    poller.register(self._sock, select.POLLOUT)
-                    poller.register(self._wake, select.POLLIN)
-                if not poller.poll(STALL_TIMEOUT_S * 1000):
-                    raise TransferBroken(f"the peer took nothing for {STALL_TIMEOUT_S:g} s") from None
-                continue
-            except OSError as error:
-                raise TransferBroken("the link to the decode worker went away") from error
-            while first < len(left) and sent >= left[first].nbytes:
-                sent -= left[first].nbytes
-                first += 1
-            if sent:
-                left[first] = left[first][sent:]
 
     # -- replies ------------------------------------------------------------------------------------------------------
 

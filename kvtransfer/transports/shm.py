@@ -10,9 +10,9 @@ The writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or
 mapping before its sockets, and a link that is closed unmaps first; a fork of p inherits no mapping.
 
 What is there is announced, and checked by d, while the rest is still being copied; the first announcement is small, for d waits
-for it, and the last ones are, for they are checked when nothing else is left to do. Copies are digested in the same pass where
-there is a compiled library (`kvtransfer.native`); where there is none, or cores to spare, a large batch is copied by two threads,
-the lane and a helper.
+for it, and the last ones are, for they are checked when nothing else is left to do. Where there is a compiled library
+(`kvtransfer.native`), it copies and digests in the same pass and announces, many pieces in one call; where there is none, a large
+batch is copied by two threads, the lane and a helper.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
-from kvtransfer.digest import digest_of_content, piece_digest
+from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.host_identity import this_host
 from kvtransfer.native.choice import piece_kernel
-from kvtransfer.native.kernel import PieceKernel
+from kvtransfer.native.writing import address_of, can_write, write_natively
 from kvtransfer.region import BlockRegion, touch_all, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
-from kvtransfer.transports.sending import Send, StreamSenderLink
+from kvtransfer.transports.sending import Send, SocketSend, StreamSenderLink
 from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "shm"
 PART_BYTES = 256 * 1024  # copied at once, and digested while in a core's cache; a larger piece by itself
-NATIVE_PART_BYTES = 768 * 1024  # copied and digested by one call
 ANNOUNCED_SHARE = 4  # of what is left, so much is announced at once, down to a part
+LEAST_ANNOUNCED_BYTES = 768 * 1024  # where many pieces take one call: whoever reads has more to do for each announcement
 MAX_ANNOUNCED_BYTES = 2 * 1024 * 1024
-CORES = len(os.sched_getaffinity(0))
 WORTH_HELPING_BYTES = 1024 * 1024  # below it one thread is done before another one is awake
 LARGE_PIECE_BYTES = 64 * 1024  # below it there is more to do for the interpreter, which has one thread at a time
 _DESCRIPTOR_FOLLOWS = b"F"
@@ -119,7 +118,7 @@ class MappedWriter:
         use_huge_pages(self._mapping)
         touch_all(self._mapping)
         self._pool_bytes = pool_bytes
-        self._pool_address = _address_of(memoryview(self._mapping))
+        self._pool_address = address_of(memoryview(self._mapping))
         self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy-shm")
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
@@ -127,34 +126,29 @@ class MappedWriter:
         if not pieces:
             return []
         kernel = piece_kernel()
-        batch = _Batch(nonce, pieces, stop, send, PART_BYTES if kernel is None else NATIVE_PART_BYTES)
-        # With the kernel one thread copies as fast as memory does, and the reader needs a core, too.
-        worth_helping = (
-            (kernel is None or CORES > 2)
-            and batch.piece_bytes >= LARGE_PIECE_BYTES
-            and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
-        )
-        helping = self._helper.submit(batch.write, self._copy, kernel) if worth_helping else None
+        if kernel is not None and isinstance(send, SocketSend) and can_write(kernel, pieces):
+            ends = announcements(len(pieces), pieces[0].source.nbytes)
+            return write_natively(kernel, send, FrameKind.WRITTEN, nonce, pieces, ends, stop, self._place_of)
+        batch = _Batch(nonce, pieces, stop, send)
+        worth_helping = batch.piece_bytes >= LARGE_PIECE_BYTES and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+        helping = self._helper.submit(batch.write, self._copy) if worth_helping else None
         try:
-            batch.write(self._copy, kernel)
+            batch.write(self._copy)
         finally:
             if helping is not None:
                 helping.result()  # only now are the sources not read any more
         return [digest for digest in batch.digests if digest]
 
-    def _copy(self, pieces: Sequence[Piece], nonce: bytes, kernel: PieceKernel | None) -> list[bytes]:
+    def _copy(self, pieces: Sequence[Piece], nonce: bytes) -> list[bytes]:
         """The pieces' digests. Copies without the GIL."""
-        if kernel is not None and all([piece.source.nbytes >= kernel.least_bytes for piece in pieces]):
-            moves = []
-            for _, offset_bytes, source in pieces:
-                self._check(offset_bytes, source.nbytes)
-                moves.append((_address_of(source), self._pool_address + offset_bytes, source.nbytes))
-            contents = kernel.copy(moves)
-            return [digest_of_content(content, nonce, *piece.name) for piece, content in zip(pieces, contents, strict=True)]
         for offset_bytes, address, size_bytes in _runs(pieces):  # one memcpy for each run of neighbours
             self._check(offset_bytes, size_bytes)
             ctypes.memmove(self._pool_address + offset_bytes, address, size_bytes)
         return [piece_digest(source, nonce, *name) for name, _, source in pieces]  # they are in this core's cache now
+
+    def _place_of(self, piece: Piece) -> int:
+        self._check(piece.destination_offset_bytes, piece.source.nbytes)
+        return self._pool_address + piece.destination_offset_bytes
 
     def _check(self, offset_bytes: int, size_bytes: int) -> None:
         if not 0 <= offset_bytes <= self._pool_bytes - size_bytes:
@@ -165,29 +159,29 @@ class MappedWriter:
         self._mapping.close()
 
 
-Copy = Callable[[Sequence[Piece], bytes, "PieceKernel | None"], list[bytes]]
+Copy = Callable[[Sequence[Piece], bytes], list[bytes]]
 
 
 class _Batch:
     """Pieces that one or two threads copy, a part at a time, and announce."""
 
-    def __init__(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send, part_bytes: int) -> None:
+    def __init__(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> None:
         self.piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
         self.digests = [b""] * len(pieces)  # of those that were written
         self._nonce = nonce
         self._pieces = pieces
         self._stop = stop
         self._send = send
-        self._part = min(max(part_bytes // self.piece_bytes, 1), MAX_PIECES)  # pieces that are copied at once
+        self._part = min(max(PART_BYTES // self.piece_bytes, 1), MAX_PIECES)  # pieces that are copied at once
         # A step of it is one for the interpreter: no two threads get the same.
         self._starts = iter(range(0, len(pieces), self._part))
         self._announcing = threading.Lock()
 
-    def write(self, copy: Copy, kernel: PieceKernel | None) -> None:
+    def write(self, copy: Copy) -> None:
         """Until nothing is left to take."""
         mine: list[int] = []  # written and not announced
         while not self._stop() and (start := next(self._starts, None)) is not None:
-            written = copy(self._pieces[start : start + self._part], self._nonce, kernel)
+            written = copy(self._pieces[start : start + self._part], self._nonce)
             for index, digest in enumerate(written, start):
                 self.digests[index] = digest
                 mine.append(index)
@@ -199,8 +193,7 @@ class _Batch:
 
     def _worth_announcing(self, start: int) -> int:
         """Pieces, when the part at `start` was the last one that was taken. Whoever reads waits for the first."""
-        share = (len(self._pieces) - start) // ANNOUNCED_SHARE if start else 0
-        return min(max(share, self._part), MAX_ANNOUNCED_BYTES // self.piece_bytes)
+        return _worth_announcing(len(self._pieces) - start if start else 0, self._part, self.piece_bytes)
 
     def _announce(self, indexes: Sequence[int]) -> None:
         names, digests = [self._pieces[index].name for index in indexes], [self.digests[index] for index in indexes]
@@ -208,12 +201,27 @@ class _Batch:
             self._send([Frame(FrameKind.WRITTEN, self._nonce, count=len(indexes)).encode() + encode_table(names, digests)])
 
 
+def announcements(num_pieces: int, piece_bytes: int) -> list[int]:
+    """Before which pieces an announcement is made, the last one's included, where one thread copies."""
+    part = max(LEAST_ANNOUNCED_BYTES // piece_bytes, 1)
+    ends: list[int] = []
+    while (done := ends[-1] if ends else 0) < num_pieces:
+        pieces = min(max(_worth_announcing(num_pieces - done if done else 0, part, piece_bytes), 1), MAX_PIECES)
+        ends.append(min(done + pieces, num_pieces))
+    return ends
+
+
+def _worth_announcing(pieces_left: int, part: int, piece_bytes: int) -> int:
+    """Pieces, where so many are left to write; 0: nothing was announced."""
+    return min(max(pieces_left // ANNOUNCED_SHARE, part), MAX_ANNOUNCED_BYTES // piece_bytes)
+
+
 def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:
     """Pieces that are neighbours in the source and in the pool, as one: offset in the pool, address of the source, bytes."""
     runs: list[tuple[int, int, int]] = []
     offset_after = address_after = -1
     for _, offset_bytes, source in pieces:
-        address, size_bytes = _address_of(source), source.nbytes
+        address, size_bytes = address_of(source), source.nbytes
         if offset_bytes == offset_after and address == address_after:
             first_offset, first_address, run_bytes = runs.pop()
             runs.append((first_offset, first_address, run_bytes + size_bytes))
@@ -221,10 +229,6 @@ def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:
             runs.append((offset_bytes, address, size_bytes))
         offset_after, address_after = offset_bytes + size_bytes, address + size_bytes
     return runs
-
-
-def _address_of(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 async def _receive_descriptor(sock: socket.socket) -> int:

@@ -15,11 +15,13 @@ from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
+from kvtransfer.native.choice import piece_kernel
+from kvtransfer.native.writing import can_write, write_natively
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
-from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, PieceName, SenderLink
+from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
-from kvtransfer.transports.sending import Send, StreamSenderLink
+from kvtransfer.transports.sending import Send, SocketSend, StreamSenderLink
 
 KIND = "tcp"
 BACKLOG = 64
@@ -64,24 +66,37 @@ class WireWriter:
     """Sends pieces after a table of them, many in one frame."""
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+        kernel = piece_kernel()
+        if pieces and kernel is not None and isinstance(send, SocketSend) and can_write(kernel, pieces):
+            ends = _ends_of_frames(pieces)
+            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, pieces, ends, stop, lambda _: 0)
         digests: list[bytes] = []
-        while len(digests) < len(pieces) and not stop():
-            names: list[PieceName] = []
-            payload: list[memoryview] = []
-            payload_bytes = 0
-            for name, _, source in pieces[len(digests) : len(digests) + MAX_PIECES]:
-                if payload and payload_bytes + source.nbytes > FRAME_BYTES:
-                    break
-                names.append(name)
-                digests.append(piece_digest(source, nonce, *name))
-                payload.append(source)
-                payload_bytes += source.nbytes
-            header = Frame(FrameKind.BLOCKS, nonce, len(names), payload_bytes).encode()
-            send([header + encode_table(names, digests[-len(names) :]), *payload])
+        for end in _ends_of_frames(pieces):
+            if stop():
+                break
+            frame = pieces[len(digests) : end]
+            own = [piece_digest(source, nonce, *name) for name, _, source in frame]
+            payload = [piece.source for piece in frame]
+            header = Frame(FrameKind.BLOCKS, nonce, len(frame), sum([source.nbytes for source in payload])).encode()
+            send([header + encode_table([piece.name for piece in frame], own), *payload])
+            digests += own
         return digests
 
     def close(self) -> None:
         """Nothing of the peer's is held here."""
+
+
+def _ends_of_frames(pieces: Sequence[Piece]) -> list[int]:
+    """Before which pieces a frame ends, the last one's included."""
+    ends: list[int] = []
+    payload_bytes = 0
+    for index, piece in enumerate(pieces):
+        first = ends[-1] if ends else 0
+        if index > first and (payload_bytes + piece.source.nbytes > FRAME_BYTES or index - first == MAX_PIECES):
+            ends.append(index)
+            payload_bytes = 0
+        payload_bytes += piece.source.nbytes
+    return [*ends, len(pieces)] if pieces else ends
 
 
 def listen_on(host: str) -> tuple[socket.socket, str]:

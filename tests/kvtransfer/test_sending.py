@@ -84,7 +84,8 @@ class Wire:
 
 
 @pytest.fixture
-async def wire() -> AsyncIterator[Wire]:
+async def wire(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    monkeypatch.setattr(tcp, "piece_kernel", lambda: None)  # with it: `native/test_native_writing.py`
     wire = Wire(WireWriter())
     yield wire
     await wire.end()

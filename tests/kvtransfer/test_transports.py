@@ -313,6 +313,7 @@ def tamper(pair: Pair, monkeypatch: pytest.MonkeyPatch, at_block: int, change: C
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
+    monkeypatch.setattr(kvtransfer.incoming, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)  # of a device: not before the damage is done
 
 
@@ -342,6 +343,7 @@ async def test_one_flipped_bit_in_one_layer_is_noticed(pair: Pair, monkeypatch: 
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
+    monkeypatch.setattr(kvtransfer.incoming, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)
     incoming = pair.offer((5, 6))
     outgoing = pair.sender.open(incoming.ticket)

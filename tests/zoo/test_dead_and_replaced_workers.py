@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -37,6 +38,7 @@ from support.workers import Workers, request, running_workers
 from support.zoo import (
     AUTO,
     BLOCK,
+    PATIENCE_S,
     REMOTE,
     UNCACHED,
     Held,
@@ -310,6 +312,32 @@ async def test_z25_the_health_service_says_so_too(model_path: Path, monkeypatch:
         await within(worker.wait_failed())
         address = (workers.decode_ref if role == "decode" else workers.prefill_refs[0]).address
         assert await health_of(address) == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+async def test_z25_an_engine_that_hangs_is_noticed(model_path: Path, role: str) -> None:
+    """Z25, sglang#32652. There: what did the work stood still, raised nothing, and health said 200.
+    Ours: an engine thread that gives no sign is a failed engine: the worker says so, ends what it serves with a typed error, and
+    is told to end. The watch is set short only when the thread hangs already, so nothing here depends on how fast it is."""
+    async with running_workers(model_path, engine=UNCACHED, decode=REMOTE) as workers:
+        worker = workers.decode if role == "decode" else workers.prefill[0]
+        ref = workers.decode_ref if role == "decode" else workers.prefill_refs[0]
+        assert await is_healthy(workers)
+        hanging, go_on = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            hanging.set()
+            go_on.wait(PATIENCE_S)
+
+        try:
+            worker._loop.post(hang)
+            assert await asyncio.to_thread(hanging.wait, PATIENCE_S)
+            worker._host.watch_engine(worker._loop.sign, worker._engine_failed, hang_s=0.05)
+            await within(worker.wait_failed())
+            assert (await workers.info(ref.address)).state == WorkerState.FAILED
+            assert isinstance(await ending(workers, request(prompt_of(50, 127))), PdserveError)
+        finally:
+            go_on.set()
 
 
 @pytest.fixture(scope="module")

@@ -1,198 +1,148 @@
-// Copies pieces of KV and digests them in the same pass, while their bytes are in registers.
+// A batch of pieces from end to end: copied or read, digested in the same pass, framed, and sent or announced, in one call.
 //
-// The digest is XXH3 with 128 bits and seed 0, as the xxHash specification defines it for inputs of more than 240 bytes:
+//   for each frame:   pieces -> copy and digest (shm) | digest (tcp) -> header, table of descriptors, payload (tcp) -> socket
 //
-//   block    1,024 bytes = 16 stripes of 64; after each whole block the eight accumulators are scrambled
-//   stripe   accumulator[i] += low(w ^ k) * high(w ^ k), accumulator[i ^ 1] += w     for its words w and the secret's words k;
-//            the next stripe uses the secret from 8 bytes further on
-//   end      the last 64 bytes once more, with a place of the secret of its own; then the accumulators are folded into 2 x 64 bits
-//
-// Compiled for the machine it runs on; what it computes is the same everywhere.
+// Addresses were checked by the caller. The layout of frames is that of `kvtransfer/frames.py`, whose header is handed over as a
+// template. A socket that takes no more is waited for here, together with an event that says that the link was given up.
 
-#include <cstdint>
-#include <cstring>
+#include <cerrno>
+#include <chrono>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "digest.hpp"
 
 namespace {
 
-constexpr int64_t INTERFACE = 1;
-constexpr size_t STRIPE = 64, STRIPES = 16, BLOCK = STRIPE * STRIPES, SECRET = 192;
-constexpr size_t LEAST = 241;  // shorter inputs are digested by other rules
+constexpr int64_t INTERFACE = 2;
+constexpr size_t HEADER = 32, COUNT_AT = 24, AMOUNT_AT = 28, DESCRIPTOR = NAME + DIGEST;
+constexpr size_t BUFFERS = 512;  // of one system call
 
-// What becomes of a stripe that was read. STREAMED goes past the caches: whoever reads it next is another core, which is told of it
-// later, and lines that are not fetched before they are overwritten save a third of the traffic. Needs a place at a multiple of 64.
-enum class Copy { NONE, STORED, STREAMED };
+enum Outcome : int64_t { DONE = 0, WAITED = 1, WOKEN = 2, STALLED = 3, BROKEN = 4 };
 
-constexpr uint64_t P32_1 = 0x9E3779B1, P32_2 = 0x85EBCA77, P32_3 = 0xC2B2AE3D;
-constexpr uint64_t P64_1 = 0x9E3779B185EBCA87, P64_2 = 0xC2B2AE3D27D4EB4F, P64_3 = 0x165667B19E3779F9;
-constexpr uint64_t P64_4 = 0x85EBCA77C2B2AE63, P64_5 = 0x27D4EB2F165667C5, P_MIX = 0x165667919E3779F9;
-
-// The specification's default secret.
-alignas(64) constexpr uint8_t KEY[SECRET] = {
-    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4, 0x6d, 0xe9,
-    0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f, 0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78,
-    0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21, 0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6,
-    0x81, 0x3a, 0x26, 0x4c, 0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
-    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8, 0xa8, 0xfa, 0x76, 0x3f,
-    0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d, 0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31,
-    0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64, 0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff,
-    0xfa, 0x13, 0x63, 0xeb, 0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
-    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce, 0x45, 0xcb, 0x3a, 0x8f,
-    0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
+struct Piece {
+    uint64_t from, to, size;  // addresses and bytes; to = 0: it stays where it is
+    uint8_t name[NAME];       // as in its descriptor
 };
 
-uint64_t word(const uint8_t* at) {
-    uint64_t value;
-    std::memcpy(&value, at, sizeof value);
-    return value;  // little-endian machines only: the caller checks
-}
-
-uint64_t folded(uint64_t a, uint64_t b) {
-    const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
-    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
-
-// Eight accumulators. `take` reads a stripe, adds it, and writes it as COPY says.
-
-#if defined(__AVX512F__)
-
-struct Sums {
-    __m512i sums = _mm512_setr_epi64(P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1);
-
-    template <Copy COPY>
-    void take(const uint8_t* from, uint8_t* to, const uint8_t* key) {
-        const __m512i words = _mm512_loadu_si512(from);
-        if constexpr (COPY == Copy::STORED) _mm512_storeu_si512(to, words);
-        if constexpr (COPY == Copy::STREAMED) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), words);
-        const __m512i keyed = _mm512_xor_si512(words, _mm512_loadu_si512(key));
-        const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
-        sums = _mm512_add_epi64(sums, _mm512_shuffle_epi32(words, _MM_PERM_BADC));
-        sums = _mm512_add_epi64(sums, product);
-    }
-
-    void scramble(const uint8_t* key) {
-        const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sums, _mm512_srli_epi64(sums, 47)), _mm512_loadu_si512(key));
-        const __m512i prime = _mm512_set1_epi64(P32_1);
-        const __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
-        sums = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
-    }
-
-    void give(uint64_t* to) const { _mm512_storeu_si512(to, sums); }
+struct Link {
+    int32_t socket, wake;
+    uint32_t stall_ms, patience_ms;  // after so long nothing was taken, it is given up; after so long others may have something to say
+    uint8_t header[HEADER];
+    uint8_t tag_nonce[TAG_NONCE];
+    uint32_t with_payload;
 };
 
-#elif defined(__AVX2__)
+void put32(uint8_t* at, uint32_t value) { std::memcpy(at, &value, sizeof value); }
 
-struct Sums {
-    __m256i sums[2] = {_mm256_setr_epi64x(P32_3, P64_1, P64_2, P64_3), _mm256_setr_epi64x(P64_4, P32_2, P64_5, P32_1)};
-
-    template <Copy COPY>
-    void take(const uint8_t* from, uint8_t* to, const uint8_t* key) {
-        for (int half = 0; half < 2; ++half) {
-            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + half);
-            if constexpr (COPY == Copy::STORED) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + half, words);
-            if constexpr (COPY == Copy::STREAMED) _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + half, words);
-            const __m256i keyed = _mm256_xor_si256(words, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key) + half));
-            const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
-            sums[half] = _mm256_add_epi64(sums[half], _mm256_shuffle_epi32(words, _MM_SHUFFLE(1, 0, 3, 2)));
-            sums[half] = _mm256_add_epi64(sums[half], product);
-        }
-    }
-
-    void scramble(const uint8_t* key) {
-        const __m256i prime = _mm256_set1_epi64x(P32_1);
-        for (int half = 0; half < 2; ++half) {
-            const __m256i mixed = _mm256_xor_si256(
-                _mm256_xor_si256(sums[half], _mm256_srli_epi64(sums[half], 47)),
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key) + half));
-            const __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime);
-            sums[half] = _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), _mm256_slli_epi64(high, 32));
-        }
-    }
-
-    void give(uint64_t* to) const { std::memcpy(to, sums, sizeof sums); }
-};
-
-#else
-
-struct Sums {
-    uint64_t sums[8] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
-
-    template <Copy COPY>
-    void take(const uint8_t* from, uint8_t* to, const uint8_t* key) {
-        for (int i = 0; i < 8; ++i) {
-            const uint64_t value = word(from + 8 * i), keyed = value ^ word(key + 8 * i);
-            if constexpr (COPY != Copy::NONE) std::memcpy(to + 8 * i, &value, sizeof value);
-            sums[i ^ 1] += value;
-            sums[i] += (keyed & 0xFFFFFFFF) * (keyed >> 32);
-        }
-    }
-
-    void scramble(const uint8_t* key) {
-        for (int i = 0; i < 8; ++i) sums[i] = (sums[i] ^ (sums[i] >> 47) ^ word(key + 8 * i)) * P32_1;
-    }
-
-    void give(uint64_t* to) const { std::memcpy(to, sums, sizeof sums); }
-};
-
+void visible_to_all() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_sfence();
 #endif
-
-uint64_t merged(const uint64_t* sums, const uint8_t* key, uint64_t start) {
-    uint64_t result = start;
-    for (int i = 0; i < 4; ++i) result += folded(sums[2 * i] ^ word(key + 16 * i), sums[2 * i + 1] ^ word(key + 16 * i + 8));
-    result = (result ^ (result >> 37)) * P_MIX;
-    return result ^ (result >> 32);
 }
 
-void put_big_endian(uint8_t* at, uint64_t value) {
-    for (int i = 0; i < 8; ++i) at[i] = static_cast<uint8_t>(value >> (56 - 8 * i));
+void content_of(const Piece& piece, uint8_t* content) {
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(piece.from);
+    uint8_t* to = reinterpret_cast<uint8_t*>(piece.to);
+    if (to == nullptr)
+        pass<Copy::NONE>(from, nullptr, piece.size, content);
+    else if (piece.to % STRIPE == 0)
+        pass<Copy::STREAMED>(from, to, piece.size, content);
+    else
+        pass<Copy::STORED>(from, to, piece.size, content);
 }
 
-template <Copy COPY>
-void pass(const uint8_t* from, uint8_t* to, size_t size, uint8_t* digest) {
-    Sums sums;
-    const size_t blocks = (size - 1) / BLOCK, rest = (size - 1 - blocks * BLOCK) / STRIPE;
-    size_t at = 0;
-    for (size_t block = 0; block < blocks; ++block) {
-#pragma GCC unroll 16
-        for (size_t stripe = 0; stripe < STRIPES; ++stripe, at += STRIPE) sums.take<COPY>(from + at, to + at, KEY + 8 * stripe);
-        sums.scramble(KEY + SECRET - STRIPE);
+int64_t now_ms() {
+    using namespace std::chrono;
+    return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+// All of `buffers`, which it uses up. Adds the time that it waited to `waited_ms`.
+Outcome send_all(const Link& link, iovec* buffers, size_t count, int64_t& waited_ms) {
+    while (count > 0) {
+        msghdr message{};
+        message.msg_iov = buffers;
+        message.msg_iovlen = count < BUFFERS ? count : BUFFERS;
+        ssize_t sent = sendmsg(link.socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent < 0) {
+            if (errno == EINTR) continue;
+            if (errno != EAGAIN && errno != EWOULDBLOCK) return BROKEN;
+            pollfd waiting[2] = {{link.socket, POLLOUT, 0}, {link.wake, POLLIN, 0}};
+            const int64_t began_ms = now_ms();
+            const int ready = poll(waiting, 2, static_cast<int>(link.stall_ms));
+            waited_ms += now_ms() - began_ms;
+            if (ready == 0) return STALLED;
+            if (ready > 0 && waiting[1].revents) return WOKEN;
+            continue;
+        }
+        while (count > 0 && static_cast<size_t>(sent) >= buffers->iov_len) {
+            sent -= buffers->iov_len;
+            ++buffers, --count;
+        }
+        if (sent > 0) {
+            buffers->iov_base = static_cast<uint8_t*>(buffers->iov_base) + sent;
+            buffers->iov_len -= sent;
+        }
     }
-    for (size_t stripe = 0; stripe < rest; ++stripe, at += STRIPE) sums.take<COPY>(from + at, to + at, KEY + 8 * stripe);
-    if constexpr (COPY != Copy::NONE) std::memcpy(to + at, from + at, size - at);
-    sums.take<Copy::NONE>(from + size - STRIPE, nullptr, KEY + SECRET - STRIPE - 7);
-    alignas(64) uint64_t ends[8];
-    sums.give(ends);
-    put_big_endian(digest + 8, merged(ends, KEY + 11, size * P64_1));
-    put_big_endian(digest, merged(ends, KEY + SECRET - STRIPE - 11, ~(size * P64_2)));
+    return DONE;
 }
 
 }  // namespace
 
 extern "C" {
 
-struct Move {
-    uint64_t from, to, size;  // addresses and bytes
-};
-
 int64_t pdserve_pieces_interface() { return INTERFACE; }
 
 uint64_t pdserve_pieces_least() { return LEAST; }
 
-// Copies and digests each piece, in order; when it returns, every core sees the copies. 16 bytes a digest.
-void pdserve_pieces_copy(const Move* moves, uint64_t count, uint8_t* digests) {
+// Copies, where there is somewhere to copy to, and digests each piece, in order; when it returns, every core sees the copies.
+// 16 bytes a digest, of the content alone.
+void pdserve_pieces_contents(const Piece* pieces, uint64_t count, uint8_t* contents) {
+    for (uint64_t i = 0; i < count; ++i) content_of(pieces[i], contents + DIGEST * i);
+    visible_to_all();
+}
+
+// The digests of pieces at their places.
+void pdserve_pieces_digests(const Piece* pieces, uint64_t count, const uint8_t* tag_nonce, uint8_t* digests) {
+    uint8_t content[DIGEST];
     for (uint64_t i = 0; i < count; ++i) {
-        const uint8_t* from = reinterpret_cast<const uint8_t*>(moves[i].from);
-        uint8_t* to = reinterpret_cast<uint8_t*>(moves[i].to);
-        if (moves[i].to % STRIPE == 0)
-            pass<Copy::STREAMED>(from, to, moves[i].size, digests + 16 * i);
-        else
-            pass<Copy::STORED>(from, to, moves[i].size, digests + 16 * i);
+        content_of(pieces[i], content);
+        bound(tag_nonce, pieces[i].name, content, digests + DIGEST * i);
     }
-#if defined(__AVX512F__) || defined(__AVX2__)
-    _mm_sfence();
-#endif
+    visible_to_all();
+}
+
+// Frame by frame; a frame ends before the piece `ends[frame]`. Returns how it ended; `written` = pieces whose frames were sent in
+// full. `table` gets the descriptors of all pieces that were digested. `buffers`: two more than a frame has pieces.
+int64_t pdserve_pieces_write(
+    const Link* link, const Piece* pieces, const uint32_t* ends, uint64_t frames, uint8_t* table, iovec* buffers, uint64_t* written) {
+    uint8_t header[HEADER], content[DIGEST];
+    std::memcpy(header, link->header, HEADER);
+    int64_t waited_ms = 0;
+    uint32_t at = 0;
+    for (uint64_t frame = 0; frame < frames; ++frame) {
+        const uint32_t first = at;
+        size_t payload = 0, used = 2;
+        for (; at < ends[frame]; ++at) {
+            uint8_t* descriptor = table + DESCRIPTOR * at;
+            content_of(pieces[at], content);
+            std::memcpy(descriptor, pieces[at].name, NAME);
+            bound(link->tag_nonce, pieces[at].name, content, descriptor + NAME);
+            if (link->with_payload) buffers[used++] = {reinterpret_cast<void*>(pieces[at].from), pieces[at].size};
+            payload += pieces[at].size;
+        }
+        visible_to_all();
+        put32(header + COUNT_AT, at - first);
+        if (link->with_payload) put32(header + AMOUNT_AT, static_cast<uint32_t>(payload));
+        buffers[0] = {header, HEADER};
+        buffers[1] = {table + DESCRIPTOR * first, DESCRIPTOR * (at - first)};
+        const Outcome outcome = send_all(*link, buffers, used, waited_ms);
+        if (outcome != DONE) return outcome;
+        *written = at;
+        if (waited_ms > link->patience_ms && frame + 1 < frames) return WAITED;
+    }
+    return DONE;
 }
 }

@@ -8,28 +8,48 @@ import random
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xxhash import xxh3_128_digest
 
+import kvtransfer.incoming as incoming_side
 from common.clock import SystemClock
 from common.errors import DigestMismatch
 from common.native_build import COMPILERS, BuildError, build_library, find_compiler
 from common.types import KVLayout, WorkerRef
 from kvtransfer.digest import block_digest_of, piece_digest
-from kvtransfer.native import choice, kernel
-from kvtransfer.native.kernel import PieceKernel, check_kernel
+from kvtransfer.native import choice, kernel, writing
+from kvtransfer.native.kernel import Outcome, PieceKernel, check_kernel, packed_piece
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
-from kvtransfer.transports import shm
+from kvtransfer.transports import shm, tcp
 
 pytestmark = [
     pytest.mark.long,  # a compiler runs
     pytest.mark.skipif(find_compiler() is None, reason=f"none of {', '.join(COMPILERS)}"),
 ]
 LAYOUT = KVLayout("m", "t", 3, 1, 8, 16, "float32", True)  # 1 KiB a layer
+
+
+class Calls:
+    """The library, and how many pieces it was asked for."""
+
+    def __init__(self, kernel: PieceKernel) -> None:
+        self.least_bytes = kernel.least_bytes
+        self.written = self.checked = 0
+        self._kernel = kernel
+
+    def write(self, pieces: list[bytes], *arguments: Any, **options: Any) -> tuple[list[bytes], Outcome]:
+        digests, outcome = self._kernel.write(pieces, *arguments, **options)
+        self.written += len(digests)
+        return digests, outcome
+
+    def digests(self, pieces: list[bytes], nonce: bytes) -> list[bytes]:
+        self.checked += len(pieces)
+        return self._kernel.digests(pieces, nonce)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +67,7 @@ def copied(own: PieceKernel, content: bytes, start: int, place: int) -> tuple[by
     source, memory = bytearray(start) + content, bytearray(len(content) + place + 256)
     from_address, to_address = (ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (source, memory))
     aligned = -to_address % 64
-    (digest,) = own.copy([(from_address + start, to_address + aligned + place, len(content))])
+    (digest,) = own.copy([packed_piece(from_address + start, to_address + aligned + place, len(content), 0, 0, 0)])
     return digest, bytes(memory[aligned:])
 
 
@@ -95,17 +115,18 @@ def test_where_it_cannot_be_had_that_is_said_once(tmp_path: Path, monkeypatch: p
     assert choice.piece_kernel() is None
 
 
-@pytest.mark.parametrize("cores", [2, 16])
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
 @pytest.mark.parametrize("spoiled", [False, True])
 async def test_a_link_with_it_carries_and_notices_the_same(
-    compiled: PieceKernel, monkeypatch: pytest.MonkeyPatch, spoiled: bool, cores: int
+    compiled: PieceKernel, monkeypatch: pytest.MonkeyPatch, kind: str, spoiled: bool
 ) -> None:
     """The digests are those of a link without it; what is spoiled after it was copied is noticed."""
-    monkeypatch.setattr(shm, "piece_kernel", lambda: compiled)
-    monkeypatch.setattr(shm, "CORES", cores)
-    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1)
-    monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1)
-    monkeypatch.setattr(shm, "PART_BYTES", 5000)
+    calls = Calls(compiled)
+    for module in (shm, tcp, incoming_side):
+        monkeypatch.setattr(module, "piece_kernel", lambda: calls)
+    monkeypatch.setattr(shm, "LEAST_ANNOUNCED_BYTES", 5000)
+    monkeypatch.setattr(tcp, "FRAME_BYTES", 5000)
+    monkeypatch.setattr(writing, "CALL_BYTES", 9000)
     source, pool = (BlockRegion.create_shared(LAYOUT.block_bytes, 20) for _ in range(2))
     source.buffer[:] = random.Random(1).randbytes(source.buffer.nbytes)
     receiver = KVReceiver(pool, LAYOUT, "d", 1, b"s" * 32, SystemClock())
@@ -119,7 +140,7 @@ async def test_a_link_with_it_carries_and_notices_the_same(
 
     monkeypatch.setattr(receiver, "pieces_written", landing)
     async with asyncio.timeout(60):
-        await sender.connect("d", 1, await receiver.start(["shm"], "127.0.0.1"), 20)
+        await sender.connect("d", 1, await receiver.start([kind], "127.0.0.1"), 20)
         blocks = tuple(range(19, -1, -1))
         incoming = receiver.open(
             request_id="r", attempt=0, prefill=WorkerRef("p", 1, ""), first_block=0, blocks=blocks, num_tokens=320, ttl_s=20.0
@@ -132,6 +153,7 @@ async def test_a_link_with_it_carries_and_notices_the_same(
             assert isinstance(await incoming.wait_failed(), DigestMismatch)
         else:
             account = await outgoing.finish()
+            assert calls.written == calls.checked == 40, "not by the library"
             await incoming.complete(Seal(incoming.ticket.nonce, 320, account.digests))
             assert [bytes(pool.block(block)) for block in blocks] == before
             cut = memoryview(before[3])

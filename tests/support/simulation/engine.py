@@ -121,7 +121,12 @@ class StandInEngine:
             self._scheduler.layers_computed(plan, first_layer, end_layer)
         if end_layer < NUM_LAYERS:
             self._hand_over()
-            self._later_layers(end_layer, group + 1)
+            if self._watched and not self._scheduler.wants(plan):
+                self._scheduler.stopped(plan)
+                self._plan = None
+                self._loop.call_later(self._random() * THREAD_S, self._between_steps)
+            else:
+                self._later_layers(end_layer, group + 1)
             return
         result = ForwardResult(tuple([self._sample(item) for item in self._batch.slices]))
         self._plan, self._following = self._following, None
