@@ -61,10 +61,11 @@ class Holdings:
             return None  # as when it last asked
         generation, sequence = choice.generation, choice.sequence
         cached: list[int] = []
-        if generation.prompt_in_kv or not generation.wants_prompt_logprobs:
-            cached = self._blocks.match_prefix(
-                sequence.tokens, generation.request.cache_salt, max_tokens=len(sequence.tokens) - 1
-            )
+        most_tokens = len(sequence.tokens) - 1
+        if generation.prompt_in_kv:
+            cached = self._blocks.match_prefix(sequence.tokens, generation.request.cache_salt, max_tokens=most_tokens)
+        elif not generation.wants_prompt_logprobs:
+            cached = self._blocks.find(sequence.names[: most_tokens // self._block_tokens])
         self._blocks.acquire(cached)
         missing = sequence.missing_blocks(len(sequence.tokens)) - len(cached)
         if not self._blocks.can_allocate(missing, keep_free=self._growth(in_progress)):

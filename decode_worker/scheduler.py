@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from common.blocks import root_hash
+from common.blocks import hash_chain, root_hash
 from common.clock import Clock
 from common.engine.batch import ForwardResult
 from common.engine.block_manager import BlockManager
@@ -39,6 +39,7 @@ from common.lifecycle import Phase
 from common.load import WorkerLoad, pairs
 from common.types import KVLayout, PrefillChoice, Request, SampledToken, Started, TokenChunk, TokenLogprob, WorkerRef
 from decode_worker.admission import PrefillPlace, choose_place
+from decode_worker.beginnings import Beginnings
 from decode_worker.events import Event, Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.generation import Choice, ChoiceState, Generation
 from decode_worker.holdings import Holdings
@@ -82,6 +83,7 @@ class DecodeScheduler:
         self._completed_s = 0.0  # when the last step was
         self._generations: dict[str, Generation] = {}
         self._waiting = WaitingLine(config.max_overtaken)
+        self._beginnings = Beginnings(config, blocks)
         self._remote: dict[str, Choice] = {}
         self._running: list[Choice] = []  # in order of turns
         self._events: list[Event] = []
@@ -116,8 +118,8 @@ class DecodeScheduler:
                 decoding += 1
                 kv_tokens += len(choice.sequence.tokens)
         return WorkerLoad(
-            running=self.num_running,
-            waiting=len(self._waiting),
+            running=self.num_running + self._beginnings.num_waiting,  # those have room as soon as what they wait for is there
+            waiting=len(self._waiting) - self._beginnings.num_waiting,
             queued_tokens=tokens,
             queued_pairs=work,
             decoding=decoding,
@@ -144,7 +146,9 @@ class DecodeScheduler:
     ) -> None:
         """`grammar` is the request's own, compiled; `choice` is the router's."""
         root = root_hash(self._layout.fingerprint, request.cache_salt)
-        prompt = PagedSequence(request.prompt_token_ids, root, self._layout.block_tokens)
+        block_tokens = self._layout.block_tokens
+        named = hash_chain(root, request.prompt_token_ids, block_tokens) if self._blocks.prefix_cache else ()
+        prompt = PagedSequence(request.prompt_token_ids, root, block_tokens, tuple(named))
         self.totals.submitted += 1
         generation = Generation(
             request,
@@ -171,6 +175,7 @@ class DecodeScheduler:
         choice = self._remote.pop(request_id, None)
         if choice is None:
             return
+        self._beginnings.end(choice)
         generation = choice.generation
         generation.lifecycle.enter(Phase.VERIFIED)
         generation.cached_tokens += result.cached_tokens
@@ -188,6 +193,7 @@ class DecodeScheduler:
         choice = self._remote.pop(request_id, None)
         if choice is None:
             return
+        self._beginnings.end(choice)
         generation = choice.generation
         self._quarantine(choice)
         generation.candidates.pop(0)
@@ -291,7 +297,7 @@ class DecodeScheduler:
 
     def _admit(self) -> None:
         if self._waiting:
-            self._waiting.admit(self._reserve, self._begin)
+            self._waiting.admit(self._reserve, self._begin, self._beginnings.is_worth_waiting)
 
     def _reserve(self, choice: Choice) -> bool:
         """Gives the choice blocks for all its tokens, if it may run and there are any."""
@@ -329,9 +335,11 @@ class DecodeScheduler:
             num_candidates=len(generation.candidates),
         )
         if place is PrefillPlace.LOCAL:
+            self._beginnings.begin(choice, None)
             choice.enter(ChoiceState.RUNNING)
             self._enlist(choice)
         elif place is PrefillPlace.REMOTE:
+            self._beginnings.begin(choice, generation.candidates[0])
             choice.enter(ChoiceState.REMOTE)
             generation.lifecycle.enter(Phase.PREFILLING)
             generation.attempt += 1
@@ -359,6 +367,7 @@ class DecodeScheduler:
 
     def _preempt(self, choice: Choice) -> None:
         self.totals.preemptions += 1
+        self._beginnings.end(choice)
         self._running.remove(choice)
         if self._holdings.put_out(choice):
             self.totals.swapped_out += 1
@@ -373,6 +382,7 @@ class DecodeScheduler:
 
     def _begin_decoding(self, generation: Generation, first_tokens: Sequence[SampledToken], row: HiddenRow | None) -> None:
         """The prompt is in KV and each choice's first token is drawn, from `row`."""
+        self._beginnings.end(generation.choices[0])
         generation.lifecycle.enter(Phase.DECODING)
         generation.prompt_in_kv = True
         stamps = generation.lifecycle
@@ -457,6 +467,7 @@ class DecodeScheduler:
 
     def _finish(self, choice: Choice) -> None:
         """Takes the choice out of wherever it is and gives its blocks back. Blocks in transfer were quarantined before."""
+        self._beginnings.end(choice)
         if choice.state is ChoiceState.RUNNING:
             self._running.remove(choice)
         elif choice.state is ChoiceState.WAITING and choice in self._waiting:

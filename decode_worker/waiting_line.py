@@ -45,12 +45,20 @@ class WaitingLine:
     def remove(self, choice: Choice) -> None:
         self._choices.remove(choice)
 
-    def admit(self, fits: Callable[[Choice], bool], begin: Callable[[Choice], None]) -> None:
-        """Has those begin who are next and fit. `fits` reserves what it takes; `begin` is called when the choice has left."""
+    def admit(
+        self,
+        fits: Callable[[Choice], bool],
+        begin: Callable[[Choice], None],
+        waits: Callable[[Choice], bool] = lambda _: False,
+    ) -> None:
+        """Has those begin who are next and fit. `fits` reserves what it takes; `begin` is called when the choice has left. Who
+        `waits` for something else than room is not asked, and not overtaken by who goes on."""
         passed: list[Choice] = []
         for choice in list(self._choices):
             if len(passed) == _MOST_ASKED or any(other.num_overtaken >= self._max_overtaken for other in passed):
                 return
+            if waits(choice):
+                continue
             if fits(choice):
                 for other in passed:
                     other.num_overtaken += 1

@@ -165,10 +165,11 @@ class PrefillScheduler:
         block_tokens = self._layout.block_tokens
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         named = hash_chain(root, request.prompt_token_ids, block_tokens) if self._blocks.prefix_cache else ()
+        names = tuple(named)
         prompt = Prompt(
             request,
-            PagedSequence(request.prompt_token_ids, root, block_tokens),
-            tuple(named),
+            PagedSequence(request.prompt_token_ids, root, block_tokens, names),
+            names,
             serial=next(self._serials),
             received_s=self._clock.monotonic_s(),
             block_tokens=block_tokens,

@@ -18,7 +18,9 @@ from common.engine.block_manager import BlockManager
 
 
 class PagedSequence:
-    def __init__(self, token_ids: Sequence[int], root: BlockHash, block_tokens: int) -> None:
+    def __init__(self, token_ids: Sequence[int], root: BlockHash, block_tokens: int, names: Sequence[BlockHash] = ()) -> None:
+        """`names` are those of its first full blocks, as far as they have been worked out."""
+        self.names = names
         self.tokens = list(token_ids)
         self.blocks: list[int] = []
         self.num_computed = 0
@@ -94,7 +96,13 @@ class PagedSequence:
         counts: the KV of a draft that was wrong is written over by the next step, before anybody reads it."""
         self.num_computed += count
         while (self._num_hashed + 1) * self._block_tokens <= self.num_computed:
-            start = self._num_hashed * self._block_tokens
-            self._last_hash = next_hash(self._last_hash, self.tokens[start : start + self._block_tokens])
+            self._last_hash = self._name_of(self._num_hashed)
             manager.register(self.blocks[self._num_hashed], self._last_hash)
             self._num_hashed += 1
+
+    def _name_of(self, index: int) -> BlockHash:
+        """Of the block behind the one that was named last."""
+        if index < len(self.names):
+            return self.names[index]
+        start = index * self._block_tokens
+        return next_hash(self._last_hash, self.tokens[start : start + self._block_tokens])

@@ -7,7 +7,7 @@
 
 A worker has a slot, its bit in the sets. A worker that is gone, or whose changes were missed, loses its slot at once; its bits
 are swept out of the sets bit by bit, and only then is the slot given out again. A block that a dispatch will bring about counts
-from the dispatch on, for `speculative_ttl_s` or until the worker says that it has it.
+from the dispatch on, for `speculative_ttl_s` or until the worker says that it has it; `there_s` tells when that is expected.
 
 60-bit keys may collide, and a worker may have evicted a block a moment ago: the index is for guessing. Workers look at the
 whole hash before they use a block. It knows no clock; `now_s` is handed in.
@@ -46,7 +46,7 @@ class PrefixIndex:
         self._ttl_s = speculative_ttl_s
         self._holders: dict[BlockKey, int] = {}
         self._interned: dict[int, int] = {}  # equal sets share one object
-        self._promised: dict[BlockKey, dict[int, float]] = {}  # slot -> until when
+        self._promised: dict[BlockKey, dict[int, tuple[float, float]]] = {}  # slot -> until when, and when it is kept
         self._promises: deque[tuple[float, int, tuple[BlockKey, ...]]] = deque()  # in order of their end
         self._alive = 0
         self._num_slots = 0
@@ -102,8 +102,8 @@ class PrefixIndex:
                     del holders[key]
         self.sweep()
 
-    def promise(self, slot: int, keys: Sequence[BlockKey], now_s: float) -> None:
-        """A dispatch will bring these blocks to a worker."""
+    def promise(self, slot: int, keys: Sequence[BlockKey], now_s: float, there_s: float = 0.0) -> None:
+        """A dispatch will bring these blocks to a worker, by then as far as known."""
         self._forget_promises(now_s)
         until_s = now_s + self._ttl_s
         bit, holders, promised = 1 << slot, self._holders, self._promised
@@ -111,7 +111,9 @@ class PrefixIndex:
         if not new or len(promised) + len(new) > self._max_blocks:
             return
         for key in new:
-            promised.setdefault(key, {})[slot] = until_s
+            slots = promised.setdefault(key, {})
+            sooner = slots.get(slot)
+            slots[slot] = until_s, there_s if sooner is None else min(there_s, sooner[1])
         self._promises.append((until_s, slot, new))
 
     def holders(self, key: BlockKey) -> int:
@@ -121,6 +123,11 @@ class PrefixIndex:
             for slot in self._promised.get(key, ()):
                 bits |= 1 << slot
         return bits
+
+    def there_s(self, slot: int, key: BlockKey) -> float:
+        """When the worker is expected to have a block that it is said to hold; 0 if it has."""
+        slots = self._promised.get(key)
+        return 0.0 if slots is None or slot not in slots else slots[slot][1]
 
     def match(self, keys: Sequence[BlockKey], now_s: float) -> list[Match]:
         """Everybody who holds the beginning of a prompt, most blocks first."""
@@ -187,5 +194,5 @@ class PrefixIndex:
             _, slot, keys = self._promises.popleft()
             for key in keys:
                 slots = self._promised.get(key)
-                if slots is not None and slots.get(slot, now_s + 1.0) <= now_s:
+                if slots is not None and slot in slots and slots[slot][0] <= now_s:
                     self._keep_promise(slot, key)

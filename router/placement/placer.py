@@ -202,7 +202,8 @@ class Placer:
             avoid=avoid,
         )
         pool = self.fleet.pool(model, Role.DECODE)
-        found = decode_options(pool, prompt, matches[Role.DECODE], handoff, now_s, externality=externality, avoid=avoid)
+        here = matches[Role.DECODE]
+        found = decode_options(pool, prompt, here, self.fleet.index, handoff, now_s, externality=externality, avoid=avoid)
         if found is None:
             return None
         remote, local = found
@@ -280,7 +281,7 @@ class Dispatched:
         for ref, keys in holders:
             worker = fleet.workers.get(ref)
             if worker is not None and keys:
-                fleet.index.promise(worker.slot, keys, self._opened_s)
+                fleet.index.promise(worker.slot, keys, self._opened_s, self._opened_s + (placement.ttft_s or 0.0))
 
     def started(self, started: Started) -> None:
         """The first token is there: the prompt has been computed."""

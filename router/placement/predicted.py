@@ -4,6 +4,9 @@
                        + externality * share busy * number busy * (compute(p) - least compute of any p)
     local, d:          wait(d) + compute beside the decoding(d) + slower steps(d) + externality * held up sequences * compute(d)
 
+wait(d) is for prompts that are computed there, or for the beginning of this one where an earlier dispatch is bringing it: the
+worker does not compute it again meanwhile.
+
 All in seconds of clients' time. The last terms are what a choice costs others: work that a better match would have spared the
 pool delays everybody behind it, and a prompt computed beside decoding sequences delays each of them. They matter as much as the
 wait: without them, each prompt takes the quickest way for itself and the cache is thrashed just when the pool is busy.
@@ -22,7 +25,7 @@ from operator import attrgetter, itemgetter
 
 from common.types import WorkerRef
 from router.placement.fleet import Pool
-from router.placement.index import Match, slots_of
+from router.placement.index import Match, PrefixIndex, slots_of
 from router.placement.membership import Prompt
 from router.placement.predictors import HandoffModel
 from router.placement.worker import Worker
@@ -70,6 +73,7 @@ def decode_options(
     pool: Pool,
     prompt: Prompt,
     matches: Sequence[Match],
+    index: PrefixIndex,
     handoff: HandoffModel,
     now_s: float,
     *,
@@ -93,8 +97,11 @@ def decode_options(
         remote.append((there_s + felt_s, worker.last_used, worker, cached, there_s))
         added_s = new * (steps.b + steps.c * (total - new / 2))
         here_s = slot_s + added_s + step_s * -(-new // max(1, worker.step_tokens - decoding))
-        if worker.free_at_s > now_s:
-            here_s += worker.free_at_s - now_s
+        begin_s = worker.free_at_s
+        if cached:
+            begin_s = max(begin_s, index.there_s(worker.slot, prompt.keys[num_blocks - 1]))
+        if begin_s > now_s:
+            here_s += begin_s - now_s
         local.append((here_s + felt_s + externality * decoding * added_s, worker.last_used, worker, cached, here_s))
     return _best(remote), _best(local)
 

@@ -132,10 +132,15 @@ class Driver:
         self.busy_s = 0.0
         self.accounts: dict[str, WorkAccount] = {}
 
-    def submit(self, request: Request, candidates: tuple[WorkerRef, ...] = ()) -> None:
+    def submit(
+        self,
+        request: Request,
+        candidates: tuple[WorkerRef, ...] = (),
+        choice: PrefillChoice = PrefillChoice.WORKER,
+    ) -> None:
         self.clock.advance(1.0)
         self.prompts[request.request_id] = request
-        self.scheduler.submit(request, candidates)
+        self.scheduler.submit(request, candidates, None, choice)
 
     def step(self) -> bool:
         plan = self.under_way
@@ -306,7 +311,7 @@ def test_whatever_happens_outputs_are_right_and_nothing_leaks(data: st.DataObjec
             work = replace(work, priority=data.draw(st.integers(0, 2)))
             if data.draw(st.integers(0, 5)) == 0:  # what may come depends on what came
                 work = replace(work, sampling=replace(work.sampling, frequency_penalty=0.5))
-            driver.submit(work, candidates)
+            driver.submit(work, candidates, data.draw(st.sampled_from(PrefillChoice)))
             number += 1
         elif action == "step":
             driver.step()
@@ -705,3 +710,102 @@ def test_what_a_prefill_worker_took_is_part_of_the_account() -> None:
     account = driver.accounts[wanted.request.request_id]
     assert (account.prefill_s, account.prefill_tokens, account.cached_tokens) == (2.0, 6, 4)
     assert (account.transfer_s, account.decode_s, account.decode_tokens) == (0.25, pytest.approx(driver.busy_s), 3)
+
+
+BEGINNING = list(range(100, 116))  # four blocks
+
+
+def sharing(count: int, *, own_tokens: int = 3) -> list[Request]:
+    return [
+        make_request(str(number), [*BEGINNING, *range(200 + 20 * number, 200 + 20 * number + own_tokens)])
+        for number in range(count)
+    ]
+
+
+def finish(driver: Driver) -> None:
+    while driver.step() or driver.wanted:
+        while driver.wanted:
+            driver.answer_remote(driver.wanted.pop(0))
+    driver.assert_idle()
+    for request in driver.prompts.values():
+        assert_right(driver, request)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_beginning_that_many_share_is_computed_once_here(overlap: bool) -> None:
+    driver = Driver(DecodeConfig(local_prefill="always", step_tokens=7), num_blocks=100, overlap=overlap)
+    for request in sharing(12):
+        driver.submit(request)
+    finish(driver)
+    assert sum(account.prefill_tokens for account in driver.accounts.values()) == len(BEGINNING) + 12 * 3
+    assert sorted(account.cached_tokens for account in driver.accounts.values()) == [0, *[len(BEGINNING)] * 11]
+
+
+def test_a_beginning_that_is_on_its_way_here_is_neither_computed_nor_sent_again() -> None:
+    driver = Driver(DecodeConfig(), num_blocks=100)
+    first, *others = sharing(12)
+    driver.submit(first, (PREFILL,), PrefillChoice.THERE)
+    for number, request in enumerate(others):
+        driver.submit(request, (PREFILL,), PrefillChoice.HERE if number % 2 else PrefillChoice.THERE)
+    assert not driver.step()
+    assert [wanted.request.request_id for wanted in driver.wanted] == ["0"]
+    assert (driver.scheduler.load().running, driver.scheduler.load().waiting) == (12, 0), "nobody waits for room"
+    driver.answer_remote(driver.wanted.pop(0))
+    driver.step()
+    assert [wanted.first_block for wanted in driver.wanted] == [4] * 6, "those that are computed there, without the beginning"
+    finish(driver)
+    here = [driver.accounts[request.request_id].prefill_tokens for number, request in enumerate(others) if number % 2]
+    assert here == [3] * 5
+
+
+def test_when_a_beginning_does_not_come_the_next_one_brings_it() -> None:
+    driver = Driver(DecodeConfig(), num_blocks=100)
+    for request in sharing(4):
+        driver.submit(request, (PREFILL, PREFILL), PrefillChoice.THERE)
+    driver.step()
+    (wanted,) = driver.wanted
+    driver.wanted.clear()
+    driver.scheduler.abort("0")
+    driver.step()
+    assert [wanted.request.request_id for wanted in driver.wanted] == ["1"]
+    driver.scheduler.remote_failed("1", WorkerLost("gone"))
+    driver.scheduler.drained([*wanted.blocks, *driver.wanted.pop().blocks])
+    del driver.prompts["0"]
+    finish(driver)
+
+
+@pytest.mark.parametrize(
+    ("second", "candidates", "choice", "waits"),
+    [
+        (sharing(2)[1], (PREFILL,), PrefillChoice.THERE, True),
+        (sharing(2)[1], (PREFILL,), PrefillChoice.HERE, True),
+        (sharing(2)[1], (WorkerRef("other", 1, "127.0.0.1:2"),), PrefillChoice.THERE, False),  # has to compute it in any case
+        (replace(sharing(2)[1], priority=-1), (PREFILL,), PrefillChoice.THERE, False),  # its turn is first
+        (make_request("1", BEGINNING[:5]), (PREFILL,), PrefillChoice.THERE, False),  # most of what comes is not its own
+        (replace(sharing(2)[1], cache_salt="another"), (PREFILL,), PrefillChoice.THERE, False),
+    ],
+)
+def test_who_waits_for_a_beginning(
+    second: Request, candidates: tuple[WorkerRef, ...], choice: PrefillChoice, waits: bool
+) -> None:
+    driver = Driver(DecodeConfig(), num_blocks=100)
+    driver.submit(sharing(1)[0], (PREFILL,), PrefillChoice.THERE)
+    driver.step()
+    driver.submit(second, candidates, choice)
+    driver.step()
+    assert [wanted.request.request_id for wanted in driver.wanted] == (["0"] if waits else ["0", "1"])
+    finish(driver)
+
+
+@pytest.mark.parametrize(("own_tokens", "elsewhere"), [(4, []), (5, ["1"])])
+def test_a_short_rest_behind_what_is_computed_here_is_computed_here(own_tokens: int, elsewhere: list[str]) -> None:
+    driver = Driver(DecodeConfig(step_tokens=6), num_blocks=100)
+    first, second = sharing(2, own_tokens=own_tokens)
+    driver.submit(first, (PREFILL,), PrefillChoice.HERE)
+    driver.step()
+    driver.submit(second, (PREFILL,), PrefillChoice.THERE)
+    driver.step()
+    assert [wanted.request.request_id for wanted in driver.wanted] == elsewhere
+    finish(driver)
+    computed = sum(account.prefill_tokens for account in driver.accounts.values())
+    assert computed == len(BEGINNING) + (1 if elsewhere else 2) * own_tokens  # the fake hand-off says nothing of its tokens

@@ -77,6 +77,20 @@ def test_it_is_a_set_of_blocks_per_worker(data: st.DataObject) -> None:
             assert depths(index, keys, now_s) == {one: count for one, count in expected.items() if count}
 
 
+def test_a_promise_says_when_it_is_kept() -> None:
+    index = PrefixIndex(max_blocks=100, speculative_ttl_s=TTL_S)
+    slot, other = index.add(), index.add()
+    index.promise(slot, [1, 2], 0.0, 3.0)
+    index.promise(slot, [1, 2, 3], 1.0, 5.0)  # who follows the first
+    assert [index.there_s(slot, key) for key in (1, 2, 3, 4)] == [3.0, 3.0, 5.0, 0.0]
+    assert index.there_s(other, 1) == 0.0
+    index.apply(slot, [1], ())
+    assert [index.there_s(slot, key) for key in (1, 2, 3)] == [0.0, 3.0, 5.0]
+    index.match([1, 2, 3], TTL_S + 0.5)  # the first promise is over, the second is not
+    assert depths(index, [1, 2, 3], TTL_S + 0.5) == {slot: 3}
+    assert depths(index, [1, 2, 3], TTL_S + 1.0) == {slot: 1}
+
+
 def test_few_blocks_of_a_long_prompt_are_looked_at() -> None:
     index = PrefixIndex(max_blocks=10_000, speculative_ttl_s=TTL_S)
     keys = list(range(1, 4001))

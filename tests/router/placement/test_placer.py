@@ -14,6 +14,7 @@ from common.load import StepSample, WorkerLoad, WorkerReport, WorkerShape, pairs
 from common.types import PrefillChoice, Request, Role, SamplingParams, StageTimings, Started, WorkerRef, WorkerState
 from router.placement.membership import Placement, Prompt, WorkerView
 from router.placement.placer import Placer
+from router.placement.predicted import decode_options
 
 A, B, C = 0.004, 1e-4, 1e-9
 
@@ -221,6 +222,41 @@ def test_a_dispatch_counts_as_a_prefix_until_it_is_known_or_too_old() -> None:
     assert rig.place(1030, keys).decode_cached_tokens == 1024
     rig.clock.advance(60.0)
     assert rig.place(1030, keys).decode_cached_tokens == 0
+
+
+def test_who_follows_a_prompt_on_its_way_is_told_to_wait_for_it() -> None:
+    """The beginning is on its way to d0 from a prefill worker that is busy for seconds: it can be found by name, but not yet."""
+    rig = Rig(view("d0"), view("p0"))
+    rig.learn()
+    keys, load = tuple(range(1, 65)), {"decoding": 60, "running": 60, "kv_tokens": 60_000}
+    rig.report("p0", queued_tokens=30_000)
+    rig.report("d0", **load)
+    *_, dispatched = rig.send(1024, keys)
+    first_s = dispatched.placement.ttft_s  # type: ignore[attr-defined]
+    assert dispatched.placement.choice is PrefillChoice.THERE  # type: ignore[attr-defined]
+    placer, prompt = rig.placer, Prompt(1025, 50, 1, 16, keys)
+    matches = placer.fleet.index.match(keys, rig.clock.monotonic_s())
+
+    def here_s() -> float:
+        found = decode_options(
+            placer.fleet.pool("m", Role.DECODE),
+            prompt,
+            matches,
+            placer.fleet.index,
+            placer.fleet.handoff("m"),
+            rig.clock.monotonic_s(),
+            externality=0.7,
+            avoid=(),
+        )
+        assert found is not None
+        return found[1].ttft_s
+
+    assert here_s() > first_s
+    before_s = here_s()
+    rig.clock.advance(1.0)
+    assert here_s() == pytest.approx(before_s - 1.0)
+    rig.report("d0", registered=keys, **load)
+    assert here_s() < first_s / 10, "it is there"
 
 
 def test_the_work_spared_for_others_counts_when_the_pool_is_busy() -> None:

@@ -1,6 +1,8 @@
-// Attention of a few rows of one sequence over its blocks in the KV pool, for one KV head. Keys and values are read in place.
+// Attention of a few rows over blocks in the KV pool, for one KV head: of one sequence, or of several that begin with the same
+// blocks. Keys and values are read in place.
 //
 //     queries   | token 0: heads of the group | token 1: ... |        the rows of two small matrix products
+//     company   tiles of the common blocks are turned once for the queries of all, then each goes on alone with tiles of its own
 //     KV tile   64 tokens, starting at multiples of 64: keys turned into panels of 32 tokens, values into panels of 32 dimensions
 //
 // Softmax is online, in fp32, tile by tile in KV order; tiles do not depend on where a chunk or a block begins. A masked token has
@@ -33,11 +35,22 @@ struct Pool {
     int64_t values_offset() const { return block_tokens * row_values; }
 };
 
+// Consecutive rows of one sequence, the first of them at `position`. The result of head g of row r goes to
+// `to + r * row_stride + g * head_dim`.
+template <class Stored>
+struct Attending {
+    const int64_t* table;
+    int64_t position, num_rows;
+    Stored* to;
+};
+
 // What one thread needs to attend; sized once for a model.
 template <class Element>
 struct AttentionScratch {
     using Stored = typename Element::Stored;
     int64_t most_queries, padded_dim;
+    std::vector<Attending<Stored>> company;
+    std::vector<uint32_t> queries;  // of several sequences, side by side
     std::vector<float> scores, output, highest, total, shrink;
     std::vector<uint32_t> keys, values, weights;
     std::vector<Stored> nothing, widened;
@@ -46,6 +59,7 @@ struct AttentionScratch {
     AttentionScratch(int64_t group, int64_t head_dim)
         : most_queries(group > QUERIES_AT_ONCE ? group : QUERIES_AT_ONCE),
           padded_dim(round_up(head_dim, PANEL)),
+          queries(size_t(most_queries * head_dim)),
           scores(size_t(most_queries * TILE_TOKENS)),
           output(size_t(most_queries * padded_dim)),
           highest(size_t(most_queries)),
@@ -66,10 +80,11 @@ inline void turn(const uint32_t* const* tokens, int64_t num_words, uint32_t* pan
 #if defined(__AVX512F__)
     for (; word + 16 <= num_words; word += 16) {
         for (int half = 0; half < PANEL; half += 16) {
-            __m512i row[16];
-            for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(tokens[half + i] + word);
-            transpose(row);
-            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (word + i) * PANEL + half, row[i]);
+            for (int four = 0; four < 16; four += 4) {
+                __m512i column[4];
+                columns_of(tokens + half, word + four, column);
+                for (int i = 0; i < 4; ++i) _mm512_storeu_si512(panel + (word + four + i) * PANEL + half, column[i]);
+            }
         }
     }
 #endif
@@ -132,29 +147,23 @@ inline void fetch(const TileRows<Stored>& tile, int64_t first, int64_t end, int6
         }
 }
 
-// `queries` holds num_rows x group heads, already turned; row r stands at position `position + r` of the sequence. The result of
-// query (r, g) goes to `to + r * row_stride + g * head_dim`.
+// Queries [first_query, first_query + num_queries) over the tokens [begin, end) of a sequence, the first of which begins a tile;
+// the first of these queries stands at `position`. What they have come to is kept in the scratch.
 template <class Element>
-void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int64_t* table, int64_t position, int64_t num_rows,
-            int64_t group, const uint32_t* queries, AttentionScratch<Element>& scratch, typename Element::Stored* to,
-            int64_t row_stride) {
+void walk(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int64_t* table, int64_t begin, int64_t end,
+          int64_t position, int64_t first_query, int64_t num_queries, int64_t group, const uint32_t* queries,
+          AttentionScratch<Element>& scratch) {
     using Stored = typename Element::Stored;
     constexpr int64_t PER_WORD = Element::PER_WORD;
     const int64_t head_dim = pool.head_dim, head_words = head_dim / PER_WORD, padded_dim = scratch.padded_dim;
-    const int64_t end = position + num_rows, num_queries = num_rows * group;
     const Floats scale = all(1.0f / __builtin_sqrtf(float(head_dim)));
     const Floats never = all(-__builtin_inff());
     Integers lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
-    for (int64_t query = 0; query < num_queries; ++query) {
-        scratch.highest[query] = -__builtin_inff();
-        scratch.total[query] = 0.0f;
-    }
-    memset(scratch.output.data(), 0, size_t(num_queries * padded_dim) * sizeof(float));
 
     TileRows<Stored> tiles[2];
-    locate(pool, layer, kv_head, table, 0, end, scratch.nothing.data(), tiles[0]);
-    for (int64_t start = 0; start < end; start += TILE_TOKENS) {
+    locate(pool, layer, kv_head, table, begin, end, scratch.nothing.data(), tiles[begin / TILE_TOKENS % 2]);
+    for (int64_t start = begin; start < end; start += TILE_TOKENS) {
         TileRows<Stored>& tile = tiles[start / TILE_TOKENS % 2];
         TileRows<Stored>& next = tiles[(start / TILE_TOKENS + 1) % 2];
         next.width = 0;
@@ -180,7 +189,8 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
         }
 
         // Rows that stand before this tile see nothing of it.
-        const int64_t first = start > position ? (start - position) * group : 0, seeing = num_queries - first;
+        const int64_t unseeing = start > position ? (start - position) * group : 0;
+        const int64_t first = first_query + unseeing, last = first_query + num_queries, seeing = last - first;
         for (int64_t panel = 0; panel < panels; ++panel)
             multiply_panel<Element>(seeing, queries + first * head_words, head_words,
                                     scratch.keys.data() + panel * head_words * PANEL, head_words,
@@ -189,9 +199,9 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
                                             memcpy(&scratch.scores[(first + offset + row) * TILE_TOKENS + panel * PANEL],
                                                    sums.of[row], PANEL * sizeof(float));
                                     });
-        for (int64_t query = first; query < num_queries; ++query) {
+        for (int64_t query = first; query < last; ++query) {
             float* scores = &scratch.scores[query * TILE_TOKENS];
-            const int64_t seen = position + query / group + 1 - start;
+            const int64_t seen = position + (query - first_query) / group + 1 - start;
             Floats best = all(scratch.highest[query]);
             for (int64_t i = 0; i < width; i += LANES) {
                 const Floats scaled = load(scores + i) * (pool.rounded ? scale * load(&scratch.key_scales[size_t(i)]) : scale);
@@ -224,11 +234,34 @@ void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head, const int
                                         }
                                     });
     }
+}
+
+// `queries` holds the heads of all rows of the company, already turned, in its order. The first `shared` tokens, a whole number of
+// tiles, lie in the same blocks for all of them and before all rows.
+template <class Element>
+void attend(const Pool<Element>& pool, int64_t layer, int64_t kv_head,
+            const std::vector<Attending<typename Element::Stored>>& company, int64_t shared, int64_t group, const uint32_t* queries,
+            AttentionScratch<Element>& scratch, int64_t row_stride) {
+    const int64_t head_dim = pool.head_dim, padded_dim = scratch.padded_dim;
+    int64_t num_queries = 0;
+    for (const auto& own : company) num_queries += own.num_rows * group;
     for (int64_t query = 0; query < num_queries; ++query) {
-        float* output = &scratch.output[query * padded_dim];
-        const Floats share = all(1.0f / scratch.total[query]);
-        for (int64_t i = 0; i < padded_dim; i += LANES) store(output + i, load(output + i) * share);
-        Element::narrow(output, to + query / group * row_stride + query % group * head_dim, head_dim);
+        scratch.highest[query] = -__builtin_inff();
+        scratch.total[query] = 0.0f;
+    }
+    memset(scratch.output.data(), 0, size_t(num_queries * padded_dim) * sizeof(float));
+    walk(pool, layer, kv_head, company[0].table, 0, shared, shared, 0, num_queries, group, queries, scratch);
+    int64_t first = 0;
+    for (const auto& own : company) {
+        walk(pool, layer, kv_head, own.table, shared, own.position + own.num_rows, own.position, first, own.num_rows * group, group,
+             queries, scratch);
+        for (int64_t query = 0; query < own.num_rows * group; ++query) {
+            float* output = &scratch.output[(first + query) * padded_dim];
+            const Floats share = all(1.0f / scratch.total[first + query]);
+            for (int64_t i = 0; i < padded_dim; i += LANES) store(output + i, load(output + i) * share);
+            Element::narrow(output, own.to + query / group * row_stride + query % group * head_dim, head_dim);
+        }
+        first += own.num_rows * group;
     }
 }
 

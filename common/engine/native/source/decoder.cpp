@@ -13,7 +13,7 @@
 
 #include "team.h"
 
-#include "attention.h"
+#include "company.h"
 #include "limits.h"
 #include "matrix.h"
 #include "stages.h"
@@ -108,7 +108,8 @@ public:
         for (int64_t i = 0; i < step.num_sequences * step.table_width; ++i)
             if (step.tables[i] < 0 || step.tables[i] >= model_.num_blocks) return BAD_INPUT;
         reserve(step.num_rows);
-        plan_attention(step);
+        companies_.plan(step.num_sequences, step.first_rows, step.positions, step.tables, step.table_width, model_.block_tokens, group_,
+                        team_.size());
         clock_.begin();
         team_.run([&](int member) {
             if (step.embeds) {
@@ -143,10 +144,6 @@ public:
     Limits limits() override { return measure_limits<Element>(team_); }
 
 private:
-    struct Unit {
-        int64_t sequence, first_row, num_rows, kv_head;
-    };
-
     // Every member's; what follows may rely on what all of them did.
     void end(Stage stage, int member) {
         team_.barrier();
@@ -168,18 +165,6 @@ private:
         widest = widest > inner_size_ ? widest : inner_size_;
         rows_.reserve(num_rows, widest);
         reserved_rows_ = num_rows;
-    }
-
-    // A unit is one KV head and as many rows of one sequence as go together.
-    void plan_attention(const Step& step) {
-        units_.clear();
-        const int64_t at_once = group_ > QUERIES_AT_ONCE ? 1 : QUERIES_AT_ONCE / group_;
-        for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence)
-            for (int64_t row = step.first_rows[sequence]; row < step.first_rows[sequence + 1]; row += at_once) {
-                const int64_t rest = step.first_rows[sequence + 1] - row;
-                for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head)
-                    units_.push_back({sequence, row, rest < at_once ? rest : at_once, kv_head});
-            }
     }
 
     template <class Part>
@@ -267,15 +252,8 @@ private:
             share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) { turn_and_write(step, layer, first + i, table); });
         }
         end(TURN_AND_WRITE, member);
-        team_.share(member, int64_t(units_.size()), [&](int64_t i) {
-            const Unit& unit = units_[size_t(i)];
-            const int64_t kv_head = unit.kv_head, head_words = model_.head_dim / PER_WORD;
-            attend<Element>(pool_, layer, kv_head, step.tables + unit.sequence * step.table_width, step.positions[unit.first_row],
-                            unit.num_rows, group_, &queries_[size_t((kv_head * rows + unit.first_row) * group_ * head_words)],
-                            scratch_[size_t(member)],
-                            reinterpret_cast<Stored*>(attended_.data()) + unit.first_row * attended_stride_ +
-                                kv_head * group_ * model_.head_dim,
-                            attended_stride_);
+        team_.share(member, int64_t(companies_.all.size()) * model_.num_kv_heads, [&](int64_t i) {
+            attend_together(step, layer, companies_.all[size_t(i / model_.num_kv_heads)], i % model_.num_kv_heads, scratch_[size_t(member)]);
         });
         end(ATTEND, member);
         product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
@@ -300,6 +278,27 @@ private:
         end(GATE_UP, member);
         product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_up(step, nullptr));
         end(DOWN, member);
+    }
+
+    void attend_together(const Step& step, int64_t layer, const Company& company, int64_t kv_head, AttentionScratch<Element>& scratch) {
+        const Member* members = &companies_.members[size_t(company.first_member)];
+        const int64_t row_words = group_ * model_.head_dim / PER_WORD;
+        const uint32_t* queries = &queries_[size_t((kv_head * step.num_rows + members[0].first_row) * row_words)];
+        if (company.num_members > 1) {
+            uint32_t* to = scratch.queries.data();
+            for (int64_t i = 0; i < company.num_members; ++i) {
+                const uint32_t* from = &queries_[size_t((kv_head * step.num_rows + members[i].first_row) * row_words)];
+                to = std::copy(from, from + members[i].num_rows * row_words, to);
+            }
+            queries = scratch.queries.data();
+        }
+        scratch.company.clear();
+        for (int64_t i = 0; i < company.num_members; ++i) {
+            Stored* to = reinterpret_cast<Stored*>(attended_.data()) + members[i].first_row * attended_stride_;
+            scratch.company.push_back({step.tables + members[i].sequence * step.table_width, step.positions[members[i].first_row],
+                                       members[i].num_rows, to + kv_head * group_ * model_.head_dim});
+        }
+        attend<Element>(pool_, layer, kv_head, scratch.company, company.shared, group_, queries, scratch, attended_stride_);
     }
 
     // Queries go to [kv head][row][head of its group], so that the queries of a unit lie together; keys and values to the pool.
@@ -347,7 +346,7 @@ private:
     Team team_;
     StageClock clock_;
     std::vector<AttentionScratch<Element>> scratch_;
-    std::vector<Unit> units_;
+    Companies companies_;
     int64_t reserved_rows_ = 0;
     std::vector<uint32_t> normed_, queries_, attended_, inner_;
     std::vector<float> qkv_;

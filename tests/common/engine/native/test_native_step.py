@@ -54,6 +54,7 @@ class Case:
     block_tokens: int
     sequences: tuple[tuple[int, int], ...]  # (start, rows)
     seed: int = 0
+    beginnings: tuple[tuple[int, int, int], ...] = ()  # (sequence, other, blocks): so many first blocks are the other's
 
 
 def architecture(
@@ -121,6 +122,8 @@ class World:
         counts = [num_blocks(start + rows, case.block_tokens) for start, rows in case.sequences]
         order = (torch.randperm(sum(counts), generator=generator) + FIRST_BLOCK).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in counts]
+        for index, other, blocks in case.beginnings:
+            self.tables[index][:blocks] = self.tables[other][:blocks]
         self.tokens = [torch.randint(0, shape.vocab_size, (rows,), generator=generator).tolist() for _, rows in case.sequences]
         name = ("int8-" if rounded_kv else "") + str(dtype).removeprefix("torch.")
         self.layout = KVLayout("", "", shape.num_layers, shape.num_kv_heads, shape.head_dim, case.block_tokens, name, False)
@@ -369,6 +372,37 @@ def test_a_row_is_the_same_bits_in_any_company(library: Library, dtype: torch.dt
         assert torch.equal(world.run(model, pool, steps), expected)
         # What lies behind a sequence's end in its last block is cleared when a step enters the block, whichever step that is.
         assert torch.equal(pool.tensor, memory)
+
+
+@st.composite
+def families(draw: st.DrawFn) -> Case:
+    """Sequences of few rows, mostly, of which many begin with blocks of an earlier one."""
+    block_tokens = draw(st.sampled_from([1, 7, 16, 32, 64, 100]))
+    sequences = draw(
+        st.lists(st.tuples(st.integers(0, 210), st.sampled_from([1, 1, 1, 2, 5, 40])), min_size=2, max_size=12).map(tuple)
+    )
+    beginnings = []
+    for index in range(1, len(sequences)):
+        other = draw(st.integers(0, index - 1))
+        most = min(sequences[index][0], sequences[other][0]) // block_tokens
+        beginnings.append((index, other, draw(st.one_of(st.just(most), st.integers(0, most)))))
+    kv_heads = draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.sampled_from([1, 3, 8, 40]))
+    shape = architecture(heads=heads, kv_heads=kv_heads, head_dim=draw(st.sampled_from([10, 64])))
+    return Case(shape, block_tokens, sequences, draw(st.integers(0, 1000)), tuple(beginnings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=families(), rounded_kv=st.booleans(), threads=st.integers(1, 3))
+def test_who_shares_a_beginning_gets_the_same_bits_as_alone(
+    library: Library, dtype: torch.dtype, case: Case, rounded_kv: bool, threads: int
+) -> None:
+    world = World(case, dtype, rounded_kv=rounded_kv)
+    pool = world.pool()
+    expected, memory = world.run(world.native_model(library, pool), pool, one_by_one(case)), pool.tensor.clone()
+    assert torch.equal(world.run(world.native_model(library, pool, threads), pool), expected)
+    assert torch.equal(pool.tensor, memory)
 
 
 @st.composite
