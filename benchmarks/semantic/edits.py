@@ -1,4 +1,5 @@
-"""Questions that were turned into others by one small edit: negated, another number or name, the opposite, turned around."""
+"""Questions that were turned into others by one small edit: negated, another number, name, word or question word, the opposite,
+turned around."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ _AUXILIARY = re.compile(r"\b(is|are|was|were|do|does|did|can|could|should|would|
 _VERB = re.compile(r"^(How (?:do|can|should) (?:I|we|you|one)) (\w+)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 _NAME = re.compile(r"(?<=[a-z,] )([A-Z][a-z]{2,})(?![a-z])")
+_QUESTION_WORD = re.compile(r"^(How|Why|When|Where|Who)\b(?! (?:many|much|long|far|old|often))")
+_TOPICAL = re.compile(r"(?<= )[a-z]{4,}(?= )")
 _FROM_TO = re.compile(r"\bfrom (\w+) to (\w+)\b")
 
 _PAIRS = (
@@ -27,6 +30,39 @@ for _pair in _PAIRS.split(", "):
     _one, _other = _pair.split()
     _UNLISTED |= {_one: _other, _other: _one}
 _UNLISTED = {one: other for one, other in _UNLISTED.items() if other not in OPPOSITES.get(one, ())}
+
+_SUBJECTS = [
+    "garden",
+    "kitchen",
+    "battery",
+    "contract",
+    "mortgage",
+    "violin",
+    "protein",
+    "passport",
+    "elephant",
+    "glacier",
+    "insurance",
+    "keyboard",
+    "painting",
+    "bicycle",
+    "surgery",
+    "tax",
+    "wedding",
+    "tomato",
+    "engine",
+    "poetry",
+    "medicine",
+    "uniform",
+    "pregnancy",
+    "visa",
+    "fever",
+    "database",
+    "cooking",
+    "camera",
+    "desert",
+    "chess",
+]
 
 Edit = Callable[[str, random.Random, list[str]], str | None]
 
@@ -61,8 +97,40 @@ def _other_name(text: str, dice: random.Random, names: list[str]) -> str | None:
     return None if other.lower() in text.lower() else text[: place.start()] + other + text[place.end() :]
 
 
-def _other_name_in_small_letters(text: str, dice: random.Random, names: list[str]) -> str | None:
-    return _other_name(text, dice, names)
+def _name_of_two_words(text: str, dice: random.Random, names: list[str]) -> str | None:
+    found = list(_NAME.finditer(text))
+    if not found:
+        return None
+    place = dice.choice(found)
+    return f"{text[: place.start()]}{' '.join(dice.sample(names, 2))}{text[place.end() :]}"
+
+
+def _names_swapped(text: str, dice: random.Random, names: list[str]) -> str | None:
+    """Who does it, and whom it is done to; not where "and" or "or" makes them equals."""
+    found = list(_NAME.finditer(text))
+    if len(found) != 2 or found[0].group() == found[1].group():
+        return None
+    first, second = found
+    between = text[first.end() : second.start()]
+    if not re.search(r"[a-z]{3,}", between) or re.search(r"\b(?:and|or|vs|with|versus|between)\b|,", between):
+        return None
+    return f"{text[: first.start()]}{second.group()}{between}{first.group()}{text[second.end() :]}"
+
+
+def _other_word(text: str, dice: random.Random, names: list[str]) -> str | None:
+    """Some topical word in place of another, both in small letters."""
+    found = [place for place in _TOPICAL.finditer(text) if place.group() not in FUNCTION_WORDS]
+    if not found:
+        return None
+    place, other = dice.choice(found), dice.choice(_SUBJECTS)
+    return None if other in text else text[: place.start()] + other + text[place.end() :]
+
+
+def _other_question_word(text: str, dice: random.Random, names: list[str]) -> str | None:
+    found = _QUESTION_WORD.match(text)
+    if found is None:
+        return None
+    return dice.choice([word for word in ("How", "Why", "When", "Where", "Who") if word != found.group(1)]) + text[found.end() :]
 
 
 def _opposite(text: str, dice: random.Random, names: list[str]) -> str | None:
@@ -94,7 +162,12 @@ EDITS: dict[str, Edit] = {
     "negation": _negated,
     "number": _other_number,
     "name": _other_name,
-    "name, small letters": _other_name_in_small_letters,
+    "name, small letters": _other_name,
+    "name of two words": _name_of_two_words,
+    "name of two words, small letters": _name_of_two_words,
+    "names swapped": _names_swapped,
+    "word": _other_word,
+    "question word": _other_question_word,
     "opposite": _opposite,
     "opposite, unlisted": _unlisted_opposite,
     "direction": _turned,

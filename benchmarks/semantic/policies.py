@@ -101,6 +101,13 @@ class Ours:
                 self.decider.take(self.decider.refit(self.decider.evidence()))
         return outcome
 
+    def would_serve(self, asked: Asked, known: Asked) -> bool:
+        """With what it has learnt: `asked`, while `known` is the only question with an answer. Learns nothing from it."""
+        scope = Scope(len(known.vector))
+        scope.add(Known(b"known", known.reading, ""), known.vector)
+        best = self._matcher.match(scope, b"asked", asked.reading, asked.vector).best
+        return best is not None and best.chance >= self.decider.view()[0].threshold
+
 
 class Static:
     """Serves the nearest answer from a cosine on."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.semantic.edits import edited_pairs
 from benchmarks.semantic.pairs import Questions
 from router.semantic.embedder import Embedder
-from router.semantic.features import features
+from router.semantic.features import NUM_FEATURES, features
 from router.semantic.prior import EmbedderPrior, Network, Trial
 from router.semantic.reading import Reading, read
 from router.semantic.scope_index import ScopeIndex
@@ -68,7 +68,7 @@ def edited_examples(texts: list[str], count: int, embedder: Embedder, weights: W
         if veto(one, other, weights) is None and one.words != other.words:
             cosine = float(embedder.embed(text, one) @ embedder.embed(edited, other))
             rows.append(features(one, other, weights, cosine=cosine, gap=0.3))
-    return np.array(rows)
+    return np.array(rows).reshape(-1, NUM_FEATURES)  # vetoes may leave none
 
 
 def train(

@@ -10,6 +10,7 @@ import enum
 from difflib import SequenceMatcher
 
 from router.semantic.reading import Reading, stem
+from router.semantic.replacements import changed_places, other_question_word, other_word
 from router.semantic.word_weights import WordWeights
 from router.semantic.words import DIRECTION_WORDS, FUNCTION_WORDS, OPPOSITES, UNITS
 
@@ -26,6 +27,7 @@ class Veto(enum.StrEnum):
     CODE = "code"  # also paths, flags, quoted strings
     NAMES = "names"
     TOPIC = "topic"  # a rare word in place of another one, in small letters too
+    WORD = "word"  # any word in place of another one, where that is all the difference
     ORDER = "order"
     QUESTION_WORD = "question-word"
 
@@ -44,8 +46,12 @@ def veto(question: Reading, candidate: Reading, weights: WordWeights) -> Veto | 
         return Veto.NAMES
     if _topic_replaced(question, candidate, weights):
         return Veto.TOPIC
-    if _order_turned(question, candidate):
+    if _order_turned(question, candidate) or changed_places(question, candidate):
         return Veto.ORDER
+    if other_question_word(question, candidate):
+        return Veto.QUESTION_WORD
+    if other_word(question, candidate, weights):
+        return Veto.WORD
     if question.asks != candidate.asks and "" not in (question.asks, candidate.asks) and _exact_kind(question, candidate):
         return Veto.QUESTION_WORD
     return None
@@ -117,11 +123,12 @@ def _order_turned(question: Reading, candidate: Reading) -> bool:
 
 
 def _directed(reading: Reading) -> dict[str, str]:
-    """For each word of direction the topical word behind it."""
+    """For each word of direction the topical words behind it, two because "h1" is read as two."""
     found = {}
     for place, word in enumerate(reading.words):
         if word in DIRECTION_WORDS:
-            found[word] = next((stem(after) for after in reading.words[place + 1 :] if after not in FUNCTION_WORDS), "")
+            behind = [stem(after) for after in reading.words[place + 1 :] if after not in FUNCTION_WORDS]
+            found[word] = " ".join(behind[:2] if behind[1:] and behind[1][0].isdigit() else behind[:1])
     return found
 
 

@@ -194,6 +194,112 @@ QUANTITY_WORDS: Final = _words("many much long far old often tall big fast high 
 # Subjects and objects change places around these: "from A to B" is not "from B to A".
 DIRECTION_WORDS: Final = _words("to from into than before after against over under")
 
+# Words that can stand for each other in a question that is otherwise the same, word for word. A line is one group.
+INTERCHANGEABLE: Final = tuple(
+    frozenset(line.split())
+    for line in """
+on in at by via through using with about of for within over
+to for on in into
+from via through using on by with
+someone somebody anyone anybody person people one i you we everyone everybody they
+my your our the a his her their
+best top greatest good great finest better ideal
+earn make get
+get find obtain acquire
+buy purchase get
+become be get
+site website page
+know tell
+mobile phone cellphone smartphone cell
+email mail
+movie film
+fix repair solve resolve
+begin start
+method way approach technique procedure process
+learn study
+prepare study
+easy simple
+easiest simplest
+big large huge
+biggest largest
+bigger larger
+reduce lose decrease
+pros advantages benefits
+cons disadvantages drawbacks
+signs symptoms
+see watch
+seen watched
+stop quit
+app application
+university college
+salary pay wage
+picture photo image photograph
+kid child
+kids children
+car automobile vehicle
+doctor physician
+math maths mathematics
+favorite favourite
+color colour
+behavior behaviour
+center centre
+program programme
+loose lose
+percent percentage
+use utilize
+using utilizing
+help assistance support
+need require
+fast quick
+faster quicker
+fastest quickest
+quickly fast rapidly
+happen occur
+reason cause
+explain describe
+meaning definition
+vs versus
+tips ways ideas suggestions
+improve increase enhance
+want wish
+difference distinction
+country nation
+woman lady
+women ladies
+man guy
+men guys
+money cash
+job work
+company firm
+thing stuff
+effect impact
+effects impacts
+important significant
+famous popular
+create make build develop
+remove delete
+recover restore retrieve
+change modify edit
+choose select pick
+talk speak
+answer reply
+trip travel
+holiday vacation
+tv television
+us usa america
+pc computer
+bike motorcycle motorbike
+book novel
+most more
+seen ever
+""".strip().splitlines()
+)
+
+# Small words that turn a question around.
+FACING: Final = frozenset(
+    (("to", "from"), ("he", "she"), ("his", "her"), ("him", "her"), ("before", "after"), ("above", "below"))
+)
+
 PRONOUNS: Final = _words(
     "it its that this these those they them their he him his she her one ones former latter same above previous again "
     "another other"

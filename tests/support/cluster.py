@@ -77,7 +77,12 @@ class RunningCluster:
 
 @contextmanager
 def launched(
-    folder: Path, *, model_path: Path, name: str = "e2e", settings: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    model_path: Path,
+    name: str = "e2e",
+    settings: dict[str, Any] | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[RunningCluster]:
     """Up, ready, and down again by Ctrl-C; the end is part of what is tested: it must come in time and be clean."""
     config = {
@@ -105,7 +110,7 @@ def launched(
         )
     cluster = RunningCluster(name, process, environment, log)
     try:
-        _wait_ready(cluster)
+        _wait_ready(cluster, start_timeout_s)
         yield cluster
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -129,8 +134,8 @@ def _share_kernels(home: Path) -> None:
         (home / "kernels").symlink_to(compiled, target_is_directory=True)
 
 
-def _wait_ready(cluster: RunningCluster) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait_ready(cluster: RunningCluster, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while True:
         assert cluster.process.poll() is None, f"`pdserve up` ended:\n{cluster.log.read_text()[-4000:]}"
         assert time.monotonic() < deadline, f"not ready in time:\n{cluster.log.read_text()[-4000:]}"

@@ -41,7 +41,17 @@ RULED_OUT = [
     ("how do i cook quinoa", "how do i cook couscous", Veto.TOPIC),
     ("How do I fly from Paris to Rome?", "How do I fly from Rome to Paris?", Veto.ORDER),
     ("How do I convert celsius to kelvin?", "How do I convert kelvin to celsius?", Veto.ORDER),
+    ("Why do the margins of headers grow from h1 to h6?", "Why do the margins of headers grow from h6 to h1?", Veto.ORDER),
+    ("Why do dogs chase cats?", "Why do cats chase dogs?", Veto.ORDER),
     ("When did the war begin?", "Where did the war begin?", Veto.QUESTION_WORD),
+    ("How do people become rich?", "Why do people become rich?", Veto.QUESTION_WORD),
+    ("how do i pay for my car online", "how do i pay for my car offline", Veto.WORD),
+    ("as an atheist what do you believe", "as an theist what do you believe", Veto.WORD),
+    ("What may an employer ask for?", "What may an employee ask for?", Veto.WORD),
+    ("What are the strengths and weaknesses of it?", "What are the weaknesses and weaknesses of it?", Veto.WORD),
+    ("do indian men respect indian women", "do indian men respect other women", Veto.WORD),
+    ("which game was the last they won in new york", "which game was the last they won in boston", Veto.WORD),
+    ("What do ships bring to the island?", "What do ships bring from the island?", Veto.WORD),
 ]
 
 NOT_RULED_OUT = [
@@ -58,6 +68,11 @@ NOT_RULED_OUT = [
     ("How do I buy a good house?", "How do I purchase a good house?"),
     ("Why isn't the sky green?", "Why is the sky not green?"),
     ('What does "recursion" mean?', "What does recursion mean?"),
+    ("What is the best way to earn money online?", "What is the best way to make money online?"),
+    ("How do I repair my old bike?", "How can someone fix my old bike?"),
+    ("How do I become a succesful writer?", "How do I become a successful writer?"),
+    ("How does new york compare with boston?", "How does ny compare with boston?"),
+    ("Is tea or coffee better at night?", "Is coffee or tea better at night?"),
 ]
 
 
