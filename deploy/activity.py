@@ -24,17 +24,19 @@ class Activity(StrEnum):
     STOPPED = "stopped"
     GONE = "gone"
     UNHEARD = "unheard"  # nobody on its host says
+    UNSURE = "unheard by a busy host"  # nobody says, and who asked was kept waiting for a core himself
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     states: str  # a letter for each thread, as in /proc
     wanted_core_s: float  # of all threads: on a core, and waiting for one
+    waited_s: float = 0.0  # the second of the two
 
 
 def look_at(pid: int) -> Look | None:
     """None if there is no such process."""
-    states, wanted_core_ns = "", 0
+    states, wanted_core_ns, waited_ns = "", 0, 0
     try:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             try:
@@ -44,9 +46,10 @@ def look_at(pid: int) -> Look | None:
                 continue  # a thread that has just ended, or a kernel that does not count
             states += state
             wanted_core_ns += int(on_core_ns) + int(waiting_ns)
+            waited_ns += int(waiting_ns)
     except OSError:
         return None
-    return Look(states, wanted_core_ns / 1e9)
+    return Look(states, wanted_core_ns / 1e9, waited_ns / 1e9)
 
 
 def what_it_did(before: Look | None, after: Look | None, span_s: float) -> Activity:
@@ -57,6 +60,11 @@ def what_it_did(before: Look | None, after: Look | None, span_s: float) -> Activ
     if set(before.states + after.states) & set("RD") or after.wanted_core_s - before.wanted_core_s >= _LEAST_SHARE * span_s:
         return Activity.WORKING
     return Activity.ASLEEP
+
+
+def was_kept_waiting(before: Look | None, after: Look | None, span_s: float) -> bool:
+    """Whether it lacked cores. Who does cannot tell a host that is gone from one that is as busy as its own."""
+    return before is not None and after is not None and after.waited_s - before.waited_s >= _LEAST_SHARE * span_s
 
 
 async def observe(pid: int, span_s: float) -> Activity:

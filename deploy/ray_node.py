@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.types import Role
-from deploy.janitor import members
+from deploy.janitor import kill_all, members
 from deploy.node_guard import MARK_VARIABLE
 from deploy.ray_environment import node_variables
 
@@ -26,6 +26,7 @@ GCS_PORT = 6379
 _ELSEWHERE = "192.0.2.1"  # of a network that exists in documents only
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of ours lives there
 _GUARDS = 2  # one may be killed
+_MOST_STARTS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,11 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = ray_start(given.kind, address, dict(given.slots), head=getattr(given, "head", None))
     mark = uuid.uuid4().hex
     variables = node_variables(autoscaler_v2=given.kind == "worker" or given.autoscaler == "v2")
-    started = subprocess.run(command, env={**os.environ, **variables, MARK_VARIABLE: mark}, check=False)
-    if started.returncode != 0:
-        raise SystemExit(started.returncode)
+    _start(command, {**os.environ, **variables, MARK_VARIABLE: mark}, mark)
     for _ in range(_GUARDS):
         _guard(mark)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], mark: str) -> None:
+    """NOTE: Ray's launcher never tries a host again whose start failed once, as on one that is very busy when it comes back."""
+    for _ in range(_MOST_STARTS):
+        started = subprocess.run(command, env=environment, check=False)
+        if started.returncode == 0:
+            return
+        kill_all(mark, variable=MARK_VARIABLE)
+    raise SystemExit(started.returncode)
 
 
 def _guard(mark: str) -> None:

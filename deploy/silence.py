@@ -49,6 +49,6 @@ class Silence:
         if now_s - self._asked_s > _LATE * self._policy.timeout_s:
             return ""
         self._misses += 1
-        if self._misses < self._policy.most_misses or activity in (None, Activity.WORKING):
+        if self._misses < self._policy.most_misses or activity in (None, Activity.WORKING, Activity.UNSURE):
             return ""
         return f"hung: missed {self._misses} health checks, its process is {activity}"

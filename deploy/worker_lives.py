@@ -12,6 +12,8 @@ of the first ends without an end of its process. Nothing is decided here (`deplo
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -24,7 +26,7 @@ from common.types import WorkerRef
 from common.wire.worker_pb2 import DrainRequest, InfoReply, InfoRequest
 from common.wire.worker_pb2_grpc import WorkerStub
 from common.worker import WorkerSpec
-from deploy.activity import Activity
+from deploy.activity import Activity, look_at, was_kept_waiting
 from deploy.manager_spec import ManagerSpec
 from deploy.pool_board import PoolBoard
 from deploy.reconcile import Action, Drain, Flip, Loss, Phase, Start, Stop, became_drained, became_ready, lost
@@ -201,11 +203,14 @@ class WorkerLives:
                 await cancel_and_wait(looking)
 
     async def _activity(self, worker: _Worker, timeout_s: float) -> Activity:
-        try:
+        before = look_at(os.getpid())
+        activity = Activity.UNHEARD
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                return await worker.process.activity(timeout_s / 2)
-        except TimeoutError:
-            return Activity.UNHEARD
+                activity = await worker.process.activity(timeout_s / 2)
+        if activity is Activity.UNHEARD and was_kept_waiting(before, look_at(os.getpid()), timeout_s):
+            return Activity.UNSURE
+        return activity
 
     async def _answers(self, worker: _Worker) -> bool:
         """One health check; its report goes into the picture."""

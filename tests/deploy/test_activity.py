@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from deploy.activity import Activity, Look, look_at, observe, what_it_did
+from deploy.activity import Activity, Look, look_at, observe, was_kept_waiting, what_it_did
 
 WAIT_S = 60.0
 SLEEPER = "import sys, time; sys.stdout.write('x'); sys.stdout.flush(); time.sleep(600)"
@@ -58,6 +58,11 @@ async def test_one_that_works_waits_or_is_stopped(stack: ExitStack) -> None:
     assert await observe(asleep.pid, 0.01) is Activity.GONE
     asleep.wait(WAIT_S)
     assert look_at(asleep.pid) is None
+
+
+@pytest.mark.parametrize(("waited_s", "kept"), [(0.01, False), (0.5, True)])
+def test_who_waits_for_cores_himself_is_known(waited_s: float, kept: bool) -> None:
+    assert was_kept_waiting(Look("SR", 1.0, 0.2), Look("SR", 9.0, 0.2 + waited_s), span_s=1.0) is kept
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
 
 import pytest
 
+from deploy import ray_node
+from deploy.janitor import members
+from deploy.node_guard import MARK_VARIABLE
 from deploy.ray_environment import node_variables
 from deploy.ray_node import own_address, ray_start, slots_from
 
@@ -45,3 +52,32 @@ def test_slots_that_mean_nothing_are_refused(text: str) -> None:
 
 def test_the_own_address_is_the_one_from_which_the_peer_is_reached() -> None:
     assert own_address("127.0.0.1") == "127.0.0.1"
+
+
+# Fails the given number of times, and leaves a process each time; the last try leaves one, too.
+STARTING = """
+import pathlib, subprocess, sys
+tries = pathlib.Path(sys.argv[1])
+count = int(tries.read_text() or 0) + 1
+tries.write_text(str(count))
+subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+sys.exit(0 if count > int(sys.argv[2]) else 7)
+"""
+
+
+@pytest.mark.parametrize(("failures", "tries", "status"), [(0, 1, None), (2, 3, None), (9, 3, 7)])
+def test_a_start_that_fails_is_tried_again_over_nothing(tmp_path: Path, failures: int, tries: int, status: int | None) -> None:
+    counted, mark = tmp_path / "tries", uuid.uuid4().hex
+    counted.write_text("")
+    command = [sys.executable, "-c", STARTING, str(counted), str(failures)]
+    try:
+        if status is None:
+            ray_node._start(command, {MARK_VARIABLE: mark}, mark)
+        else:
+            with pytest.raises(SystemExit, match=str(status)):
+                ray_node._start(command, {MARK_VARIABLE: mark}, mark)
+        assert int(counted.read_text()) == tries
+        assert len(members(mark, MARK_VARIABLE)) == (1 if status is None else 0)
+    finally:
+        for pid in members(mark, MARK_VARIABLE):
+            subprocess.run(["kill", "-KILL", str(pid)], check=True)

@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prefill, decode = (int(part) for part in arrangement.split("+"))
                 running = _cluster(folder / arrangement, path, prefill=prefill, decode=decode)
             with running as cluster:
-                cluster.wait_for("every worker", lambda: {one["state"] for one in cluster.status()["workers"]} == {"ready"}, 60.0)
+                cluster.wait_for(
+                    "every worker", lambda: {one["state"] for one in cluster.status()["workers"]} == {"ready"}, 240.0
+                )
                 row = asyncio.run(_drive(arrangement, cluster, arrivals, expected, yardstick))
             rows.append(row)
             _say(json.dumps(_described(row)) if given.json else _line(row))
