@@ -272,8 +272,8 @@ async def test_z30_a_long_prefill_stops_within_a_chunk(
     Ours: when the cancellation has reached the prefill worker, at most one chunk of the abandoned prompt is still computed, and
     the next step is the one that waited."""
     if not guarded:
-        monkeypatch.setattr(PrefillScheduler, "stop", lambda scheduler, request_id: None)
-        monkeypatch.setattr(PrefillScheduler, "release", lambda scheduler, request_id: None)
+        for guard in ("give_up", "stop", "release"):
+            monkeypatch.setattr(PrefillScheduler, guard, lambda scheduler, request_id: None)
     config = PrefillConfig(chunk_tokens=4, max_running=1)
     async with running_workers(model_path, engine=UNCACHED, decode=REMOTE, prefill=config, transfer=for_ever()) as workers:
         steps = PrefillSteps(workers.prefill[0])

@@ -153,8 +153,8 @@ async def test_a_link_with_it_carries_and_notices_the_same(
             assert isinstance(await incoming.wait_failed(), DigestMismatch)
         else:
             account = await outgoing.finish()
-            assert calls.written == calls.checked == 40, "not by the library"
             await incoming.complete(Seal(incoming.ticket.nonce, 320, account.digests))
+            assert calls.written == calls.checked == 40, "not by the library"
             assert [bytes(pool.block(block)) for block in blocks] == before
             cut = memoryview(before[3])
             parts = [(0, 2, piece_digest(cut[:2048], incoming.ticket.nonce, 3, 0, 2))]

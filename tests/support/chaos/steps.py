@@ -130,7 +130,7 @@ class Breakpoint:
                 os._exit(1)  # the test is gone
 
 
-def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -286,7 +286,8 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
     """In a prefill worker's process, before the worker is made. The steps of a link are taken in `fault_transport`; `requests`
     is filled with the request of each nonce."""
     from kvtransfer.sender import KVSender
-    from kvtransfer.transports.sending import StreamSenderLink
+    from kvtransfer.transports import shm, tcp
+    from kvtransfer.transports.sending import SocketSend, StreamSenderLink
     from prefill_worker.handoff import PrefillHandoff, Push
     from prefill_worker.runs import PrefillRuns
     from prefill_worker.server import PrefillWorker
@@ -361,7 +362,7 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
                 original(self, buffers)
                 return
             data = b"".join(bytes(buffer) for buffer in buffers)
-            half = 0 if self.kind == "shm" else len(data) // 2
+            half = 0 if self._sock.family == socket.AF_UNIX else len(data) // 2
             if half:
                 original(self, [data[:half]])
             reached(PrefillStep.MID_PIECE, request_id)
@@ -369,7 +370,14 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
 
         return send
 
-    _wrap(StreamSenderLink, "_send", make_send)
+    _wrap(SocketSend, "__call__", make_send)
+
+    def make_piece_kernel(original: Any) -> Any:
+        """What is inside a native call has no step: who waits for one sends from the interpreter."""
+        return lambda: None if breakpoint_.awaits(PrefillStep.MID_PIECE) else original()
+
+    for writing in (shm, tcp):
+        _wrap(writing, "piece_kernel", make_piece_kernel)
 
     def make_in_lane(original: Any) -> Any:
         async def in_lane(self: Any, job: Any) -> Any:
