@@ -62,6 +62,10 @@ class Beginnings:
     def num_waiting(self) -> int:
         return len(self._known)
 
+    def __contains__(self, choice: Choice) -> bool:
+        """Whether it waits, as was said when it was last asked about."""
+        return choice in self._known
+
     def begin(self, choice: Choice, prefill: WorkerRef | None) -> None:
         """The blocks that it lacks are under way. `prefill` computes them; None: they are computed here."""
         self._known.pop(choice, None)

@@ -131,8 +131,10 @@ class Holdings:
     # -- giving --------------------------------------------------------------------------------------------------------
 
     def trim(self, choice: Choice) -> None:
-        """Gives back what its tokens do not need."""
-        self._blocks.release(choice.sequence.trim(len(choice.sequence.tokens)))
+        """Gives back what its tokens do not need. A step under way may write behind them: the token before was to be one more,
+        and was the one that ends the answer."""
+        if not choice.num_steps_under_way:
+            self._blocks.release(choice.sequence.trim(len(choice.sequence.tokens)))
 
     def put_out(self, choice: Choice) -> bool:
         """Its KV goes to swap space, and its blocks are given back. False: it stays as it is."""

@@ -290,9 +290,9 @@ class DecodeScheduler:
     # Parts of the above.
 
     def _planned(self, *, is_ahead: bool) -> StepPlan:
-        new = (choice.generation for choice in self._waiting if not choice.generation.prompt_in_kv)
+        new = (choice for choice in self._waiting if not choice.generation.prompt_in_kv and choice not in self._beginnings)
         oldest = next(new, None)
-        self.waiting_since_s = None if oldest is None else oldest.lifecycle.stamps_s[Phase.RECEIVED]
+        self.waiting_since_s = None if oldest is None else oldest.generation.lifecycle.stamps_s[Phase.RECEIVED]
         return self._planner.plan(self._running, is_ahead=is_ahead)
 
     def _admit(self) -> None:

@@ -750,6 +750,7 @@ def test_a_beginning_that_is_on_its_way_here_is_neither_computed_nor_sent_again(
     assert not driver.step()
     assert [wanted.request.request_id for wanted in driver.wanted] == ["0"]
     assert (driver.scheduler.load().running, driver.scheduler.load().waiting) == (12, 0), "nobody waits for room"
+    assert driver.scheduler.waiting_since_s is None
     driver.answer_remote(driver.wanted.pop(0))
     driver.step()
     assert [wanted.first_block for wanted in driver.wanted] == [4] * 6, "those that are computed there, without the beginning"
@@ -809,3 +810,18 @@ def test_a_short_rest_behind_what_is_computed_here_is_computed_here(own_tokens: 
     finish(driver)
     computed = sum(account.prefill_tokens for account in driver.accounts.values())
     assert computed == len(BEGINNING) + (1 if elsewhere else 2) * own_tokens  # the fake hand-off says nothing of its tokens
+
+
+def test_what_a_step_ahead_writes_to_is_kept_when_the_token_before_ends_the_answer() -> None:
+    """The token that would have been the first of a block is a stop token; the step behind it has taken the block."""
+    for length in range(BLOCK_TOKENS):
+        prompt = list(range(100, 105 + length))
+        driver = Driver(DecodeConfig(local_prefill="always"), num_blocks=20, overlap=True)
+        answer = expected_output(prompt, 0, 4)
+        driver.submit(make_request("0", prompt, max_tokens=9, stop=(answer[-1],)))
+        driver.submit(make_request("1", prompt[::-1], max_tokens=12))
+        while driver.step():
+            pass
+        driver.assert_idle()
+        assert driver.outputs["0"][0] == answer[: answer.index(answer[-1])]
+        assert_right(driver, driver.prompts["1"])

@@ -80,11 +80,10 @@ inline void turn(const uint32_t* const* tokens, int64_t num_words, uint32_t* pan
 #if defined(__AVX512F__)
     for (; word + 16 <= num_words; word += 16) {
         for (int half = 0; half < PANEL; half += 16) {
-            for (int four = 0; four < 16; four += 4) {
-                __m512i column[4];
-                columns_of(tokens + half, word + four, column);
-                for (int i = 0; i < 4; ++i) _mm512_storeu_si512(panel + (word + four + i) * PANEL + half, column[i]);
-            }
+            __m512i row[16];
+            for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(tokens[half + i] + word);
+            transpose(row);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (word + i) * PANEL + half, row[i]);
         }
     }
 #endif

@@ -40,11 +40,6 @@ struct Float32 {
     }
 };
 
-// Places of two vectors of 32 values, in turn of the one and of the other.
-alignas(64) inline constexpr uint16_t INTERLEAVED[64] = {
-    0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
-    16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-
 struct BFloat16 {
     using Stored = uint16_t;
     static constexpr int PER_WORD = 2;
@@ -92,14 +87,6 @@ struct BFloat16 {
     static inline void interleave(const Stored* const* tokens, int64_t first, int64_t count, uint32_t* to) {
         const Stored *low = tokens[0] + first, *high = tokens[1] + first;
         int64_t i = 0;
-#if defined(__AVX512BW__)
-        const __m512i first_half = _mm512_load_si512(INTERLEAVED), second_half = _mm512_load_si512(INTERLEAVED + 32);
-        for (; i + 32 <= count; i += 32) {
-            const __m512i lower = _mm512_loadu_si512(low + i), upper = _mm512_loadu_si512(high + i);
-            _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(lower, first_half, upper));
-            _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(lower, second_half, upper));
-        }
-#endif
 #if defined(__AVX512F__)
         for (; i + 16 <= count; i += 16) {
             __m256i lower, upper;
