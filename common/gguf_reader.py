@@ -60,11 +60,11 @@ class _PlainArrayReader(GGUFReader):  # type: ignore[misc]  # the library ships 
     def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
         """Length and letters of each, in turn; and where they end."""
         data: Any = self._data
-        size, place = len(data), start
+        buffer, size, place = memoryview(data), len(data), start
         parts: list[Any] = []
         for _ in range(count):
             letters = place + _LENGTH.size
-            (length,) = _LENGTH.unpack_from(data, place)
+            (length,) = _LENGTH.unpack_from(buffer, place)
             if letters + length > size:
                 raise ValueError("a string is cut short")
             parts += data[place:letters], data[letters : letters + length]

@@ -16,10 +16,10 @@ import yaml
 from common.model_store import ModelFiles
 from support.cluster import RunningCluster, launched
 
-pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(3000)]
 
 # How soon four workers are up is not what is tested: a quarter of a minute of CPU time each, beside whatever else there is.
-UP_TIMEOUT_S = 600.0
+UP_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 300.0
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "configs" / "two-models.yaml"
@@ -74,7 +74,7 @@ def test_both_models_behind_one_router(two_models: RunningCluster, tmp_path: Pat
     assert f"{LARGE}: InvalidRequest (messages)" in answer.headers["x-route-reason"]
 
     (tmp_path / "request.json").write_text('{"model": "best", "prompt": "hi"}')
-    explained = two_models.cli("route", "explain", str(tmp_path / "request.json"), "--cluster", "two")
+    explained = two_models.cli("route", "explain", str(tmp_path / "request.json"), "--cluster", "two", timeout_s=ANSWER_TIMEOUT_S)
     assert explained.returncode == 0, explained.stderr
     assert explained.stdout.splitlines()[0] == f"best -> {LARGE}"
 
@@ -93,9 +93,9 @@ def test_both_models_behind_one_router(two_models: RunningCluster, tmp_path: Pat
             heard += "".join(choice["text"] for choice in event["choices"])
     assert heard == whole
 
-    gone = two_models.cli("scale", LARGE, "--decode", "0", "--cluster", "two")
+    gone = two_models.cli("scale", LARGE, "--decode", "0", "--cluster", "two", timeout_s=ANSWER_TIMEOUT_S)
     assert gone.returncode == 0, gone.stderr
-    two_models.wait_for("scaling", lambda: len(two_models.workers("decode")) == 1)
+    two_models.wait_for("scaling", lambda: len(two_models.workers("decode")) == 1, timeout_s=ANSWER_TIMEOUT_S)
     fallen_back = complete(two_models, "best")
     assert (fallen_back.status_code, fallen_back.headers["x-route-model"]) == (200, SMALL)
     assert fallen_back.json()["choices"][0]["text"] == texts[SMALL]
