@@ -271,7 +271,7 @@ def ticket_to_wire(ticket: Ticket) -> pb.Ticket:
 
 def ticket_from_wire(message: pb.Ticket) -> Ticket:
     values = {name: getattr(message, name) for name in Ticket.__slots__}
-    return Ticket(**{**values, "blocks": tuple(message.blocks)})
+    return Ticket(**{**values, "blocks": tuple(message.blocks), "part": tuple(message.part)})
 
 
 def pace_to_wire(pace: WorkerPace) -> worker_pb2.WorkerPace:

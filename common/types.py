@@ -287,4 +287,5 @@ class Ticket:
     num_tokens: int  # length of the prompt; the seal must state the same
     layout_fingerprint: bytes
     ttl_s: float  # from minting; each side counts on its own clock
+    part: tuple[int, ...] = ()  # of each block only these layers: first, number, first, number ...; () = all of them
     mac: bytes = b""

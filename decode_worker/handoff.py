@@ -7,17 +7,19 @@
       4. complete(seal): every block arrived and bears the digest that was sealed
       -> reports RemotePrefill, or one typed error; then the blocks come back through `on_drained` when no writer can touch them
 
-A fetch that failed, or was cancelled, leaves nothing half done for its caller: it drains in the background. This file and its
-twin in `prefill_worker` are the only ones that know both the engine and the transfer.
+A fetch that failed, or was cancelled, leaves nothing half done for its caller: it drains in the background. Where either worker
+has several ranks there is a ticket, a link and a seal for each two of them that share something, and all of them are one hand-off
+(`kvtransfer.ranks`). This file and its twin in `prefill_worker` are the only ones that know both the engine and the transfer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import socket
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from common.clock import Clock
 from common.codec import (
@@ -30,10 +32,11 @@ from common.codec import (
 )
 from common.config import TransferConfig
 from common.engine.heads.rows import HiddenRow
-from common.errors import EngineFailure, PdserveError, SealMismatch, WorkerLost
+from common.errors import EngineFailure, HandoffError, PdserveError, SealMismatch, WorkerLost
+from common.logs import get_logger
 from common.metrics import LeaseReadings
 from common.tracing.span import Kind, Span, Value, current_span, within
-from common.types import KVLayout, Request, StageTimings, TokenLogprob, WorkerRef
+from common.types import KVLayout, Request, StageTimings, Ticket, TokenLogprob, WorkerRef
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from decode_worker.events import RemotePrefill, RemotePrefillWanted
@@ -42,6 +45,10 @@ from decode_worker.prefill_peer import ConnectPrefill
 from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
+from kvtransfer.ranks.orders import RankOrders
+from kvtransfer.ranks.parts import Degrees, in_units
+from kvtransfer.ranks.rank_end import Introduction, ListenOrder, RankEnd
+from kvtransfer.ranks.rank_receivers import GroupIncoming, RankReceivers
 from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.state import Seal
@@ -49,6 +56,7 @@ from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import LOSSY, TRANSPORTS, create_transport
 from kvtransfer.transports.base import TransportOffer
 
+_log = get_logger(__name__)
 __all__ = ["DecodeHandoff", "MakeReceiver", "PoolMemory", "region_of_pool"]
 
 
@@ -71,13 +79,25 @@ def region_of_pool(memory: PoolMemory, device_memory: DeviceMemory | None, block
     return memory.region if device_memory is None else region_of(device_memory, block_bytes)
 
 
+class _Named(TypedDict):
+    """What tickets are made of, whoever makes them."""
+
+    request_id: str
+    attempt: int
+    prefill: WorkerRef
+    first_block: int
+    blocks: Sequence[int]
+    num_tokens: int
+    ttl_s: float
+
+
 @dataclass(slots=True)
 class _Progress:
     """How far a fetch has come; what must be undone if it does not succeed."""
 
     wanted: RemotePrefillWanted
     link: PrefillLink | None = None
-    incoming: Incoming | None = None
+    incoming: Incoming | GroupIncoming | None = None
     succeeded: bool = False
 
 
@@ -94,7 +114,9 @@ class DecodeHandoff:
         connect: ConnectPrefill,
         on_drained: Callable[[tuple[int, ...]], None],
         make_receiver: MakeReceiver = KVReceiver,
+        ranks: Sequence[socket.socket] = (),
     ) -> None:
+        """`ranks` lead to the worker's other ranks."""
         self._spec = spec
         self._config: TransferConfig = spec.transfer
         self._layout = layout
@@ -105,25 +127,39 @@ class DecodeHandoff:
         self._receiver = make_receiver(
             region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s
         )
+        self._degrees = Degrees(spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel)
+        self._ranks = RankReceivers(
+            [RankEnd(region, clock), *(RankOrders(end, rank) for rank, end in enumerate(ranks, 1))],
+            self._degrees,
+            layout,
+            Introduction(spec.worker_id, spec.incarnation, secret, in_units(layout), spec.transfer.lease_s),
+            clock,
+        )
         self._probes = ProbeTarget(spec.worker_id, spec.incarnation, secret, clock)
         self._offers: list[TransportOffer] = []
+        self._rank_offers: list[list[TransportOffer]] = []  # by rank, once somebody has asked for them
         self._background: set[asyncio.Task[None]] = set()
-        self._links = PrefillLinks(connect, self._introduction, spec.transfer.handshake_timeout_s, self._spawn)
+        self._links = PrefillLinks(
+            connect, self._introduction, self._prepare_ranks, spec.transfer.handshake_timeout_s, self._spawn
+        )
 
     def leases(self) -> LeaseReadings:
         """From any thread."""
-        return self._receiver.leases()
+        return self._receiver.leases() + self._ranks.leases()
 
     @property
     def num_blocks_arriving(self) -> int:
         """Held by requests whose KV is under way; those in quarantine are not."""
-        return self._receiver.num_blocks_arriving
+        return self._receiver.num_blocks_arriving + self._ranks.num_blocks_arriving
 
     def link_uses(self) -> tuple[worker_pb2.LinkUse, ...]:
         """What came from each prefill worker that is known, in the order in which they were met."""
         return self._links.uses()
 
     async def start(self) -> None:
+        if self._degrees.num_ranks > 1:
+            await self._prepare_ranks()
+            return
         self._offers = await self._receiver.start(
             self._config.transports, self._spec.host, trusted_network=self._spec.trusted_network
         )
@@ -139,6 +175,7 @@ class DecodeHandoff:
     async def close(self) -> None:
         """Ends all links. The memory stays with whoever keeps the engine."""
         await self._receiver.close()
+        await self._ranks.close()
         await self._links.close()
         if self._background:
             await asyncio.wait(self._background)
@@ -217,23 +254,38 @@ class DecodeHandoff:
         wanted = progress.wanted
         link = progress.link = self._links.to(wanted.prefill)
         await self._links.shake_hands(link)
-        incoming = progress.incoming = self._receiver.open(
-            request_id=wanted.request.request_id,
-            attempt=wanted.attempt,
-            prefill=wanted.prefill,
-            first_block=wanted.first_block,
-            blocks=wanted.blocks,
-            num_tokens=wanted.request.num_prompt_tokens,
-            ttl_s=min(self._config.ticket_ttl_s, wanted.request.timeout_s),
-        )
+        incoming = progress.incoming = self._open(link, wanted)
+        if isinstance(incoming, GroupIncoming):
+            await incoming.expect()
         attributes: dict[str, Value] = {"pdserve.prefill_worker": wanted.prefill.worker_id, "pdserve.attempt": wanted.attempt}
         with within(current_span().child("remote prefill", kind=Kind.CLIENT, attributes=attributes)) as span:
             return await self._run(link, incoming, wanted, span)
 
-    async def _run(self, link: PrefillLink, incoming: Incoming, wanted: RemotePrefillWanted, span: Span) -> RemotePrefill:
+    def _open(self, link: PrefillLink, wanted: RemotePrefillWanted) -> Incoming | GroupIncoming:
+        named: _Named = {
+            "request_id": wanted.request.request_id,
+            "attempt": wanted.attempt,
+            "prefill": wanted.prefill,
+            "first_block": wanted.first_block,
+            "blocks": wanted.blocks,
+            "num_tokens": wanted.request.num_prompt_tokens,
+            "ttl_s": min(self._config.ticket_ttl_s, wanted.request.timeout_s),
+        }
+        giving = Degrees(*link.degrees)
+        if giving.num_ranks == self._degrees.num_ranks == 1:
+            return self._receiver.open(**named)
+        return self._ranks.open(**named, giving=giving)
+
+    async def _run(
+        self, link: PrefillLink, incoming: Incoming | GroupIncoming, wanted: RemotePrefillWanted, span: Span
+    ) -> RemotePrefill:
         started_s = self._clock.monotonic_s()
+        first, *others = _tickets(incoming)
         message = worker_pb2.PrefillRequest(
-            request=request_to_wire(wanted.request), ticket=ticket_to_wire(incoming.ticket), wants_row=wanted.wants_row
+            request=request_to_wire(wanted.request),
+            ticket=ticket_to_wire(first),
+            wants_row=wanted.wants_row,
+            rank_tickets=[ticket_to_wire(ticket) for ticket in others],
         )
         run = asyncio.ensure_future(link.rpc.run(message, incoming.ticket.ttl_s))
         failed = asyncio.ensure_future(incoming.wait_failed())
@@ -246,7 +298,10 @@ class DecodeHandoff:
             run.cancel()
             failed.cancel()
         replied_s = self._clock.monotonic_s()
-        await incoming.complete(_seal(reply))
+        if isinstance(incoming, GroupIncoming):
+            await incoming.complete(_seals(reply))
+        else:
+            await incoming.complete(_seal(reply))
         verify_s = self._clock.monotonic_s() - replied_s
         num_blocks = len(incoming.ticket.blocks)
         transfer = span.child(
@@ -264,7 +319,7 @@ class DecodeHandoff:
     def _account(
         self,
         link: PrefillLink,
-        incoming: Incoming,
+        incoming: Incoming | GroupIncoming,
         request: Request,
         reply: worker_pb2.PrefillReply,
         run_s: float,
@@ -307,19 +362,31 @@ class DecodeHandoff:
             decode_worker_id=self._spec.worker_id,
             decode_incarnation=self._spec.incarnation,
             layout=layout_to_wire(self._layout),
-            offers=[worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in self._offers],
+            offers=_offers_to_wire(self._offers),
             pool_blocks=self._region.num_blocks,
+            tensor_parallel=self._degrees.tensor_parallel,
+            pipeline_parallel=self._degrees.pipeline_parallel,
+            ranks=[worker_pb2.RankOffers(offers=_offers_to_wire(offers)) for offers in self._rank_offers],
         )
+
+    async def _prepare_ranks(self) -> None:
+        spec = self._spec
+        listen = ListenOrder(tuple(self._config.transports), spec.host, spec.trusted_network)
+        self._rank_offers = await self._ranks.start(listen)
 
     async def _drain(self, progress: _Progress) -> None:
         link, incoming = progress.link, progress.incoming
         if link is not None and incoming is not None:
 
             async def release() -> None:
-                message = worker_pb2.ReleaseRequest(nonces=[incoming.ticket.nonce])
+                message = worker_pb2.ReleaseRequest(nonces=[ticket.nonce for ticket in _tickets(incoming)])
                 await link.rpc.release(message, self._config.release_timeout_s)
 
-            await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
+            try:
+                await incoming.abandon(release, timeout_s=self._config.release_timeout_s)
+            except HandoffError as error:
+                _log.warning("blocks are not given back", reason=error.message, blocks=len(progress.wanted.blocks))
+                return  # a rank was lost: this worker ends
         self._on_drained(progress.wanted.blocks)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -329,9 +396,26 @@ class DecodeHandoff:
         return task
 
 
+def _tickets(incoming: Incoming | GroupIncoming) -> tuple[Ticket, ...]:
+    return incoming.tickets if isinstance(incoming, GroupIncoming) else (incoming.ticket,)
+
+
+def _offers_to_wire(offers: Iterable[TransportOffer]) -> list[worker_pb2.TransportOffer]:
+    return [worker_pb2.TransportOffer(kind=offer.kind, address=offer.address) for offer in offers]
+
+
 def _seal(reply: worker_pb2.PrefillReply) -> Seal:
-    digests = {block.logical_block: block.digest for block in reply.digests}
-    return Seal(nonce=reply.nonce, num_tokens=reply.num_tokens, digests=digests)
+    return Seal(nonce=reply.nonce, num_tokens=reply.num_tokens, digests=_digests(reply.digests))
+
+
+def _seals(reply: worker_pb2.PrefillReply) -> dict[bytes, Seal]:
+    """By nonce; of all pairs of ranks."""
+    more = {seal.nonce: Seal(seal.nonce, reply.num_tokens, _digests(seal.digests)) for seal in reply.rank_seals}
+    return {reply.nonce: _seal(reply), **more}
+
+
+def _digests(blocks: Iterable[worker_pb2.BlockDigest]) -> dict[int, bytes]:
+    return {block.logical_block: block.digest for block in blocks}
 
 
 def _present(value: TokenLogprob | None) -> TokenLogprob:

@@ -9,7 +9,7 @@ A later incarnation replaces an earlier one, and none comes back. Knows the mess
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from common.errors import HandshakeRefused, TransferBroken, WorkerLost
@@ -30,6 +30,7 @@ class PrefillLink:
     ref: WorkerRef
     rpc: PrefillPeer
     transport: str = ""  # "" until the handshake succeeded
+    degrees: tuple[int, int] = (1, 1)  # of its ranks: tensor, pipeline
     handshake: asyncio.Task[None] | None = None  # the one that is under way, for all who need it
     num_waiting: int = 0  # for it
     num_transfers: int = 0  # that were verified
@@ -47,11 +48,18 @@ class PrefillLink:
 
 class PrefillLinks:
     def __init__(
-        self, connect: ConnectPrefill, introduction: Callable[[], worker_pb2.HandshakeRequest], timeout_s: float, spawn: Spawn
+        self,
+        connect: ConnectPrefill,
+        introduction: Callable[[], worker_pb2.HandshakeRequest],
+        prepare_ranks: Callable[[], Awaitable[None]],
+        timeout_s: float,
+        spawn: Spawn,
     ) -> None:
-        """`timeout_s` is of a handshake; `spawn` begins a task that somebody waits for in the end."""
+        """Once `prepare_ranks` has returned an introduction has the offers of all ranks. `timeout_s` is of a handshake; `spawn`
+        begins a task that somebody waits for in the end."""
         self._connect = connect
         self._introduction = introduction
+        self._prepare_ranks = prepare_ranks
         self._timeout_s = timeout_s
         self._spawn = spawn
         self.known: dict[str, PrefillLink] = {}  # by worker, in the order in which they were met
@@ -113,9 +121,15 @@ class PrefillLinks:
 
     async def _handshake(self, link: PrefillLink) -> None:
         reply = await link.rpc.handshake(self._introduction(), self._timeout_s)
+        if not reply.transport and reply.prefill_incarnation == link.ref.incarnation:  # it has several ranks
+            await self._prepare_ranks()
+            reply = await link.rpc.handshake(self._introduction(), self._timeout_s)
         if reply.prefill_worker_id == link.ref.worker_id and reply.prefill_incarnation > link.ref.incarnation:
             raise WorkerLost("the prefill worker was replaced by a later incarnation")  # another try may know of it
         if (reply.prefill_worker_id, reply.prefill_incarnation) != (link.ref.worker_id, link.ref.incarnation):
             raise HandshakeRefused("another worker answers at this address", param="prefill_worker_id")
+        if not reply.transport:
+            raise HandshakeRefused("the prefill worker asks for offers of ranks again", param="ranks")
+        link.degrees = reply.tensor_parallel or 1, reply.pipeline_parallel or 1
         link.transport = reply.transport
         _log.info("linked", prefill=link.ref.worker_id, incarnation=link.ref.incarnation, transport=reply.transport)

@@ -61,7 +61,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             leases=lambda: self._handoff.leases(),
             arrivals=lambda: Arrivals(self._handoff.num_blocks_arriving, self._handoff.link_uses()),
         )
-        self._loaded = await host.load(PoolMemory(touch=True), self._kept)
+        self._loaded = await host.load(PoolMemory(touch=True, rank_program="decode_worker.rank_process"), self._kept)
         engine = self._loaded.engine
         region = region_of_pool(self._loaded.memory, engine.device_memory, engine.layout.block_bytes)
         speculator = await asyncio.to_thread(
@@ -97,6 +97,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             self._clock,
             connect=lambda ref: GrpcPrefillPeer(ref, spec.cluster_token),
             on_drained=lambda blocks: loop.post(scheduler.drained, blocks),
+            ranks=() if engine.group is None else engine.group.beside,
         )
         await self._handoff.start()
         self._feeds = Feeds()
@@ -117,8 +118,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         await self._host.stop(grace_s)
         await self._feeds.close()
         await self._loop.stop()
-        await self._host.close_engine()
         await self._handoff.close()
+        await self._host.close_engine()
         self._loaded.close()
 
     async def retire(self) -> LoadedModel:

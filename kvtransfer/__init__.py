@@ -38,11 +38,12 @@ The design space: d pulls or p pushes; one-sided or two-sided; control inside or
 transfer overlaps computation; permission is granted by the owner of the memory per nonce; logical block numbers travel, addresses
 and pool indices never do (the ticket holds the indices, under a MAC); control beside the data, on the workers' gRPC. Bytes are
 checked in full, always, on the side that will compute with them. What travels is in d's layout, so d need not know p's: where
-block size or dtype differ, p cuts its blocks anew (`recutting`, by `gather`, as `reshard` plans). Heads and layers need no
-cutting here: ranks of a worker share one pool. Two links for slow networks carry codes of a byte a value (`wire_dtype`).
+block size or dtype differ, p cuts its blocks anew (`recutting`, by `gather`, as `reshard` plans). Where workers have several
+ranks, each rank is such an end by itself, for its part of each block (`ranks`). Two links for slow networks carry codes of a
+byte a value (`wire_dtype`).
 
 This package knows memory as regions of equal blocks and a `KVLayout`; it knows no engine, no tensor library, no gRPC.
 """
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Of tickets, frames and seals together. Workers of different versions do not exchange KV."""

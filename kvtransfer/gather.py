@@ -19,11 +19,15 @@ from kvtransfer.reshard import BlockTable, Rank, ShardedLayout, Side, check_resh
 def must_gather(source: ShardedLayout, destination: ShardedLayout) -> bool:
     """False if every range of layers of a source block is one of the destination's block as it lies. Raises HandshakeRefused."""
     check_reshardable(source.layout, destination.layout)
-    return (source.layout.block_tokens, source.layout.dtype, source.heads_per_rank) != (
+    return (source.layout.block_tokens, source.layout.dtype, _dealt(source)) != (
         destination.layout.block_tokens,
         destination.layout.dtype,
-        destination.heads_per_rank,
+        _dealt(destination),
     )
+
+
+def _dealt(side: ShardedLayout) -> list[range]:
+    return [side.heads_of(shard) for shard in range(side.tensor_parallel)]
 
 
 def gather_piece(
@@ -49,11 +53,12 @@ def gather_piece(
         raise TicketRefused(f"{num_tokens} tokens have no block {logical_block}", param="logical_block")
     there = Side(destination, rank, BlockTable((0,), logical_block))
     plan = plan_copies(source, there, first_token=first_token, num_tokens=end_token, layers=layers)
-    wanted = len(layers) * destination.heads_per_rank * 2 * (end_token - first_token) * destination.layout.head_dim
+    num_heads, layer_bytes = len(destination.heads_of(rank.shard)), destination.layer_bytes_of(rank)
+    wanted = len(layers) * num_heads * 2 * (end_token - first_token) * destination.layout.head_dim
     if not wanted or plan.num_values != wanted:
         raise HandshakeRefused("the source rank does not hold all of the piece", param="tensor_parallel")
-    before_bytes = (layers.start - destination.layers_of(rank.stage).start) * destination.layer_bytes
-    piece_bytes = len(layers) * destination.layer_bytes
+    before_bytes = (layers.start - destination.layers_of(rank.stage).start) * layer_bytes
+    piece_bytes = len(layers) * layer_bytes
     piece = memoryview(bytearray(piece_bytes)) if into is None else into[:piece_bytes]
     if into is not None and end_token - first_token < block_tokens:
         piece[:] = bytes(piece_bytes)

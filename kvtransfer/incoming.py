@@ -46,6 +46,7 @@ class ReceiverCounters:
     late_pieces: int = 0  # arrived after the end of their transfer: dropped, or written into a block in quarantine
     failures: Counter[str] = field(default_factory=Counter)
     links_refused: Counter[str] = field(default_factory=Counter)  # by the parameter that was wrong
+    bytes_by_writer: Counter[str] = field(default_factory=Counter)  # verified, by the worker that wrote them
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,7 @@ class Incoming:
                 repeated_bytes += piece_bytes
         counters.blocks += len(transfer.verified) - blocks_before
         counters.bytes += verified_bytes
+        counters.bytes_by_writer[self.ticket.prefill_worker_id] += verified_bytes
         self._unspent_bytes -= arrived_bytes
         self._unreturned_bytes += verified_bytes + repeated_bytes
         if self._unspent_bytes < 0:

@@ -34,6 +34,7 @@ from common.errors import (
 from common.types import Ticket
 from kvtransfer.digest import block_digest_of
 from kvtransfer.lease import PULSES_PER_LEASE, Lease
+from kvtransfer.part import mask_of, runs_within
 from kvtransfer.recutting import Cut, Made, Recutting
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName, SenderLink
@@ -90,7 +91,7 @@ class Outgoing:
         self._queue: deque[Piece | Cut] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
-        self._all_layers = (1 << side.num_layers) - 1
+        self._all_layers = mask_of(ticket.part, side.num_layers)  # that the ticket is for
         self._pushed: dict[int, int] = {}  # logical block -> a bit for each layer
         self._digests: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
         self._bytes = 0
@@ -113,8 +114,8 @@ class Outgoing:
 
     async def push(self, blocks: Sequence[tuple[int, int]], layers: tuple[int, int] | None = None) -> None:
         """Queues (logical block, source block) pairs, of each the layers from `layers[0]` up to, not including, `layers[1]`, or
-        all; waits while too much is queued. Raises TicketRefused for a block that is not in the ticket and for layers that are
-        not in a block or were pushed before, and whatever the transfer has failed with."""
+        all, as far as the ticket is for them; waits while too much is queued. Raises TicketRefused for a block that is not in the
+        ticket and for layers that are not in a block or were pushed before, and whatever the transfer has failed with."""
         if self._recutting is not None:
             raise IllegalTransition("the peer's blocks are not as ours: they have to be made")
         if self._may_push(blocks):
@@ -300,22 +301,20 @@ class Outgoing:
         """Checked in full before anything is noted down: a refused push leaves no trace."""
         region, ticket = self._side.region, self.ticket
         pushed = self._check_new([logical for logical, _ in blocks], first, end)
-        block_bytes, first_block, destinations, num_layers = region.block_bytes, ticket.first_block, ticket.blocks, end - first
-        layer_bytes = block_bytes // self._side.num_layers
-        start_bytes, piece_bytes = first * layer_bytes, num_layers * layer_bytes
-        buffer, num_blocks = region.buffer, region.num_blocks
+        layer_bytes = region.block_bytes // self._side.num_layers
+        runs = tuple(runs_within(ticket.part, first, end))
+        buffer, block_bytes, first_block, destinations = region.buffer, region.block_bytes, ticket.first_block, ticket.blocks
         pieces: list[Piece | Cut] = []
         for logical, source in blocks:
-            if not 0 <= source < num_blocks:
-                raise IndexError(f"block {source} of {num_blocks}")
-            at_bytes = source * block_bytes + start_bytes
-            pieces.append(
-                Piece(
-                    PieceName(logical, first, num_layers),
-                    destinations[logical - first_block] * block_bytes + start_bytes,
-                    buffer[at_bytes : at_bytes + piece_bytes],
+            if not 0 <= source < region.num_blocks:
+                raise IndexError(f"block {source} of {region.num_blocks}")
+            block_offset_bytes, source_bytes = destinations[logical - first_block] * block_bytes, source * block_bytes
+            for run_first, run_end in runs:
+                start_bytes, end_bytes = run_first * layer_bytes, run_end * layer_bytes
+                content = buffer[source_bytes + start_bytes : source_bytes + end_bytes]
+                pieces.append(
+                    Piece(PieceName(logical, run_first, run_end - run_first), block_offset_bytes + start_bytes, content)
                 )
-            )
         self._pushed.update(pushed)
         return pieces
 
@@ -323,16 +322,19 @@ class Outgoing:
         """Likewise."""
         ticket, block_bytes = self.ticket, recutting.layout.block_bytes
         pushed = self._check_new(logical, first, end)
+        runs = tuple(runs_within(ticket.part, first, end))
         cuts: list[Piece | Cut] = []
         for number in logical:
-            name = PieceName(number, first, end - first)
-            size_bytes = recutting.size_bytes(name)
-            offset_bytes = ticket.blocks[number - ticket.first_block] * block_bytes + first * (size_bytes // (end - first))
             table = recutting.covering(number, blocks, ticket.num_tokens)
             outside = next((block for block in table.blocks if block >= self._side.region.num_blocks), None)
             if outside is not None:
                 raise IndexError(f"block {outside} of {self._side.region.num_blocks}")
-            cuts.append(Cut(name, offset_bytes, size_bytes, table))
+            for run_first, run_end in runs:
+                name = PieceName(number, run_first, run_end - run_first)
+                size_bytes = recutting.size_bytes(name)
+                start_bytes = run_first * (size_bytes // name.num_layers)
+                offset_bytes = ticket.blocks[number - ticket.first_block] * block_bytes + start_bytes
+                cuts.append(Cut(name, offset_bytes, size_bytes, table))
         self._pushed.update(pushed)
         return cuts
 
@@ -340,7 +342,7 @@ class Outgoing:
         """What is pushed of each of these blocks once these layers are. Raises TicketRefused."""
         if not 0 <= first < end <= self._side.num_layers:
             raise TicketRefused(f"layers from {first} to {end} of blocks with {self._side.num_layers}", param="layers")
-        layers = (1 << end) - (1 << first)
+        layers = (1 << end) - (1 << first) & self._all_layers
         first_block, num_destinations = self.ticket.first_block, len(self.ticket.blocks)
         pushed: dict[int, int] = {}
         for logical in logical_blocks:

@@ -18,10 +18,11 @@ from common.clock import Clock
 from common.errors import HandoffError, IllegalTransition, StartupError, TransferBroken, TransferTimeout
 from common.loopback import is_loopback
 from common.metrics import LeaseReadings
-from common.types import KVLayout, WorkerRef
+from common.types import KVLayout, Ticket, WorkerRef
 from kvtransfer.incoming import Incoming, PoolSide, ReceiverCounters
 from kvtransfer.layout import layer_bytes
 from kvtransfer.lease import LEASE_S
+from kvtransfer.part import mask_of
 from kvtransfer.region import BlockRegion
 from kvtransfer.state import HandoffState, IncomingTransfer
 from kvtransfer.ticket import check_shape, mint
@@ -134,8 +135,16 @@ class KVReceiver:
             ttl_s=ttl_s,
             draw_nonce=self._draw_nonce,
         )
-        check_shape(ticket, pool_blocks=self._region.num_blocks, block_tokens=self._layout.block_tokens)
-        taken = {block for incoming in self._incoming.values() for block in incoming.ticket.blocks}.intersection(blocks)
+        return self.expect(ticket)
+
+    def expect(self, ticket: Ticket) -> Incoming:
+        """As `open`, of a ticket that was minted with our secret for blocks of ours, or for a part of each."""
+        if self._closed:
+            raise TransferBroken("this worker's KV transfer is closed")
+        check_shape(ticket, pool_blocks=self._region.num_blocks, layout=self._layout)
+        layers = mask_of(ticket.part, self._layout.num_layers)
+        others = (incoming for incoming in self._incoming.values() if incoming.transfer.overlaps(layers))
+        taken = {block for incoming in others for block in incoming.ticket.blocks}.intersection(ticket.blocks)
         if taken:
             raise IllegalTransition(f"block {min(taken)} is offered again while a writer may still write to it")
         if ticket.nonce in self._incoming:

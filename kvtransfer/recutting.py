@@ -64,7 +64,7 @@ class Recutting:
         return BlockTable(tuple(blocks[first:end]), first)
 
     def size_bytes(self, name: PieceName) -> int:
-        return name.num_layers * self._destination.layer_bytes
+        return name.num_layers * self._destination.layer_bytes_of(_WHOLE)
 
     async def make(self, cuts: Sequence[Cut], num_tokens: int) -> Made:
         """The pieces, of a prompt of `num_tokens` tokens; `give_back` once they are written. Raises HandoffError for a value that

@@ -87,10 +87,12 @@ class BlockRegion:
 class PoolMemory:
     """Shared memory for an engine's KV pool, made when the engine asks for it, and given up by whoever keeps the engine.
     `touch` says whether its pages are taken at once; where nobody else writes into it they may as well come when they are
-    used."""
+    used. `rank_program` is the module that the other ranks of the worker are started with: it knows of the transfer and of the
+    engine, which do not know each other."""
 
-    def __init__(self, *, touch: bool) -> None:
+    def __init__(self, *, touch: bool, rank_program: str = "") -> None:
         self._touch = touch
+        self.rank_program = rank_program
         self._region: BlockRegion | None = None
 
     def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:

@@ -6,7 +6,8 @@
                plan_copies(source rank, destination rank, tokens) -> CopyPlan -> execute(plan, source pool, destination pool)
 
 How a side is cut. Stage s of the pipeline holds consecutive layers; when they do not divide evenly the first stages hold one
-more. Shard t holds consecutive KV heads; when there are more shards than heads, consecutive shards hold copies of one head. Every
+more. Shard t holds consecutive KV heads, the first shards one more where that does not come out even; when there are more shards
+than heads, consecutive shards hold copies of one head. Every
 destination rank needs all it holds, copies of a head too; it gets each from exactly one source rank. Which of several owners of
 a head serves: they take turns over the destination's ranks in order, so that of a head's owners in one stage none serves two
 ranks more than another. `turn` shifts who begins; a number that differs by request spreads what one request alone cannot.
@@ -68,7 +69,7 @@ class ShardedLayout:
                 f"{self.layout.num_layers} layers do not fill {self.pipeline_parallel} stages", param="pipeline_parallel"
             )
         heads, shards = self.layout.num_kv_heads, self.tensor_parallel
-        if shards < 1 or (heads % shards and shards % heads):
+        if shards < 1 or (shards > heads and shards % heads):
             raise HandshakeRefused(f"{heads} KV heads cannot be shared evenly by {shards} shards", param="tensor_parallel")
 
     @property
@@ -81,30 +82,22 @@ class ShardedLayout:
         return max(1, self.tensor_parallel // self.layout.num_kv_heads)
 
     @property
-    def heads_per_rank(self) -> int:
-        return max(1, self.layout.num_kv_heads // self.tensor_parallel)
-
-    @property
     def run_bytes(self) -> int:
         """The tokens of one (layer, head, K or V) of a block."""
         return self.layout.block_tokens * self.layout.head_dim * self.layout.dtype_bytes
 
-    @property
-    def layer_bytes(self) -> int:
+    def layer_bytes_of(self, rank: Rank) -> int:
         """One layer of a rank's block."""
-        return self.heads_per_rank * 2 * self.run_bytes
+        return len(self.heads_of(rank.shard)) * 2 * self.run_bytes
 
     def layers_of(self, stage: int) -> range:
-        fewest, longer_stages = divmod(self.layout.num_layers, self.pipeline_parallel)
-        first = stage * fewest + min(stage, longer_stages)
-        return range(first, first + fewest + (stage < longer_stages))
+        return _divided(self.layout.num_layers, self.pipeline_parallel, stage)
 
     def heads_of(self, shard: int) -> range:
-        first = shard // self.replicas * self.heads_per_rank
-        return range(first, first + self.heads_per_rank)
+        return _divided(self.layout.num_kv_heads, self.tensor_parallel // self.replicas, shard // self.replicas)
 
     def block_bytes_of(self, rank: Rank) -> int:
-        return len(self.layers_of(rank.stage)) * self.layer_bytes
+        return len(self.layers_of(rank.stage)) * self.layer_bytes_of(rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +139,7 @@ class Side:
         layer_here = layer - self.sharded.layers_of(self.rank.stage).start
         head_here = head - self.sharded.heads_of(self.rank.shard).start
         row_bytes = layout.head_dim * layout.dtype_bytes
-        run = (layer_here * self.sharded.heads_per_rank + head_here) * 2
+        run = (layer_here * len(self.sharded.heads_of(self.rank.shard)) + head_here) * 2
         return run * self.sharded.run_bytes + token % layout.block_tokens * row_bytes
 
 
@@ -256,8 +249,13 @@ def pairs(source: ShardedLayout, destination: ShardedLayout, *, turn: int = 0) -
         (giver, taker)
         for giver in source.ranks
         for taker in destination.ranks
-        if _shared_layers(source, giver, destination, taker) and _shared_heads(source, giver, destination, taker, turn)
+        if all(shared(source, giver, destination, taker, turn=turn))
     )
+
+
+def shared(source: ShardedLayout, giver: Rank, destination: ShardedLayout, taker: Rank, *, turn: int = 0) -> tuple[range, range]:
+    """The layers and the heads of the model that `taker` gets from `giver`; if either is empty, nothing."""
+    return _shared_layers(source, giver, destination, taker), _shared_heads(source, giver, destination, taker, turn)
 
 
 def plan_copies(
@@ -278,15 +276,14 @@ def plan_copies(
     """
     check_reshardable(source.sharded.layout, destination.sharded.layout)
     _check_tokens(source, destination, first_token, num_tokens)
-    common_layers = _shared_layers(source.sharded, source.rank, destination.sharded, destination.rank)
+    common_layers, heads = shared(source.sharded, source.rank, destination.sharded, destination.rank, turn=turn)
     if layers is not None:
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= source.sharded.layout.num_layers:
             raise HandshakeRefused(f"{layers} are not layers of the model", param="layers")
         common_layers = _intersection(common_layers, layers)
-    heads = _shared_heads(source.sharded, source.rank, destination.sharded, destination.rank, turn)
     strided: list[StridedCopy] = []
     if common_layers and heads:
-        loops = _loops(source.sharded, destination.sharded, len(common_layers), len(heads))
+        loops = _loops(source, destination, len(common_layers), len(heads))
         merged: dict[int, tuple[int, tuple[Loop, ...]]] = {}
         for source_block, destination_block, tokens in _overlaps(source, destination, first_token, num_tokens):
             if len(tokens) not in merged:
@@ -342,6 +339,12 @@ def execute(plan: CopyPlan, source: memoryview, destination: memoryview) -> None
         given[...] = convert(taken, plan.source_dtype, plan.destination_dtype)
 
 
+def _divided(total: int, parts: int, index: int) -> range:
+    fewest, longer = divmod(total, parts)
+    first = index * fewest + min(index, longer)
+    return range(first, first + fewest + (index < longer))
+
+
 # -- who shares what ------------------------------------------------------------------------------------------------------
 
 
@@ -386,12 +389,13 @@ def _overlaps(source: Side, destination: Side, first_token: int, num_tokens: int
         token = end
 
 
-def _loops(source: ShardedLayout, destination: ShardedLayout, num_layers: int, num_heads: int) -> tuple[Loop, ...]:
+def _loops(source: Side, destination: Side, num_layers: int, num_heads: int) -> tuple[Loop, ...]:
     """Over layers, heads, and K and V."""
+    here, there = source.sharded.run_bytes, destination.sharded.run_bytes
     return (
-        Loop(num_layers, source.layer_bytes, destination.layer_bytes),
-        Loop(num_heads, 2 * source.run_bytes, 2 * destination.run_bytes),
-        Loop(2, source.run_bytes, destination.run_bytes),
+        Loop(num_layers, source.sharded.layer_bytes_of(source.rank), destination.sharded.layer_bytes_of(destination.rank)),
+        Loop(num_heads, 2 * here, 2 * there),
+        Loop(2, here, there),
     )
 
 

@@ -13,7 +13,8 @@ let go is a block FREE. In ACTIVE the writer is gone and the request is the sole
 manager keeps the books, unless the request is cancelled before it took the blocks over.
 
 What counts as complete is a set, never a number: exactly the ticket's logical blocks, each verified here, each with the digest
-that the seal states. A block is verified when pieces that were each verified cover its layers, none of them twice.
+that the seal states. A block is verified when pieces that were each verified cover its layers, none of them twice; of a ticket
+for a part of each block, the layers of that part, and no others may be written.
 
 The prefill worker has a lease from the offer until its account is known: OPEN, then whatever is `heard` of the writer, CLOSE and
 the seal must each come before it ends, or the transfer is poisoned. Nothing here knows sockets, memory or tasks; time comes from
@@ -39,6 +40,7 @@ from common.errors import (
 from common.types import Ticket
 from kvtransfer.digest import block_digest_of
 from kvtransfer.lease import LEASE_S, Lease
+from kvtransfer.part import mask_of
 from kvtransfer.transports.base import PieceName
 
 
@@ -105,7 +107,7 @@ class IncomingTransfer:
         self._pieces: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
         self._layers_here: dict[int, int] = {}  # logical block -> a bit for each layer that is verified
         self._num_layers = num_layers
-        self._all_layers = (1 << num_layers) - 1
+        self._all_layers = mask_of(ticket.part, num_layers)  # that the ticket is for
         self._lease_s = lease_s
         self._clock = clock
 
@@ -253,6 +255,10 @@ class IncomingTransfer:
     def ticket_expired(self) -> bool:
         return self._deadline_s is not None and self._clock.monotonic_s() >= self._deadline_s
 
+    def overlaps(self, layers: int) -> bool:
+        """Whether any of these, a bit for each, is one that its writer may write."""
+        return bool(self._all_layers & layers)
+
     # -- what follows -------------------------------------------------------------------------------------------------
 
     @property
@@ -278,13 +284,12 @@ class IncomingTransfer:
         self.receiving = state in RECEIVING
 
     def _layers(self, name: PieceName) -> int:
-        """A bit for each layer of the piece; none if no block has such layers."""
+        """A bit for each layer of the piece; none if the ticket is for no such layers."""
         _, first_layer, num_layers = name
-        if num_layers == self._num_layers and first_layer == 0:
-            return self._all_layers
         if first_layer < 0 or num_layers <= 0 or first_layer + num_layers > self._num_layers:
             return 0
-        return ((1 << num_layers) - 1) << first_layer
+        layers = ((1 << num_layers) - 1) << first_layer
+        return 0 if layers & ~self._all_layers else layers
 
     def _time_out(self, text: str) -> None:
         if self.state in UNDECIDED:

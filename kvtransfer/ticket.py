@@ -21,9 +21,10 @@ from common.blocks import num_blocks
 from common.errors import StartupError, TicketRefused
 from common.types import KVLayout, Ticket, WorkerRef
 from kvtransfer.digest import NONCE_BYTES
+from kvtransfer.part import check_part
 
 MAX_TTL_S = 3600.0
-_TAG = b"pdserve-ticket-v1"
+_TAG = b"pdserve-ticket-v2"
 
 
 def derive_secret(cluster_token: str) -> bytes:
@@ -46,9 +47,11 @@ def mint(
     blocks: Sequence[int],
     num_tokens: int,
     ttl_s: float,
+    part: Sequence[int] = (),
     draw_nonce: Callable[[int], bytes] = secrets.token_bytes,
 ) -> Ticket:
-    """A new ticket with a new nonce, for the blocks from `first_block` to the last of a prompt of `num_tokens`."""
+    """A new ticket with a new nonce, for the blocks from `first_block` to the last of a prompt of `num_tokens`; `part` as in a
+    `Ticket`."""
     unsigned = Ticket(
         nonce=draw_nonce(NONCE_BYTES),
         request_id=request_id,
@@ -62,6 +65,7 @@ def mint(
         num_tokens=num_tokens,
         layout_fingerprint=layout.fingerprint,
         ttl_s=float(ttl_s),  # an int would encode differently after a trip over the wire
+        part=tuple(part),
     )
     return replace(unsigned, mac=_mac(unsigned, secret))
 
@@ -90,10 +94,10 @@ def verify(
     for field, stated, wanted in expected:
         if stated != wanted:
             raise TicketRefused(f"the ticket is for {field} {stated}, not {wanted}", param=field)
-    check_shape(ticket, pool_blocks=pool_blocks, block_tokens=layout.block_tokens)
+    check_shape(ticket, pool_blocks=pool_blocks, layout=layout)
 
 
-def check_shape(ticket: Ticket, *, pool_blocks: int, block_tokens: int) -> None:
+def check_shape(ticket: Ticket, *, pool_blocks: int, layout: KVLayout) -> None:
     """What must hold of any ticket, whoever made it. Raises TicketRefused with the offending field as `param`."""
     if len(ticket.nonce) != NONCE_BYTES:
         raise TicketRefused(f"the nonce has {len(ticket.nonce)} bytes, not {NONCE_BYTES}", param="nonce")
@@ -101,7 +105,7 @@ def check_shape(ticket: Ticket, *, pool_blocks: int, block_tokens: int) -> None:
         raise TicketRefused(f"a ticket lives more than 0 and at most {MAX_TTL_S:.0f} s, not {ticket.ttl_s} s", param="ttl_s")
     if ticket.num_tokens < 1:
         raise TicketRefused(f"a prompt of {ticket.num_tokens} tokens", param="num_tokens")
-    if ticket.first_block < 0 or ticket.first_block + len(ticket.blocks) != num_blocks(ticket.num_tokens, block_tokens):
+    if ticket.first_block < 0 or ticket.first_block + len(ticket.blocks) != num_blocks(ticket.num_tokens, layout.block_tokens):
         raise TicketRefused(
             f"{len(ticket.blocks)} blocks from block {ticket.first_block} do not end where {ticket.num_tokens} tokens end",
             param="first_block",
@@ -111,6 +115,7 @@ def check_shape(ticket: Ticket, *, pool_blocks: int, block_tokens: int) -> None:
         raise TicketRefused(f"block {outside} is outside a pool of {pool_blocks} blocks", param="blocks")
     if len(set(ticket.blocks)) != len(ticket.blocks):
         raise TicketRefused("a block is named twice", param="blocks")
+    check_part(ticket.part, layout.num_layers)
 
 
 def _mac(ticket: Ticket, secret: bytes) -> bytes:

@@ -5,14 +5,17 @@
                           └─ abort(): nothing is read or written any more
 
 Only blocks that the ticket names travel: what the decode worker had already, it did not ask for. They are numbered, and cut, as
-its pool is: a block is final when all its tokens were computed here, whatever the blocks here are. This file and its twin in
-`decode_worker` are the only ones that know both sides.
+its pool is: a block is final when all its tokens were computed here, whatever the blocks here are. Where either worker has
+several ranks, each rank here writes what is its own to the ranks there that want it (`kvtransfer.ranks`), as it is told here.
+This file and its twin in `decode_worker` are the only ones that know both sides.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from common.blocks import num_blocks, num_full_blocks
@@ -29,6 +32,10 @@ from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.native.choice import prepare
 from kvtransfer.probe import ProbeOrder, ProbeSource
+from kvtransfer.ranks.orders import RankOrders
+from kvtransfer.ranks.parts import Degrees, in_units
+from kvtransfer.ranks.rank_end import Introduction, RankEnd
+from kvtransfer.ranks.rank_senders import GroupOutgoing, PeerGroup, RankSenders
 from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.sender import KVSender, Outgoing, TransferAccount
 from kvtransfer.ticket import derive_secret
@@ -64,18 +71,27 @@ class PrefillHandoff:
         clock: Clock,
         *,
         make_sender: MakeSender = KVSender,
+        ranks: Sequence[socket.socket] = (),
     ) -> None:
-        """`pool` is the engine's KV memory, a whole number of blocks."""
+        """`pool` is the engine's KV memory, a whole number of blocks; `ranks` lead to the worker's other ranks."""
         self._spec = spec
         self._layout = layout
         secret = derive_secret(spec.cluster_token)
         region = region_of(pool, layout.block_bytes)
         self._sender = make_sender(region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
+        self._degrees = Degrees(spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel)
+        self._ranks = RankSenders(
+            [RankEnd(region, clock), *(RankOrders(end, rank) for rank, end in enumerate(ranks, 1))],
+            self._degrees,
+            layout,
+            Introduction(spec.worker_id, spec.incarnation, secret, in_units(layout), spec.transfer.lease_s),
+            clock,
+        )
         self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)
 
     def leases(self) -> LeaseReadings:
         """From any thread."""
-        return self._sender.leases()
+        return self._sender.leases() + self._ranks.leases()
 
     def prepare(self) -> None:
         """Has the native library for copies ready before long, compiled if need be; transfers do not wait for it."""
@@ -87,24 +103,37 @@ class PrefillHandoff:
             raise HandshakeRefused(
                 f"transfer protocol {message.protocol_version} there, {PROTOCOL_VERSION} here", param="protocol_version"
             )
-        kind = await self._sender.connect(
-            message.decode_worker_id,
-            message.decode_incarnation,
-            [TransportOffer(offer.kind, offer.address) for offer in message.offers],
-            message.pool_blocks,
-            layout_from_wire(message.layout),
-        )
+        theirs = Degrees(message.tensor_parallel or 1, message.pipeline_parallel or 1)
+        layout = layout_from_wire(message.layout)
+        if self._degrees.num_ranks == theirs.num_ranks == 1:
+            kind = await self._sender.connect(
+                message.decode_worker_id, message.decode_incarnation, _offers(message.offers), message.pool_blocks, layout
+            )
+        elif message.ranks:
+            offers = tuple(_offers(rank.offers) for rank in message.ranks)
+            kind = await self._ranks.connect(
+                PeerGroup(message.decode_worker_id, message.decode_incarnation, theirs, offers, message.pool_blocks, layout)
+            )
+        else:
+            kind = ""  # a worker of one process could not know
         return worker_pb2.HandshakeReply(
-            prefill_worker_id=self._spec.worker_id, prefill_incarnation=self._spec.incarnation, transport=kind
+            prefill_worker_id=self._spec.worker_id,
+            prefill_incarnation=self._spec.incarnation,
+            transport=kind,
+            tensor_parallel=self._degrees.tensor_parallel,
+            pipeline_parallel=self._degrees.pipeline_parallel,
         )
 
-    def begin(self, ticket: Ticket) -> Push:
-        """Raises TicketRefused."""
-        return Push(self._sender.open(ticket), ticket, self._layout)
+    async def begin(self, tickets: Sequence[Ticket]) -> Push:
+        """One ticket, or those of all pairs of ranks. Raises TicketRefused."""
+        first = tickets[0]
+        outgoing = self._sender.open(first) if len(tickets) == 1 else await self._ranks.open(tickets)
+        return Push(outgoing, first, self._layout)
 
     async def release(self, nonces: Sequence[bytes]) -> None:
         """When it returns nothing more is written under these nonces, ever."""
         await self._sender.release(nonces)
+        await self._ranks.release(nonces)
 
     async def push_probe(self, message: worker_pb2.PushProbeRequest) -> worker_pb2.PushProbeReply:
         """Pushes random blocks from memory of its own. Raises HandoffError: whatever is wrong with this link."""
@@ -134,12 +163,23 @@ class PrefillHandoff:
     async def close(self) -> None:
         await self._probes.close()
         await self._sender.close()
+        await self._ranks.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PushAccount:
+    """What was written: goes into the seals."""
+
+    digests: Mapping[bytes, Mapping[int, bytes]]  # nonce -> logical block -> digest
+    num_blocks: int
+    bytes: int
+    transfer_s: float  # time in which something was being written
 
 
 class Push:
     """The outgoing KV of one prompt."""
 
-    def __init__(self, outgoing: Outgoing, ticket: Ticket, layout: KVLayout) -> None:
+    def __init__(self, outgoing: Outgoing | GroupOutgoing, ticket: Ticket, layout: KVLayout) -> None:
         self._outgoing = outgoing
         self._ticket = ticket
         self._block_tokens = outgoing.block_tokens or layout.block_tokens  # of the blocks that are asked for
@@ -157,10 +197,16 @@ class Push:
                 self._next = final
             await self._outgoing.push_prompt(asked, blocks, (first_layer, end_layer))
 
-    async def finish(self) -> TransferAccount:
+    async def finish(self) -> PushAccount:
         """Returns when all was written. Raises HandoffError."""
-        return await self._outgoing.finish()
+        account = await self._outgoing.finish()
+        digests = {self._ticket.nonce: account.digests} if isinstance(account, TransferAccount) else account.digests
+        return PushAccount(digests, len(self._ticket.blocks), account.bytes, account.transfer_s)
 
     async def abort(self) -> None:
         """Returns when no block is read any more; at once after `finish`. Idempotent."""
         await self._outgoing.abort()
+
+
+def _offers(offers: Iterable[worker_pb2.TransportOffer]) -> tuple[TransportOffer, ...]:
+    return tuple(TransportOffer(offer.kind, offer.address) for offer in offers)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from common.clock import Clock
@@ -59,14 +59,15 @@ class PrefillRuns:
 
     async def run(self, message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         """Ends in the seal or in a PdserveError. Cancelling it stops the computation within one step."""
-        request, ticket = request_from_wire(message.request), ticket_from_wire(message.ticket)
-        left_s = min(request.timeout_s, ticket.ttl_s)
+        request = request_from_wire(message.request)
+        tickets = [ticket_from_wire(ticket) for ticket in (message.ticket, *message.rank_tickets)]
+        left_s = min(request.timeout_s, *(ticket.ttl_s for ticket in tickets))
         if left_s <= 0:
             raise DeadlineExceeded("the prompt's time was over when it came")
         deadline_s = self._clock.monotonic_s() + left_s
         try:
             async with asyncio.timeout(left_s):
-                return await self._run(request, ticket, deadline_s, message.wants_row)
+                return await self._run(request, tickets, deadline_s, message.wants_row)
         except TimeoutError as error:
             raise DeadlineExceeded("the prompt was not computed in time") from error
 
@@ -90,14 +91,17 @@ class PrefillRuns:
 
     # -- one run -------------------------------------------------------------------------------------------------------
 
-    async def _run(self, request: Request, ticket: Ticket, deadline_s: float, wants_row: bool) -> worker_pb2.PrefillReply:
+    async def _run(
+        self, request: Request, tickets: Sequence[Ticket], deadline_s: float, wants_row: bool
+    ) -> worker_pb2.PrefillReply:
         if self._failure is not None:
             raise self._failure
         self._check(request)
+        ticket = tickets[0]
         if ticket.request_id != request.request_id or ticket.num_tokens != request.num_prompt_tokens:
             raise TicketRefused("the ticket is for another prompt", param="request_id")
         grammar = await self._compile_grammar(request)
-        push = self._handoff.begin(ticket)
+        push = await self._handoff.begin(tickets)
         # A client may use a request id twice at a time; the engine must not.
         key = f"{request.request_id}#{next(self._serial)}"
         news: asyncio.Queue[Event | PdserveError] = asyncio.Queue()
@@ -118,12 +122,16 @@ class PrefillRuns:
         self._metrics.queue_s.observe(computed.queue_s)
         self._metrics.prefill_s.observe(computed.prefill_s)
         self._metrics.transfer_bytes.inc(account.bytes)
-        self._metrics.transfer_blocks.inc(len(account.digests))
+        self._metrics.transfer_blocks.inc(account.num_blocks)
         self._metrics.finished("handed_off")
         return worker_pb2.PrefillReply(
             nonce=ticket.nonce,
             num_tokens=request.num_prompt_tokens,
-            digests=[worker_pb2.BlockDigest(logical_block=logical, digest=digest) for logical, digest in account.digests.items()],
+            digests=_digests_to_wire(account.digests[ticket.nonce]),
+            rank_seals=[
+                worker_pb2.RankSeal(nonce=other.nonce, digests=_digests_to_wire(account.digests[other.nonce]))
+                for other in tickets[1:]
+            ],
             first_tokens=[sampled_token_to_wire(token) for token in computed.first_tokens],
             prompt_logprobs=[token_logprob_to_wire(item) for item in computed.prompt_logprobs],
             cached_tokens=computed.cached_tokens,
@@ -167,3 +175,7 @@ class PrefillRuns:
         task = asyncio.get_running_loop().create_task(give_back(), name="give-back")
         self._giving_back.add(task)
         task.add_done_callback(self._giving_back.discard)
+
+
+def _digests_to_wire(digests: Mapping[int, bytes]) -> list[worker_pb2.BlockDigest]:
+    return [worker_pb2.BlockDigest(logical_block=logical, digest=digest) for logical, digest in digests.items()]

@@ -43,7 +43,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             scheduler=lambda: self._scheduler,
             leases=lambda: self._handoff.leases(),
         )
-        self._loaded = await host.load(PoolMemory(touch=False), self._kept)
+        self._loaded = await host.load(PoolMemory(touch=False, rank_program="prefill_worker.rank_process"), self._kept)
         engine = self._loaded.engine
         config = self._spec.model.prefill.on(engine.device.type)
         self._scheduler = PrefillScheduler(config, engine.layout, engine.blocks, self._clock)
@@ -57,7 +57,13 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
             on_step=host.step_done,
         )
         self._loop = EngineLoop[Event](core, name="engine")
-        self._handoff = PrefillHandoff(self._spec, engine.layout, engine.device_memory or engine.pool.buffer, self._clock)
+        self._handoff = PrefillHandoff(
+            self._spec,
+            engine.layout,
+            engine.device_memory or engine.pool.buffer,
+            self._clock,
+            ranks=() if engine.group is None else engine.group.beside,
+        )
         self._handoff.prepare()
         self._runs = PrefillRuns(
             self._scheduler,

@@ -32,6 +32,7 @@ LONG = (
     "zoo",
     "common/engine/automata",
     "common/engine/native/test_native_choice.py",
+    "kvtransfer/ranks/test_groups.py",
     "kvtransfer/test_nixl.py",
     "router/console/test_page.py",
     "router/store/test_redis_faults.py",

@@ -60,7 +60,10 @@ EXCEPTIONS: dict[str, frozenset[str]] = {
 }
 
 # Inside a worker, these files alone may import kvtransfer, and nobody else anywhere may import it together with the engine.
-HANDOFFS = frozenset({"prefill_worker/handoff.py", "decode_worker/handoff.py"})
+# The rank processes of a worker are started with both, by a file that has nothing else in it.
+HANDOFFS = frozenset(
+    f"{worker}/{name}.py" for worker in ("prefill_worker", "decode_worker") for name in ("handoff", "rank_process")
+)
 
 
 class When(enum.Enum):

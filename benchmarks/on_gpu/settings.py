@@ -61,6 +61,7 @@ class _Memory:
 
     allocate: Callable[[int, int], memoryview]
     descriptor: int | None = None
+    rank_program: str = ""  # nobody shares it
 
 
 def engine_of(

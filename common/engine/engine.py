@@ -51,6 +51,11 @@ class PoolMemory(Protocol):
         """Of that memory, for other processes to map; None if it has none."""
         ...
 
+    @property
+    def rank_program(self) -> str:
+        """What other ranks that share it run: see `RankGroup.start`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -149,7 +154,8 @@ def _of_ranks(plan: EnginePlan, memory: PoolMemory | None, name: str) -> Engine:
     descriptor = None if memory is None else memory.descriptor
     if region is None or descriptor is None:
         raise StartupError("the ranks of a worker share its KV pool: it needs memory with a descriptor")
-    group = RankGroup.start(order, plan.shares, region, descriptor, name=name)
+    program = "" if memory is None else memory.rank_program
+    group = RankGroup.start(order, plan.shares, region, descriptor, name=name, program=program)
     mine = group.mine
     runner = ModelRunner(mine.model, mine.pool, plan.numerics, len(mine.share.heads), group=group)
     return _around(plan, mine.pool, runner, group=group)

@@ -63,6 +63,9 @@ class Memory(Protocol):
     @property
     def descriptor(self) -> int | None: ...
 
+    @property
+    def rank_program(self) -> str: ...
+
     def close(self) -> None: ...
 
 

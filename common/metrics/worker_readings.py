@@ -16,6 +16,15 @@ class LeaseReadings:
     quarantined: int = 0  # given up, while a writer may still write
     quarantined_oldest_s: float = 0.0
 
+    def __add__(self, other: LeaseReadings) -> LeaseReadings:
+        return LeaseReadings(
+            open=self.open + other.open,
+            expired=self.expired + other.expired,
+            oldest_s=max(self.oldest_s, other.oldest_s),
+            quarantined=self.quarantined + other.quarantined,
+            quarantined_oldest_s=max(self.quarantined_oldest_s, other.quarantined_oldest_s),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MaskReadings:

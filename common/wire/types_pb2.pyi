@@ -245,7 +245,7 @@ class KVLayout(_message.Message):
     def __init__(self, model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("nonce", "request_id", "attempt", "decode_worker_id", "decode_incarnation", "prefill_worker_id", "prefill_incarnation", "first_block", "blocks", "num_tokens", "layout_fingerprint", "ttl_s", "mac")
+    __slots__ = ("nonce", "request_id", "attempt", "decode_worker_id", "decode_incarnation", "prefill_worker_id", "prefill_incarnation", "first_block", "blocks", "num_tokens", "layout_fingerprint", "ttl_s", "mac", "part")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,7 @@ class Ticket(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
     request_id: str
     attempt: int
@@ -272,7 +273,8 @@ class Ticket(_message.Message):
     layout_fingerprint: bytes
     ttl_s: float
     mac: bytes
-    def __init__(self, nonce: _Optional[bytes] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., first_block: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_fingerprint: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    part: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, nonce: _Optional[bytes] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., first_block: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_fingerprint: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., mac: _Optional[bytes] = ..., part: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")

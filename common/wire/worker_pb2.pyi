@@ -144,40 +144,58 @@ class TransportOffer(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
-    __slots__ = ("protocol_version", "decode_worker_id", "decode_incarnation", "layout", "offers", "pool_blocks")
+    __slots__ = ("protocol_version", "decode_worker_id", "decode_incarnation", "layout", "offers", "pool_blocks", "tensor_parallel", "pipeline_parallel", "ranks")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
     POOL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     decode_worker_id: str
     decode_incarnation: int
     layout: _types_pb2.KVLayout
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     pool_blocks: int
-    def __init__(self, protocol_version: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.KVLayout, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pool_blocks: _Optional[int] = ...) -> None: ...
+    tensor_parallel: int
+    pipeline_parallel: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankOffers]
+    def __init__(self, protocol_version: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.KVLayout, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pool_blocks: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankOffers, _Mapping]]] = ...) -> None: ...
+
+class RankOffers(_message.Message):
+    __slots__ = ("offers",)
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    def __init__(self, offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
 
 class HandshakeReply(_message.Message):
-    __slots__ = ("prefill_worker_id", "prefill_incarnation", "transport")
+    __slots__ = ("prefill_worker_id", "prefill_incarnation", "transport", "tensor_parallel", "pipeline_parallel")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     prefill_incarnation: int
     transport: str
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    tensor_parallel: int
+    pipeline_parallel: int
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_incarnation: _Optional[int] = ..., transport: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "ticket", "wants_row")
+    __slots__ = ("request", "ticket", "wants_row", "rank_tickets")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     WANTS_ROW_FIELD_NUMBER: _ClassVar[int]
+    RANK_TICKETS_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     ticket: _types_pb2.Ticket
     wants_row: bool
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ..., wants_row: _Optional[bool] = ...) -> None: ...
+    rank_tickets: _containers.RepeatedCompositeFieldContainer[_types_pb2.Ticket]
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ..., wants_row: _Optional[bool] = ..., rank_tickets: _Optional[_Iterable[_Union[_types_pb2.Ticket, _Mapping]]] = ...) -> None: ...
 
 class BlockDigest(_message.Message):
     __slots__ = ("logical_block", "digest")
@@ -188,7 +206,7 @@ class BlockDigest(_message.Message):
     def __init__(self, logical_block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s", "work_s", "row")
+    __slots__ = ("nonce", "num_tokens", "digests", "first_tokens", "prompt_logprobs", "cached_tokens", "queue_s", "prefill_s", "tail_s", "transfer_s", "work_s", "row", "rank_seals")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +219,7 @@ class PrefillReply(_message.Message):
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     WORK_S_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
+    RANK_SEALS_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
     num_tokens: int
     digests: _containers.RepeatedCompositeFieldContainer[BlockDigest]
@@ -213,7 +232,16 @@ class PrefillReply(_message.Message):
     transfer_s: float
     work_s: float
     row: bytes
-    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., work_s: _Optional[float] = ..., row: _Optional[bytes] = ...) -> None: ...
+    rank_seals: _containers.RepeatedCompositeFieldContainer[RankSeal]
+    def __init__(self, nonce: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., work_s: _Optional[float] = ..., row: _Optional[bytes] = ..., rank_seals: _Optional[_Iterable[_Union[RankSeal, _Mapping]]] = ...) -> None: ...
+
+class RankSeal(_message.Message):
+    __slots__ = ("nonce", "digests")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    digests: _containers.RepeatedCompositeFieldContainer[BlockDigest]
+    def __init__(self, nonce: _Optional[bytes] = ..., digests: _Optional[_Iterable[_Union[BlockDigest, _Mapping]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("nonces",)

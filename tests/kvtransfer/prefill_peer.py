@@ -46,7 +46,9 @@ class Peer:
                 values = order["ticket"]
                 for name in ("nonce", "layout_fingerprint", "mac"):
                     values[name] = bytes.fromhex(values[name])
-                self.outgoing = self.sender.open(Ticket(**{**values, "blocks": tuple(values["blocks"])}))
+                self.outgoing = self.sender.open(
+                    Ticket(**{**values, "blocks": tuple(values["blocks"]), "part": tuple(values["part"])})
+                )
             case "release":
                 await self.sender.release([bytes.fromhex(order["nonce"])])
             case "push" if self.outgoing is not None:

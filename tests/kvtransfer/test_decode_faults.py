@@ -79,7 +79,7 @@ class Prefill:
         values = await decode.tell(do="open", prefill="m/prefill/0", blocks=list(range(num_blocks)), ttl_s=PATIENCE_S)
         for name in ("nonce", "layout_fingerprint", "mac"):
             values[name] = bytes.fromhex(values[name])
-        return Ticket(**{**values, "blocks": tuple(values["blocks"])})
+        return Ticket(**{**values, "blocks": tuple(values["blocks"]), "part": tuple(values["part"])})
 
     async def half_done(self, decode: DecodeProcess) -> Outgoing:
         outgoing = self.sender.open(await self.ticket(decode, POOL_BLOCKS))

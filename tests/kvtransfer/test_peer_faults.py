@@ -225,6 +225,7 @@ async def test_over_tcp_a_stopped_writer_is_fenced_and_its_late_bytes_are_droppe
     if decode.kind != "tcp":
         pytest.skip("shm cannot fence")
     peer = await decode.start_peer("m/prefill/0")
+    other = await decode.start_peer("m/prefill/1")  # now: a writer that was stopped for longer than its lease writes nothing more
     incoming = await decode.half_done(peer)
     if in_the_middle_of_a_block:
         await peer.tell(do="half", logical=2)
@@ -234,7 +235,6 @@ async def test_over_tcp_a_stopped_writer_is_fenced_and_its_late_bytes_are_droppe
     peer.signal(signal.SIGSTOP)
     async with asyncio.timeout(PATIENCE_S):
         assert await incoming.abandon(never_answers) == (3, 4, 5, 6)
-    other = await decode.start_peer("m/prefill/1")
     await decode.whole_transfer(other, (3, 4, 5, 6), 40)  # the blocks' next owner
     peer.signal(signal.SIGCONT)
     if not in_the_middle_of_a_block:

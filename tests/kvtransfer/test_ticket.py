@@ -68,6 +68,7 @@ CHANGES: dict[str, object] = {
     "num_tokens": 61,
     "layout_fingerprint": b"f" * 32,
     "ttl_s": 31.0,
+    "part": (0, 1),
     "mac": b"m" * 32,
 }
 
@@ -135,7 +136,7 @@ def test_a_ticket_that_makes_no_sense_is_refused_even_if_it_is_signed(changes: d
 
 def test_the_nonce_has_its_length() -> None:
     with pytest.raises(TicketRefused):
-        check_shape(replace(minted(), nonce=b"short"), pool_blocks=POOL_BLOCKS, block_tokens=16)
+        check_shape(replace(minted(), nonce=b"short"), pool_blocks=POOL_BLOCKS, layout=LAYOUT)
 
 
 @given(

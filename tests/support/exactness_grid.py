@@ -26,7 +26,7 @@ from support.ranks import ranks_as_threads
 from support.structured_work import BIAS, END, alone
 from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
-from support.workers import Answer, Workers, request, running_workers
+from support.workers import Answer, Workers, patient, request, running_workers
 
 NEW_TOKENS = 24
 _TURNS = 4  # at most, until all that is to be tested has happened
@@ -151,7 +151,7 @@ class Grid:
                     assert ours.token_ids == plain.token_ids, item.request_id
                     assert ours.finish == theirs.finish, item.request_id
                     assert not exact or ours.logprobs == theirs.logprobs, item.request_id
-                    assert ours.started is not None
+                    assert ours.started is not None, f"{item.request_id} never started"
                     assert ours.started.timings.transport, f"{item.request_id} was prefilled locally"
                 missing = not_yet_tested(one, workers.decode._scheduler.totals, prefill)
                 if not missing:
@@ -201,6 +201,6 @@ class Grid:
                     **degree("decode"),
                 ),
                 prefill=PROMPTS[one["prompts"]].model_copy(update=degree("prefill")),
-                transports=("shm",),
+                transfer=patient("shm"),
             ) as workers:
                 yield workers

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
 from common.errors import PdserveError
 from common.types import ROUNDED, KVLayout
+from kvtransfer.ranks.beside import serve
 
 TIMEOUT_S = 60.0
 
@@ -105,15 +109,27 @@ class ThreadRanks:
 
     pids: tuple[int, ...] = ()
 
-    def __init__(self, order: ShareOrder, shares: Sequence[Share], memory: memoryview) -> None:
+    def __init__(self, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int) -> None:
         self.parallel = order.parallel
+        self.beside: list[socket.socket] = []
+        self._besides = [self._start_beside(order, memory, os.dup(memory_fd)) for _ in shares[1:]]
         self._links = _connect(shares)
         self._shares = [build_share(order.for_rank(rank), memory, self._links[rank]) for rank in range(len(shares))]
         self._pool = ThreadPoolExecutor(len(shares), thread_name_prefix="rank")
 
     @classmethod
-    def start(cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str) -> ThreadRanks:
-        return cls(order, shares, memory)
+    def start(
+        cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str, program: str
+    ) -> ThreadRanks:
+        return cls(order, shares, memory, memory_fd)
+
+    def _start_beside(self, order: ShareOrder, memory: memoryview, descriptor: int) -> threading.Thread:
+        mine, theirs = socket.socketpair()
+        self.beside.append(mine)
+        arguments = theirs, memory, descriptor, order.layout.block_bytes, order.num_blocks
+        thread = threading.Thread(target=serve, args=arguments, name="beside a rank")
+        thread.start()
+        return thread
 
     @property
     def mine(self) -> StageShare:
@@ -144,6 +160,10 @@ class ThreadRanks:
             share.copy_block(order.source, order.destination)
 
     def close(self) -> None:
+        for end in self.beside:
+            end.close()
+        for thread in self._besides:
+            thread.join()
         self._pool.shutdown()
         _close(self._links)
 

@@ -6,27 +6,36 @@ Real rank processes, gRPC and KV links. The reference is a run alone in one proc
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from common.config import DecodeConfig, EngineConfig, PrefillConfig
 from common.engine.heads.heads import load_heads
-from common.errors import ConfigError, PdserveError, RankLost
+from common.errors import ConfigError, HandoffError, PdserveError, RankLost
 from common.model_store import resolve
-from common.types import Request
+from common.types import Request, WorkerRef
+from decode_worker.server import DecodeWorker
+from kvtransfer.ranks.parts import rank_name
+from kvtransfer.ranks.rank_senders import GroupOutgoing
+from prefill_worker.server import PrefillWorker
 from support.hostile_guesses import Headstrong, install
 from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
-from support.workers import Answer, Workers, request, running_workers
+from support.workers import Answer, Workers, patient, request, running_workers
 
 NEW_TOKENS = 10
+HEAD_DIM = 16  # of the tiny model
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +77,14 @@ async def groups(
     local: bool = False,
     chunk_tokens: int = 512,
     watermark_blocks: int = 2,
+    transport: str = "shm",
+    num_prefill: int = 1,
     **changes: object,
 ) -> AsyncIterator[Workers]:
     """Degrees are (tensor, pipeline)."""
     async with running_workers(
         model_path,
-        engine=engine(exact, **changes),
+        engine=engine(exact, **{"rank_timeout_s": 120.0, **changes}),
         decode=DecodeConfig(
             tensor_parallel=decode[0],
             pipeline_parallel=decode[1],
@@ -89,7 +100,8 @@ async def groups(
             micro_batch_tokens=4,
             chunk_tokens=chunk_tokens,
         ),
-        num_prefill=0 if prefill is None else 1,
+        num_prefill=0 if prefill is None else num_prefill,
+        transfer=patient(transport),
     ) as workers:
         refs = (workers.decode_ref, *workers.prefill_refs)
         pids = [pid for ref in refs for pid in (await workers.info(ref.address)).rank_pids]
@@ -124,18 +136,50 @@ async def reference(model_path: Path, *, exact: bool, tensor: int = 1) -> list[A
     return _references[exact, tensor]
 
 
+def bytes_by_pair(prompt_tokens: int, giving: tuple[int, int], taking: tuple[int, int]) -> Counter[tuple[int, int]]:
+    """What each rank of one side has to give each of the other, head for head: three layers, three heads, blocks of 16."""
+
+    def owner(layer: int, head: int, degrees: tuple[int, int]) -> int:
+        shards, stages = (np.array_split(np.arange(3), degree) for degree in degrees)
+        (shard,) = [number for number, heads in enumerate(shards) if head in heads]
+        (stage,) = [number for number, layers in enumerate(stages) if layer in layers]
+        return stage * degrees[0] + shard
+
+    head_bytes = 2 * 16 * HEAD_DIM * 4  # K and V, fp32
+    found: Counter[tuple[int, int]] = Counter()
+    for layer, head in itertools.product(range(3), range(3)):
+        found[owner(layer, head, giving), owner(layer, head, taking)] += -(-prompt_tokens // 16) * head_bytes
+    return found
+
+
+async def assert_bytes_went_rank_to_rank(workers: Workers, giving: tuple[int, int], taking: tuple[int, int]) -> None:
+    """By both sides' books, kept by the ranks that wrote and by those that verified. So none went through rank 0 but its own."""
+    by_hand = sum((bytes_by_pair(len(item.prompt_token_ids), giving, taking) for item in work()), Counter())
+    assert workers.prefill[0]._handoff._ranks.written_bytes == by_hand
+    received = await workers.decode._handoff._ranks.received_bytes()
+    names = [rank_name("tiny/prefill/0", giver) for giver in range(giving[0] * giving[1])]
+    assert set().union(*received) == set(names)
+    assert {
+        (giver, taker): found[name] for taker, found in enumerate(received) for giver, name in enumerate(names) if name in found
+    } == by_hand
+
+
 @pytest.mark.parametrize(
-    ("decode", "prefill"),
-    [((2, 1), (1, 2)), ((1, 1), (3, 1)), ((2, 2), (1, 1))],
+    ("decode", "prefill", "transport"),
+    [((2, 1), (1, 2), "tcp"), ((1, 1), (2, 1), "shm"), ((2, 2), (1, 1), "shm")],
     ids=str,
 )
-async def test_tokens_are_those_of_one_process(model_path: Path, decode: tuple[int, int], prefill: tuple[int, int]) -> None:
-    """Remote prefill between groups of all kinds: whatever a rank has computed is what another degree's ranks go on with."""
+async def test_tokens_are_those_of_one_process(
+    model_path: Path, decode: tuple[int, int], prefill: tuple[int, int], transport: str
+) -> None:
+    """Remote prefill between groups of all kinds: whatever a rank has computed is what another degree's ranks go on with, and it
+    went there directly."""
     expected = await reference(model_path, exact=False)
-    async with groups(model_path, decode, prefill) as workers:
+    async with groups(model_path, decode, prefill, transport=transport) as workers:
         found = await answers(workers, together=False)
         assert_same(found, expected, bitwise=False)
-        assert all(answer.started and answer.started.timings.transport for answer in found)
+        assert all(answer.started and answer.started.timings.transport == transport for answer in found)
+        await assert_bytes_went_rank_to_rank(workers, prefill, decode)
         info = await workers.info(workers.decode_ref.address)
         assert (info.tensor_parallel, info.pipeline_parallel, len(info.rank_pids)) == (*decode, decode[0] * decode[1] - 1)
         await workers.assert_nothing_leaks()
@@ -233,6 +277,92 @@ async def test_a_lost_rank_ends_its_group(
         with pytest.raises(PdserveError) as caught:
             await workers.generate(request([5, 6, 7]))
         assert caught.value.http_status == 503
+
+
+@dataclass
+class Held:
+    """The first hand-off stops where its first chunk was pushed, until it may go on."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def plant(self, patch: pytest.MonkeyPatch) -> None:
+        push = GroupOutgoing.push_prompt
+
+        async def push_and_wait(
+            outgoing: GroupOutgoing, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None
+        ) -> None:
+            await push(outgoing, logical, blocks, layers)
+            self.begun.set()
+            await self.go_on.wait()
+
+        patch.setattr(GroupOutgoing, "push_prompt", push_and_wait)
+
+
+async def until_lost(worker: PrefillWorker | DecodeWorker, pids: Sequence[int]) -> None:
+    async with asyncio.timeout(60):
+        assert "RankLost" in await worker.wait_failed()
+    await until_gone(list(pids))
+
+
+async def until_free(workers: Workers, ref: WorkerRef) -> None:
+    """All blocks of the worker are, and nothing is leased."""
+    async with asyncio.timeout(60):
+        while True:
+            info = await workers.info(ref.address)
+            if info.blocks_free == info.blocks_total and not (
+                info.blocks_in_transfer or info.leases_open or info.requests_running
+            ):
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_a_prefill_rank_that_is_killed_in_a_hand_off_fails_it_as_one(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request ends in a typed error, nothing is left of it, and the same request is served by another group."""
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    held, item = Held(), work()[-1]
+    expected = (await reference(model_path, exact=False))[-1]
+    held.plant(monkeypatch)
+    async with groups(model_path, (2, 1), (1, 2), chunk_tokens=16, num_prefill=2) as workers:
+        pids = list((await workers.info(workers.prefill_refs[0].address)).rank_pids)
+        call = asyncio.ensure_future(workers.generate(item, prefill=workers.prefill_refs[:1]))
+        async with asyncio.timeout(60):
+            await held.begun.wait()
+        os.kill(pids[-1], signal.SIGKILL)
+        await until_lost(workers.prefill[0], pids)
+        held.go_on.set()
+        with pytest.raises(PdserveError) as caught:
+            await call
+        assert isinstance(caught.value, RankLost | HandoffError)
+        await until_free(workers, workers.decode_ref)
+        again = await workers.generate(item, prefill=workers.prefill_refs[1:])
+        assert again.token_ids == expected.token_ids
+        await until_free(workers, workers.decode_ref)
+        await until_free(workers, workers.prefill_refs[1])
+
+
+async def test_a_decode_rank_that_is_killed_in_a_hand_off_fails_it_as_one(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill worker's ranks let go of everything, and its processes live on."""
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    held = Held()
+    held.plant(monkeypatch)
+    async with groups(model_path, (1, 2), (2, 1), chunk_tokens=16, transport="tcp") as workers:
+        pids = list((await workers.info(workers.decode_ref.address)).rank_pids)
+        call = asyncio.ensure_future(workers.generate(work()[-1]))
+        async with asyncio.timeout(60):
+            await held.begun.wait()
+        os.kill(pids[-1], signal.SIGKILL)
+        await until_lost(workers.decode, pids)
+        held.go_on.set()
+        with pytest.raises(PdserveError) as caught:
+            await call
+        assert isinstance(caught.value, RankLost | HandoffError)
+        await until_free(workers, workers.prefill_refs[0])
+        assert all(alive(pid) for pid in (await workers.info(workers.prefill_refs[0].address)).rank_pids)
 
 
 async def test_what_cannot_be_divided_is_refused_by_name(model_path: Path) -> None:

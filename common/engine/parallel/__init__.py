@@ -16,9 +16,8 @@ address, nobody else can connect, and the end of a process is seen at once. `gro
     group      rank 0's view: one `compute` for all
 
 KV. The pool of a group is one piece of shared memory, laid out as that of a worker without ranks; each rank maps it and works in
-its window (its layers, its heads). So blocks, tickets, digests and quarantine are the same whatever the degrees of both sides
-are: what one rank of a prefill worker has written is sent from where it lies to where a rank of the decode worker reads it,
-and nothing is gathered or reordered on the way.
+its window (its layers, its heads). What a rank of a prefill worker has written it sends by itself to the ranks of the decode
+worker that read it, by what it runs beside its share; rank 0 says when, and nothing is gathered or reordered on the way.
 
 Exactness. Partial sums are added in the order of the ranks, in fp32: a result depends on the degree, and on nothing else that the
 result of one process would not depend on. Stages change no bit.

@@ -7,7 +7,8 @@ A thread of its own (the keeper) starts the processes, for the kernel ties their
 that ends and counts the seconds since each rank's last sign of life. Whoever waits for a rank meanwhile is woken by the end
 of its sockets. There is no going on with fewer ranks, and none is replaced: the worker ends, and its next incarnation has others.
 
-`compute` and `copy_block` belong to the engine's thread. Does not know what a step is for.
+`compute` and `copy_block` belong to the engine's thread. Beside its share each other rank may run something of the caller's, with
+a socket pair of its own to rank 0 (`beside`), and the pool. Does not know what a step is for, nor what that does.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ LINK_TIMEOUT_S = 120.0  # for one message of a rank that gives signs of life: be
 _START_TIMEOUT_S = 900.0
 _FIRST_SIGN_S = 60.0  # a process that starts says nothing while it loads its libraries
 _STOP_PATIENCE_S = 5.0
+_PROGRAM = "common.engine.parallel.rank_process"
 _log = get_logger(__name__)
 
 
 class RankGroup:
     """Made by `start`; ended by `close`, or by itself."""
 
-    def __init__(self, parallel: ParallelConfig, timeout_s: float) -> None:
+    def __init__(self, parallel: ParallelConfig, timeout_s: float, program: str) -> None:
         self._parallel = parallel
+        self._program = program
         self._timeout_s = timeout_s
         self._wiring = _Wiring(parallel)
         self._controls = {rank: Link(end, f"rank {rank}", LINK_TIMEOUT_S) for rank, end in self._wiring.controls.items()}
@@ -70,9 +73,12 @@ class RankGroup:
         self._vocab_size = 0
 
     @classmethod
-    def start(cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str) -> RankGroup:
-        """Returns when every rank has built its share. Blocking; raises the StartupError of whichever rank, or RankLost."""
-        group = cls(order.parallel, order.engine.rank_timeout_s)
+    def start(
+        cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str, program: str = ""
+    ) -> RankGroup:
+        """Returns when every rank has built its share. Blocking; raises the StartupError of whichever rank, or RankLost.
+        `program` is a module that calls `rank_process.main` with what other ranks are to run beside their share; "" = nothing."""
+        group = cls(order.parallel, order.engine.rank_timeout_s, program or _PROGRAM)
         group._keeper = threading.Thread(target=group._keep, args=(memory_fd,), name="ranks", daemon=True)
         group._keeper.start()
         try:
@@ -113,6 +119,11 @@ class RankGroup:
     def pids(self) -> list[int]:
         """Of the other ranks, in order."""
         return [self._processes[rank].pid for rank in sorted(self._processes)]
+
+    @property
+    def beside(self) -> list[socket.socket]:
+        """Rank 0's ends of what runs beside the other ranks, in order. They stay the group's."""
+        return [self._wiring.beside[rank] for rank in sorted(self._wiring.beside)]
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -219,7 +230,7 @@ class RankGroup:
     def _keep(self, memory_fd: int) -> None:
         try:
             for rank in self._controls:
-                self._processes[rank] = self._wiring.spawn(rank, memory_fd)
+                self._processes[rank] = self._wiring.spawn(rank, memory_fd, self._program)
             self._wiring.close_theirs()
         except OSError as error:
             self._lose(RankLost(f"a rank cannot be started: {error.strerror}"))
@@ -301,12 +312,14 @@ class _Wiring:
         ranks = range(shards * stages)
         self.controls: dict[int, socket.socket] = {}
         self.lives: dict[int, socket.socket] = {}
+        self.beside: dict[int, socket.socket] = {}
         self._ends: dict[int, dict[str, socket.socket]] = {rank: {} for rank in ranks}
         self._numbers: dict[int, dict[str, int]] = {}
         for rank in ranks[1:]:
             self.controls[rank], self._ends[rank]["control"] = socket_pair()
             self.lives[rank], self._ends[rank]["life"] = socket.socketpair()
             self.lives[rank].setblocking(False)
+            self.beside[rank], self._ends[rank]["beside"] = socket.socketpair()
         for rank in ranks:
             for other in range(rank + 1, rank - rank % shards + shards):
                 self._ends[rank][f"shard {other % shards}"], self._ends[other][f"shard {rank % shards}"] = socket_pair()
@@ -323,9 +336,9 @@ class _Wiring:
             following=mine.get("following"),
         )
 
-    def spawn(self, rank: int, memory_fd: int) -> subprocess.Popen[bytes]:
+    def spawn(self, rank: int, memory_fd: int, program: str) -> subprocess.Popen[bytes]:
         ends = self._ends[rank]
-        command = [sys.executable, "-m", "common.engine.parallel.rank_process"]
+        command = [sys.executable, "-m", program]
         command += ["--control", str(ends["control"].fileno()), "--parent", str(os.getpid())]
         ours = str(Path(common.__file__ or "").parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -340,6 +353,7 @@ class _Wiring:
             "order": order.encode(),
             "memory": memory_fd,
             "life": ends["life"],
+            "beside": ends["beside"],
             "shards": {key.split()[1]: number for key, number in ends.items() if key.startswith("shard ")},
             "previous": ends.get("previous"),
             "following": ends.get("following"),
@@ -357,6 +371,7 @@ class _Wiring:
         for end in (
             *self.controls.values(),
             *self.lives.values(),
+            *self.beside.values(),
             *(end for ends in self._ends.values() for end in ends.values()),
         ):
             end.close()

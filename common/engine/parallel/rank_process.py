@@ -4,6 +4,7 @@
 
 It ends with rank 0, however that ends: the kernel kills it when its parent dies, and a thread watches a socket whose other end
 only rank 0 has. On that socket it gives a sign of life, also while it loads and computes; rank 0 kills a rank that does not.
+Another thread may run something beside the share, over the same pool (`Beside`); if that ends by a mistake, so does the rank.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +37,12 @@ _PR_SET_PDEATHSIG = 1
 _log = get_logger(__name__)
 
 
-def main() -> int:
+Beside = Callable[[socket.socket, memoryview, int, int, int], None]
+"""Given one end of a socket pair, whose other end rank 0 has; the pool, a descriptor of it, the bytes of a block, and the number
+of blocks. Runs until the other end is closed, and owns socket and descriptor."""
+
+
+def main(beside: Beside | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
@@ -44,12 +51,13 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != arguments.parent:
         return 1  # it died before we could ask
+    threading.excepthook = _thread_failed
     control = _link(arguments.control, "rank 0")
     try:
         setup = json.loads(control.receive())
         configure_logging(LoggingConfig(), process=f"{setup['name']} rank {setup['order']['rank']}")
         threading.Thread(target=_live, args=(socket.socket(fileno=setup["life"]),), name="life", daemon=True).start()
-        share = _build(setup)
+        share = _build(setup, beside)
     except PdserveError as error:
         control.send(json.dumps({"error": error.code, "message": error.message, "param": error.param}).encode())
         return 1
@@ -62,10 +70,15 @@ def main() -> int:
     return 0
 
 
-def _build(setup: dict[str, Any]) -> StageShare:
+def _build(setup: dict[str, Any], beside: Beside | None) -> StageShare:
     order = ShareOrder.decode(setup["order"])
     memory = mmap.mmap(setup["memory"], order.num_blocks * order.layout.block_bytes)
-    os.close(setup["memory"])
+    if beside is None:
+        os.close(setup["memory"])
+    else:
+        end = socket.socket(fileno=setup["beside"])
+        arguments = end, memoryview(memory), setup["memory"], order.layout.block_bytes, order.num_blocks
+        threading.Thread(target=beside, args=arguments, name="beside", daemon=True).start()
     links = ShareLinks(
         shards={int(shard): _link(fd, f"shard {shard}") for shard, fd in setup["shards"].items()},
         previous=None if setup["previous"] is None else _link(setup["previous"], "the stage before"),
@@ -93,6 +106,11 @@ def _serve(control: Link, share: StageShare) -> None:
                 share.copy_block(source, destination)
             case StopOrder():
                 return
+
+
+def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    _log.error("a thread of a rank failed", error=repr(arguments.exc_value))
+    os._exit(1)  # the main thread may be anywhere
 
 
 def _live(life: socket.socket) -> None:
