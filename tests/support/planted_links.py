@@ -214,7 +214,7 @@ class Spoiler:
         plants.arriving = self
 
     def __call__(self, nonce: bytes, written: Sequence[Written], place: Place) -> Sequence[Written]:
-        if nonce == self._plants.nonces_of(self._request_id)[0]:
+        if self._plants.nonces_of(self._request_id)[:1] == [nonce]:
             for item in written:
                 content = place(item.name) if item.name.logical_block == self._logical_block else None
                 if content is not None:

@@ -17,11 +17,12 @@ from common.blocks import next_hash, root_hash
 from common.codec import request_from_wire
 from common.errors import DigestMismatch
 from common.types import Request
+from decode_worker.beginnings import Beginnings
 from decode_worker.generation import Choice
 from decode_worker.scheduler import DecodeScheduler
 from support.planted_links import Plants, Spoiler
 from support.workers import request, running_workers
-from support.zoo import AUTO, BLOCK, ENGINE, REMOTE, UNCACHED, Oracle, audit_cache, ending, prompt_of, until_free
+from support.zoo import AUTO, BLOCK, ENGINE, REMOTE, UNCACHED, Oracle, audit_cache, ending, prompt_of, until, until_free
 
 SIDES = {"decode": (ENGINE, UNCACHED), "prefill": (UNCACHED, ENGINE), "both": (ENGINE, ENGINE)}
 
@@ -81,22 +82,38 @@ async def test_z04_a_failed_load_leaves_nothing_to_be_found(
 
 @pytest.mark.parametrize("block", [0, 2, 4])
 @pytest.mark.parametrize("policy", [REMOTE, AUTO], ids=["fails", "is computed again"])
-async def test_z04_one_of_three_sharers_fails(model_path: Path, oracle: Oracle, plants: Plants, block: int, policy: Any) -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["", "two wait for the first"])
+async def test_z04_one_of_three_sharers_fails(
+    model_path: Path,
+    oracle: Oracle,
+    plants: Plants,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+    policy: Any,
+    together: bool,
+) -> None:
     """Z04, vllm#26813. There: only the first of the requests that shared a failed block was rolled back.
-    Ours: three requests with one prefix are on their way together and one load fails; each of the others is right, the failed
-    one is computed again or ends in a typed error, and every block that can be found later has the bytes that its name says."""
+    Ours: three requests with one prefix are on their way together and one load fails, or the one that the others wait for; each
+    of the others is right, the failed one is computed again or ends in a typed error, and every block that can be found later has
+    the bytes that its name says."""
+    if together:
+        monkeypatch.setattr(Beginnings, "is_worth_waiting", lambda beginnings, choice: False)
+    failing = 1 if together else 0
     local = running_workers(model_path, engine=ENGINE, decode=AUTO, num_prefill=0)
     async with running_workers(model_path, engine=ENGINE, decode=policy) as workers, local as honest:
         work = sharers()
-        spoiler = Spoiler(plants, "s1", block)
+        spoiler = Spoiler(plants, f"s{failing}", block)
+        endings = [asyncio.ensure_future(ending(workers, work[0]))]
+        if not together:
+            await until(lambda: bool(plants.nonces_of("s0")), "the first is on its way")
+        endings += [asyncio.ensure_future(ending(workers, item)) for item in work[1:]]
+        ends = await asyncio.gather(*endings)
         if policy is AUTO:
-            answers = await workers.generate_together(work)
-            assert all(map(oracle.agrees, work, answers))
+            assert all(map(oracle.agrees, work, ends))  # type: ignore[arg-type]
         else:
-            first, failed, third = await asyncio.gather(*(ending(workers, item) for item in work))
-            assert isinstance(failed, DigestMismatch)
-            assert oracle.agrees(work[0], first)  # type: ignore[arg-type]
-            assert oracle.agrees(work[2], third)  # type: ignore[arg-type]
+            assert isinstance(ends[failing], DigestMismatch)
+            for number in {0, 1, 2} - {failing}:
+                assert oracle.agrees(work[number], ends[number])  # type: ignore[arg-type]
         assert spoiler.spoiled
         plants.arriving = None
         await workers.assert_nothing_leaks()
