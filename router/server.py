@@ -35,6 +35,7 @@ DRAIN_GRACE_S = 30.0
 _ABORTED_S = 5.0  # after the grace: for the typed errors of aborted streams to reach their clients
 _CLOSING_S = 1.0  # for the last bytes of what has ended, and for calls that never end, such as health watches
 _BACKLOG = 2048
+_HEARD_S = 0.3  # for the requests of connections that were made just before the last one was accepted
 _KEEP_ALIVE_S = 65  # longer than the idle time of common load balancers
 
 
@@ -127,7 +128,15 @@ def _address(host: str, listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process that embeds it decides what a signal means."""
+    """uvicorn without its signal handlers: the process that embeds it decides what a signal means. And who was let in just now is
+    heard: a connection without a request yet would be closed unanswered, and its client could not tell whether it was served."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        if any(getattr(connection, "cycle", connection) is None for connection in self.server_state.connections):
+            await asyncio.sleep(_HEARD_S)
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,27 @@ async def test_a_drain_lets_streams_finish_and_refuses_new_work(start_cluster: A
         await asyncio.wait({cluster.task}, timeout=60)
         assert cluster.task.done()
         await channel.close()
+
+
+async def test_who_was_let_in_just_before_the_end_is_answered(start_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request is on its way when the router stops listening: it is told to ask somebody else."""
+    monkeypatch.setattr("router.server._HEARD_S", 4.0)
+    async with start_cluster() as cluster, http_client(cluster) as http:
+        host, port = cluster.http_url.removeprefix("http://").rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        assert (await http.get("/health")).status_code == 200  # over a later connection, so the first was let in, too
+        cluster.stop.set()
+        with suppress(ConnectionRefusedError):
+            async with asyncio.timeout(60):
+                while True:
+                    _, let_in = await asyncio.open_connection(host, int(port))
+                    let_in.close()
+        body = json.dumps(BODY).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        async with asyncio.timeout(60):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
+        writer.close()
 
 
 async def test_what_is_not_done_after_the_grace_ends_in_one_typed_error(start_cluster: Any) -> None:
