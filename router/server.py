@@ -1,7 +1,8 @@
 """The router's process: binds its two ports, watches the registry, serves, drains.
 
     bind HTTP -> bind gRPC -> watch -> on_ready -> ... stop -> NOT_SERVING, refuse new work -> wait for what runs (grace)
-                                                          -> abort the rest, typed -> close servers, links, watch
+                                                          -> abort the rest, typed -> stop listening, hear who was let in
+                                                          -> close servers, links, watch
 
 Nothing is shared between routers; any number of them may watch one manager.
 """
