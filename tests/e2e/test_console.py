@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 READY = "[...document.querySelectorAll('.node')].every((node) => node.dataset.state === 'ready')"
 
 
-async def test_a_person_watches_chats_kills_and_scales(cluster: RunningCluster) -> None:
+async def test_a_person_watches_chats_kills_and_scales(disaggregated: RunningCluster) -> None:
     with browser() as chromium:
-        async with chromium.page(f"{cluster.base_url}/#playground") as page:
-            await watch(page, cluster)
+        async with chromium.page(f"{disaggregated.base_url}/#playground") as page:
+            await watch(page, disaggregated)
 
 
 async def watch(page: Page, cluster: RunningCluster) -> None:

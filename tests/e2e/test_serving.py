@@ -103,13 +103,13 @@ def test_openai_python_sees_proper_exceptions(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt=[5] * 5000)
 
 
-def test_prefill_happens_on_another_process_and_its_kv_travels(cluster: RunningCluster) -> None:
+def test_prefill_happens_on_another_process_and_its_kv_travels(disaggregated: RunningCluster) -> None:
     body = {"model": "tiny", "prompt": [9, *PROMPT], "max_tokens": 4, "temperature": 0, "pdserve_timings": True}
-    answer = httpx.post(f"{cluster.base_url}/v1/completions", json=body, trust_env=False, timeout=30)
+    answer = httpx.post(f"{disaggregated.base_url}/v1/completions", json=body, trust_env=False, timeout=60)
     timings = answer.json()["timings"]
     assert timings["transport"] == "shm"
-    assert timings["prefill_worker"] == cluster.workers("prefill")[0]["worker_id"]
-    pids = {worker["pid"] for worker in cluster.status()["workers"]}
+    assert timings["prefill_worker"] == disaggregated.workers("prefill")[0]["worker_id"]
+    pids = {worker["pid"] for worker in disaggregated.status()["workers"]}
     assert len(pids) == 2
 
 
@@ -215,8 +215,9 @@ async def test_two_hundred_requests_with_random_cancels_and_disconnects(
 
 
 async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
-    cluster: RunningCluster, async_client: openai.AsyncOpenAI
+    disaggregated: RunningCluster, async_client: openai.AsyncOpenAI
 ) -> None:
+    client = async_client.with_options(base_url=f"{disaggregated.base_url}/v1")
     stop = asyncio.Event()
     expected: dict[int, str] = {}
     count = 0
@@ -226,7 +227,7 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
         while not stop.is_set():
             number = count % 97  # more prompts than fit into the pools: there is always something to prefill
             count += 1
-            answer = await async_client.completions.create(
+            answer = await client.completions.create(
                 model="tiny", prompt=[number + 3, *PROMPT], max_tokens=10, temperature=0.8, seed=number
             )
             text = answer.choices[0].text
@@ -235,26 +236,26 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
     lanes = [asyncio.ensure_future(load(lane)) for lane in range(4)]
     try:
         scaled = await asyncio.to_thread(
-            cluster.cli, "scale", "tiny", "--prefill", "2", "--decode", "2", "--cluster", cluster.name, "--wait", "60"
+            disaggregated.cli, "scale", "tiny", "--prefill", "2", "--decode", "2", "--cluster", disaggregated.name, "--wait", "60"
         )
         assert scaled.returncode == 0, scaled.stderr
 
         def all_serve() -> bool:
-            workers = cluster.status()["workers"]
+            workers = disaggregated.status()["workers"]
             return len(workers) == 4 and all(worker["requests_served"] > 0 for worker in workers)
 
-        await asyncio.to_thread(cluster.wait_for, "request served by each of four workers", all_serve, 60.0)
+        await asyncio.to_thread(disaggregated.wait_for, "request served by each of four workers", all_serve, 60.0)
         back = await asyncio.to_thread(
-            cluster.cli, "scale", "tiny", "--prefill", "1", "--decode", "1", "--cluster", cluster.name, "--wait", "60"
+            disaggregated.cli, "scale", "tiny", "--prefill", "1", "--decode", "1", "--cluster", disaggregated.name, "--wait", "60"
         )
         assert back.returncode == 0, back.stderr
-        await asyncio.to_thread(cluster.wait_for, "answers", lambda: count > 20)
+        await asyncio.to_thread(disaggregated.wait_for, "answers", lambda: count > 20)
     finally:
         stop.set()
         await asyncio.gather(*lanes)
     await async_client.close()
     assert count > 20
-    assert len(await asyncio.to_thread(lambda: cluster.status()["workers"])) == 2
+    assert len(await asyncio.to_thread(lambda: disaggregated.status()["workers"])) == 2
 
 
 def test_routers_are_replaced_one_by_one_and_no_answer_is_lost(cluster: RunningCluster) -> None:
