@@ -172,7 +172,7 @@ class Front:
         return {"object": "cache.feedback", "id": body.id, "ok": body.ok, "removed": removed}
 
     def ready_models(self) -> tuple[str, ...]:
-        """Models with at least one ready decode worker, or that wake when they are asked for; none while draining."""
+        """Models whose workers are ready, or that wake when they are asked for; none while draining."""
         names = self.registry.view.models
         return () if self.draining else tuple(name for name in names if self.registry.serves(name))
 

@@ -84,7 +84,7 @@ def _add_state_routes(app: FastAPI, front: Front, prometheus: CollectorRegistry)
     @app.get("/ready")
     async def ready(request: Request) -> Response:
         models = front.ready_models()
-        status = "draining" if front.draining else "ready" if models else "no decode worker is ready"
+        status = "draining" if front.draining else "ready" if models else "no model has the workers that it takes"
         return Json({"status": status, "models": models}, status_code=200 if models else 503)
 
     @app.get("/version")

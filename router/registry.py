@@ -82,6 +82,7 @@ class Registry:
         self._cluster_token = cluster_token
         self._clock = clock
         self._canonical = {alias: model.name for model in config.models for alias in (model.name, *model.aliases)}
+        self._handing_off = {model.name for model in config.models if model.decode.local_prefill == "never"}
         self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}  # by path
         self._waking: dict[str, asyncio.Task[None]] = {}  # by model
         self._suspects: dict[WorkerRef, float] = {}  # until when
@@ -197,9 +198,10 @@ class Registry:
         return frozenset(self._suspects)
 
     def serves(self, name: str) -> bool:
-        """Whether a request for this model would find a worker, or wake one."""
+        """Whether a request for this model would find the workers that it takes, or wake them."""
         model = self.view.models.get(name)
-        return model is not None and (model.wakes or bool(self.view.ready(name, Role.DECODE)))
+        needed = tuple(Role) if name in self._handing_off else (Role.DECODE,)
+        return model is not None and (model.wakes or all(self.view.ready(name, role) for role in needed))
 
     def names(self) -> tuple[tuple[str, ModelView], ...]:
         """Every name that can be asked for, aliases included, with its model."""

@@ -204,7 +204,7 @@ class Route:
 async def _examine(model: str, is_ready: Callable[[str], bool], validate: Validate) -> ValidCall | Refused:
     if not is_ready(model):
         error = NoWorkerAvailable(f"no worker of {model} is ready", retry_after_s=1.0)
-        return Refused(model, "no decode worker is ready", error)
+        return Refused(model, "its workers are not ready", error)
     try:
         return await validate(model)
     except PdserveError as error:

@@ -185,7 +185,7 @@ async def test_models_without_workers_and_with_too_little_context_are_passed_ove
 ) -> None:
     answer = await ask(http, "missing")
     assert answer.headers["x-route-model"] == OTHER
-    assert "absent: no decode worker is ready" in answer.headers["x-route-reason"]
+    assert "absent: its workers are not ready" in answer.headers["x-route-reason"]
     assert (await ask(http, "nobody")).status_code == 503
     two.workers[0].max_model_tokens = 64
     two.publish()
@@ -205,7 +205,7 @@ async def test_explain_says_what_would_happen_and_does_nothing(http: httpx.Async
         "asked": "missing",
         "model": OTHER,
         "candidates": [{"model": OTHER, "reason": "fallback 1"}],
-        "refused": [{"model": "absent", "reason": "no decode worker is ready"}],
+        "refused": [{"model": "absent", "reason": "its workers are not ready"}],
         "predicted": {},
     }
     plain = (await http.post("/v1/route/explain", json={"model": "small", "prompt": "hi"})).json()

@@ -16,12 +16,14 @@ import os
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
 SETTLE_TURNS = 20  # of the event loop, until a call that was started is with gRPC's own threads
 TOKENS_BEFORE_STEP = 4
+_READ_TIMEOUT_S = 60.0
 
 
 class DecodeStep(enum.Enum):
@@ -372,12 +374,25 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
 
     _wrap(SocketSend, "__call__", make_send)
 
-    def make_piece_kernel(original: Any) -> Any:
-        """What is inside a native call has no step: who waits for one sends from the interpreter."""
-        return lambda: None if breakpoint_.awaits(PrefillStep.MID_PIECE) else original()
+    def make_write_natively(original: Any) -> Any:
+        """What is inside a native call has no step: it writes to a pair of sockets; what comes out of them has one."""
+
+        def write_natively(kernel: Any, send: Any, *arguments: Any) -> Any:
+            if _lane.request_id is None or not breakpoint_.awaits(PrefillStep.MID_PIECE):
+                return original(kernel, send, *arguments)
+            with ThreadPoolExecutor(1) as reader:
+                near, far = socket.socketpair()
+                with far:
+                    with near:
+                        written = reader.submit(far.makefile("rb").read)
+                        digests = original(kernel, _Elsewhere(send, near), *arguments)
+                    send([written.result(_READ_TIMEOUT_S)])
+            return digests
+
+        return write_natively
 
     for writing in (shm, tcp):
-        _wrap(writing, "piece_kernel", make_piece_kernel)
+        _wrap(writing, "write_natively", make_write_natively)
 
     def make_in_lane(original: Any) -> Any:
         async def in_lane(self: Any, job: Any) -> Any:
@@ -404,6 +419,14 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
         return write
 
     _wrap(StreamSenderLink, "write", make_write)
+
+
+class _Elsewhere:
+    """Sends to `near` what was meant for the link."""
+
+    def __init__(self, send: Any, near: socket.socket) -> None:
+        self.outlet = send.outlet._replace(socket=near.fileno())
+        self.check = send.check
 
 
 _writing_for: ContextVar[str | None] = ContextVar("writing_for", default=None)
