@@ -78,6 +78,7 @@ async def test_who_leaves_and_who_reads_slowly_disturb_nobody(start_cluster: Any
     async with fed(start_cluster) as (cluster, http):
         worker = cluster.worker
         worker.stepwise, worker.answer = True, "hello there " * 200
+        worker.hold_after = 300  # however late it is heard that somebody leaves, his answer is not over by then
         full = worker.tokenizer.encode(worker.answer, add_special_tokens=False)
         lengths = (60, 61, 62)
 
@@ -93,6 +94,9 @@ async def test_who_leaves_and_who_reads_slowly_disturb_nobody(start_cluster: Any
                 others = [asyncio.create_task(text_of(http, max_tokens=length)) for length in lengths]
                 assert await anext(leaving.aiter_lines())
             assert await asyncio.gather(*others) == [worker.tokenizer.decode(full[:length]) for length in lengths]
+            async with asyncio.timeout(60):
+                await worker.cancelled.wait()
+            worker.released.set()
             lines = [line async for line in slow.aiter_lines() if line]  # nothing of it was read before
         stepping.cancel()
         text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1])
