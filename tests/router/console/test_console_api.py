@@ -91,10 +91,11 @@ async def test_the_cluster_as_json(cluster: FakeCluster, http: httpx.AsyncClient
 async def test_rates_are_what_came_between_two_snapshots(cluster: FakeCluster, http: httpx.AsyncClient) -> None:
     snapshot = with_figures(cluster.snapshot())
     cluster.manager.publish(snapshot)
+    async with asyncio.timeout(60):  # or the manager would have both in one message
+        while not (await http.get("/admin/v1/cluster")).json()["links"]:
+            await asyncio.sleep(0.01)
     async with watching(http) as frames:
-        first = await anext(frames)
-        while "tiny/decode/0" not in first["picture"]["workers"]:
-            first = await anext(frames)
+        assert (await anext(frames))["picture"]["links"]
         grown = registry_pb2.ClusterSnapshot()
         grown.CopyFrom(snapshot)
         grown.workers[0].pace.generated_tokens += 900
