@@ -272,7 +272,7 @@ class _Campaign:
         async def column(kind: str, policy: Policy) -> None:
             steps = [step for step in STEPS if step not in UNREACHABLE.get(kind, ())]
             cells: list[Callable[[Rig], Awaitable[CellResult]]] = [
-                partial(process_cell, policy=policy, step=step, signal_=signal_, number=number)
+                partial(_at_step, policy=policy, step=step, signal_=signal_, number=number)
                 for number, (step, signal_) in enumerate(itertools.product(steps, Signal))
             ]
             await self._cells(kind, policy, cells, proxied=False)
@@ -336,7 +336,7 @@ class _Campaign:
             ]
             cells += [
                 renamed(
-                    partial(process_cell, policy=policy, step=step, signal_=signal_, number=number),
+                    partial(_at_step, policy=policy, step=step, signal_=signal_, number=number),
                     kind,
                     f"{'decode' if isinstance(step, DecodeStep) else 'prefill'}: {step.value}, {signal_.value}",
                 )
@@ -403,6 +403,12 @@ class _Campaign:
         except (TimeoutError, HandoffError, StartupError, OSError) as error:
             problem = f"the cell did not end: {type(error).__name__}: {error}"
             return CellResult("cell", "a cell that did not end", kind, policy, problems=[problem], seconds=CELL_DEADLINE_S)
+
+
+async def _at_step(rig: Rig, policy: Policy, step: Step, signal_: Signal, number: int) -> CellResult:
+    """Once more if it was not reached: a handshake may take too long on a busy machine, and nothing was done to anybody."""
+    cell = await process_cell(rig, policy, step, signal_, number)
+    return cell if cell.reached else await process_cell(rig, policy, step, signal_, number)
 
 
 async def _check_growth(cell: CellResult, rig: Rig, before: dict[tuple[int, str], int]) -> dict[tuple[int, str], int]:
