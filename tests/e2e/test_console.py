@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from support.browser import Page, browser
-from support.cluster import RunningCluster
+from support.cluster import WORKER_START_S, RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -27,7 +27,7 @@ async def watch(page: Page, cluster: RunningCluster) -> None:
     await page.evaluate("document.querySelector('#pg-prompt').focus()")
     await page.type("tell me of the word that they had for it and of all the other words as well")
     await page.press("Enter", code=13, text="\r")
-    await page.until("document.querySelector('.timing .waterfall')", 30)
+    await page.until("document.querySelector('.timing .waterfall')")
     assert "tiny/prefill/0 → tiny/decode/0" in await page.text(".timing")
     assert await page.evaluate("document.querySelectorAll('.mark-token').length") > 1
 
@@ -41,7 +41,8 @@ async def watch(page: Page, cluster: RunningCluster) -> None:
     os.kill(worker["pid"], signal.SIGKILL)
     await page.until(f"!({READY})")
     await page.until(
-        f"{READY} && document.querySelector('.pool-decode .node').innerText.includes('#{worker['incarnation'] + 1}')", 60
+        f"{READY} && document.querySelector('.pool-decode .node').innerText.includes('#{worker['incarnation'] + 1}')",
+        WORKER_START_S,
     )
     await page.until("[...document.querySelectorAll('.events .kind')].some((kind) => kind.dataset.kind === 'bad')")
 
@@ -50,7 +51,7 @@ async def watch(page: Page, cluster: RunningCluster) -> None:
     await page.evaluate("document.querySelector('#scale-prefill').value = '2'")
     await page.click("dialog .primary")
     await page.until("!document.querySelector('dialog')")
-    await page.until(f"document.querySelectorAll('.pool-prefill .node').length === 2 && {READY}", 60)
+    await page.until(f"document.querySelectorAll('.pool-prefill .node').length === 2 && {READY}", WORKER_START_S)
     assert len(cluster.workers("prefill")) == 2
     back = cluster.cli("scale", "tiny", "--prefill", "1", "--cluster", cluster.name)
     assert back.returncode == 0, back.stderr

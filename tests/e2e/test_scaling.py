@@ -55,9 +55,9 @@ def test_the_autoscaler_follows_the_load_by_changing_roles(disaggregated: Runnin
     assert sizes(disaggregated) == (2, 1)
     with load.asking(OUTPUTS, clients=6):
         order(disaggregated, "autoscaler", "tiny", "--mode", "on")
-        disaggregated.wait_for("a second decode worker", lambda: sizes(disaggregated) == (1, 2), timeout_s=150.0)
+        disaggregated.wait_for("a second decode worker", lambda: sizes(disaggregated) == (1, 2))
     with load.asking(PROMPTS, clients=6):
-        disaggregated.wait_for("a second prefill worker", lambda: sizes(disaggregated) == (2, 1), timeout_s=150.0)
+        disaggregated.wait_for("a second prefill worker", lambda: sizes(disaggregated) == (2, 1))
         disaggregated.wait_for("answers", lambda: load.served > 20 or load.wrong)
         order(disaggregated, "autoscaler", "tiny", "--mode", "off")
     told = json.loads(disaggregated.cli("autoscaler", "tiny", "--json", "--cluster", disaggregated.name).stdout)
@@ -73,7 +73,7 @@ def test_a_model_that_nobody_uses_sleeps_and_wakes_for_a_request(disaggregated: 
     load = ExactLoad(disaggregated.base_url, "tiny")
     load.expect(OUTPUTS)
     order(disaggregated, "autoscaler", "tiny", "--mode", "on")
-    disaggregated.wait_for("sleep", lambda: not disaggregated.status()["workers"], timeout_s=150.0)
+    disaggregated.wait_for("sleep", lambda: not disaggregated.status()["workers"])
     expected, load.answers = load.answers, {}
     load.expect(OUTPUTS)
     assert load.answers == expected

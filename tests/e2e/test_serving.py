@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from common.wire import inference_pb2, inference_pb2_grpc
-from support.cluster import RunningCluster
+from support.cluster import WORKER_START_S, RunningCluster
 from support.more_routers import Balanced, another_router
 from support.steady_load import Question, ask
 
@@ -236,7 +236,17 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
     lanes = [asyncio.ensure_future(load(lane)) for lane in range(4)]
     try:
         scaled = await asyncio.to_thread(
-            disaggregated.cli, "scale", "tiny", "--prefill", "2", "--decode", "2", "--cluster", disaggregated.name, "--wait", "60"
+            disaggregated.cli,
+            "scale",
+            "tiny",
+            "--prefill",
+            "2",
+            "--decode",
+            "2",
+            "--cluster",
+            disaggregated.name,
+            "--wait",
+            str(WORKER_START_S),
         )
         assert scaled.returncode == 0, scaled.stderr
 
@@ -244,9 +254,19 @@ async def test_scaling_while_requests_run_fails_none_and_all_four_serve(
             workers = disaggregated.status()["workers"]
             return len(workers) == 4 and all(worker["requests_served"] > 0 for worker in workers)
 
-        await asyncio.to_thread(disaggregated.wait_for, "request served by each of four workers", all_serve, 60.0)
+        await asyncio.to_thread(disaggregated.wait_for, "request served by each of four workers", all_serve)
         back = await asyncio.to_thread(
-            disaggregated.cli, "scale", "tiny", "--prefill", "1", "--decode", "1", "--cluster", disaggregated.name, "--wait", "60"
+            disaggregated.cli,
+            "scale",
+            "tiny",
+            "--prefill",
+            "1",
+            "--decode",
+            "1",
+            "--cluster",
+            disaggregated.name,
+            "--wait",
+            str(WORKER_START_S),
         )
         assert back.returncode == 0, back.stderr
         await asyncio.to_thread(disaggregated.wait_for, "answers", lambda: count > 20)
@@ -295,7 +315,7 @@ def test_a_killed_prefill_worker_is_not_noticed(cluster: RunningCluster, client:
         ready = cluster.workers("prefill")
         return bool(ready) and ready[0]["incarnation"] > old["incarnation"] and ready[0]["pid"] != old["pid"]
 
-    cluster.wait_for("new incarnation of the prefill worker", restarted, 60.0)
+    cluster.wait_for("new incarnation of the prefill worker", restarted)
     cluster.wait_for("clean pools", cluster.nothing_leaks)
 
 

@@ -121,7 +121,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
     cluster = RunningCluster("away", _NotOurs(launcher_pid), environment, tmp_path / "home/logs/away.log")  # type: ignore[arg-type]
     here: Belongings | None = None
     try:
-        cluster.wait_for("router and workers", lambda: cluster.status()["routers"] and cluster.workers("decode"), timeout_s=180.0)
+        cluster.wait_for("router and workers", lambda: cluster.status()["routers"] and cluster.workers("decode"))
         here = Belongings.of(cluster)
         assert any("redis-server" in line for line in processes_of(here.home).values())
         body = {"model": "tiny", "prompt": [5] * 50, "temperature": 0}

@@ -23,6 +23,7 @@ from deploy.commands.manager import ask_status, call_manager, describe
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 120.0
+WORKER_START_S = 180.0  # on a machine that does a lot else
 CLI = (sys.executable, "-m", "deploy.cli")
 
 
@@ -33,7 +34,7 @@ class RunningCluster:
     environment: dict[str, str]
     log: Path
 
-    def cli(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*CLI, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -60,7 +61,7 @@ class RunningCluster:
     def workers(self, role: str, state: str = "ready") -> list[dict[str, Any]]:
         return [worker for worker in self.status()["workers"] if worker["role"] == role and worker["state"] == state]
 
-    def wait_for(self, what: str, condition: Any, timeout_s: float = 90.0) -> None:
+    def wait_for(self, what: str, condition: Any, timeout_s: float = WORKER_START_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"the cluster ended while waiting for {what}:\n{self.log.read_text()[-4000:]}"
