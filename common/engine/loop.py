@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar, TypeVarTuple
 
+from common.errors import RankLost
+
 Event = TypeVar("Event")
 Arguments = TypeVarTuple("Arguments")
 
@@ -97,12 +99,17 @@ class EngineLoop(Generic[Event]):
         with self._inside():
             try:
                 self._work()
+            except RankLost as error:  # another process ended: nothing is to be learnt from where this one was
+                self._give_up(error)
             except BaseException as error:
-                self._core.abandon()
-                self._call(self._on_failure, error)
+                self._give_up(error)
                 raise
             finally:
                 self._waiting = True
+
+    def _give_up(self, error: BaseException) -> None:
+        self._core.abandon()
+        self._call(self._on_failure, error)
 
     def _work(self) -> None:
         progressed = False

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import pytest
 
 from common.engine.loop import EngineLoop
-from common.errors import EngineFailure
+from common.errors import EngineFailure, RankLost
 
 
 class Core:
     """Computes once for each post, or fails."""
 
-    def __init__(self, inside: list[int], *, fails: bool) -> None:
+    def __init__(self, inside: list[int], failure: Exception | None = None) -> None:
         self._inside = inside
-        self._fails = fails
+        self._failure = failure
         self._wanted = 0
         self.seen: list[str] = []
         self.computed = threading.Event()
@@ -33,8 +33,8 @@ class Core:
         self._wanted -= 1
         self.seen.append("computed" if threading.get_ident() in self._inside else "outside")
         self.computed.set()
-        if self._fails:
-            raise EngineFailure("broken")
+        if self._failure is not None:
+            raise self._failure
 
     def finish(self) -> None:
         self.seen.append("finished" if threading.get_ident() in self._inside else "outside")
@@ -59,7 +59,7 @@ async def test_a_thread_is_in_its_surroundings_from_start_to_end(fails: bool, se
         finally:
             inside.remove(threading.get_ident())
 
-    core = Core(inside, fails=fails)
+    core = Core(inside, EngineFailure("broken") if fails else None)
     failed = asyncio.Event()
     loop = EngineLoop[str](core, name="engine", inside=surroundings)
     loop.start(deliver=lambda events: None, on_failure=lambda error: failed.set())
@@ -70,3 +70,17 @@ async def test_a_thread_is_in_its_surroundings_from_start_to_end(fails: bool, se
     await loop.stop()
     assert core.seen == seen
     assert not inside
+
+
+@pytest.mark.parametrize("failure", [EngineFailure("broken"), RankLost("rank 1 of 2 ended")])
+async def test_the_loss_of_another_process_leaves_no_traceback(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: told.append(arguments.exc_type))
+    core = Core([], failure)
+    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    loop = EngineLoop[str](core, name="engine")
+    loop.start(deliver=lambda events: None, on_failure=failed.set_result)
+    loop.post(core.want)
+    assert await asyncio.wait_for(failed, 60) is failure
+    await loop.stop(60)
+    assert told == ([] if isinstance(failure, RankLost) else [EngineFailure])
