@@ -11,8 +11,12 @@ BIN := $(VENV)/bin
 # torch is named beside what depends on it, so that one resolution sees both.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-# Side by side: they share nothing. What starts workers runs two files at a time, clusters alone.
-QUICK_TESTS = $(BIN)/pytest -n auto --maxprocesses 8 -m "not long and not model and not cluster and not clients and not hosts"
+# Side by side: they share nothing. Some wait more than they compute, so there is one more of them than there are cores. What
+# starts workers runs two files at a time, clusters alone.
+QUICK_WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
+QUICK_TESTS = $(BIN)/pytest -n $(QUICK_WORKERS) -m "not long and not model and not cluster and not clients and not hosts"
+# Files that name a mark: to read all the others as well takes longer than some of the tests that are then run.
+WITH_MARK = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
 # command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
 TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromium:chromium
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
@@ -42,8 +46,8 @@ test: install-dev tools model ## Run every test that this machine can run, the q
 	$(QUICK_TESTS)
 	$(BIN)/python tests/simulation/run.py
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "long and not model and not cluster"
-	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
-	$(BIN)/pytest -m "cluster and not clients"
+	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients" $(call WITH_MARK,model)
+	$(BIN)/pytest -m "cluster and not clients" $(call WITH_MARK,cluster)
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)
@@ -96,6 +100,9 @@ clean: ## Remove .venv and every cache; the model cache stays
 	rm -rf $(VENV) .venv-clients .venv-guidellm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 .NOTPARALLEL:
+
+# Tests start some hundred processes that import the same modules: the first one compiles them for all.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamps make a second run quick: pip is only asked again when what it reads has changed.
 $(BIN)/python:

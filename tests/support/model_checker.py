@@ -33,8 +33,9 @@ def missing_tool() -> str | None:
     return next((tool for tool in ("spin", "gcc") if shutil.which(tool) is None), None)
 
 
-def search(model: Path, where: Path, *macros: str, claim: bool = False, optimize: int = 1) -> Search:
-    """Searches every reachable state. `claim`: for cycles that break the model's LTL claim as well."""
+def search(model: Path, where: Path, *macros: str, claim: bool = False, optimize: int = 0) -> Search:
+    """Searches every reachable state. `claim`: for cycles that break the model's LTL claim as well. `optimize`: how well the
+    verifier is compiled; a second at 0, two at 1, seven at 2, so that only long searches are worth more."""
     definitions = [f"-D{macro}" for macro in macros]
     _run(["spin", *definitions, "-a", str(model)], where)
     kind = [] if claim else ["-DSAFETY"]

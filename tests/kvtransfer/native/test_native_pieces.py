@@ -15,6 +15,7 @@ from xxhash import xxh3_128_digest
 
 import kvtransfer.incoming as incoming_side
 from common.clock import SystemClock
+from common.config import pdserve_home
 from common.errors import DigestMismatch
 from common.native_build import COMPILERS, BuildError, build_library, find_compiler
 from common.types import KVLayout, WorkerRef
@@ -53,8 +54,8 @@ class Calls:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_library(choice._SOURCE, tmp_path_factory.mktemp("kernels"), check_kernel)
+def library() -> Path:
+    return build_library(choice._SOURCE, pdserve_home() / "kernels", check_kernel)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from common.config import pdserve_home
 from common.errors import TransferBroken
 from common.native_build import COMPILERS, build_library, find_compiler
 from kvtransfer.digest import piece_digest
@@ -37,8 +38,8 @@ def never() -> bool:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> PieceKernel:
-    return PieceKernel(build_library(choice._SOURCE, tmp_path_factory.mktemp("kernels"), check_kernel))
+def compiled() -> PieceKernel:
+    return PieceKernel(build_library(choice._SOURCE, pdserve_home() / "kernels", check_kernel))
 
 
 class Pair:

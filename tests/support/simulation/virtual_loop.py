@@ -19,12 +19,13 @@ import heapq
 import itertools
 import struct
 import zlib
-from asyncio import events, tasks
+from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from random import Random
 from typing import Any
+from weakref import WeakSet
 
 SHORT_TURN_S, LONG_TURN_S = 40e-6, 5e-3
 THREAD_WORK_S = 2e-3  # at most, for what another thread does
@@ -131,6 +132,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []
         self._serial = itertools.count()
+        self._tasks: WeakSet[asyncio.Task[Any]] = (
+            WeakSet()
+        )  # asyncio's own has those of every simulation that is not collected yet
         self._turn_s = float("inf")  # when the next turn is due, in virtual time
         self._in_turn = False
 
@@ -166,7 +170,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def create_task(  # type: ignore[override]
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, name=name, context=context)
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._tasks.add(task)
+        return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         """A thread does it, some time later and all at once; also if nobody waits for it any more, unless the process ends."""
@@ -212,7 +218,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         return sum(not handle.cancelled() for _, _, handle in self._timers)
 
     def pending_tasks(self) -> list[asyncio.Task[Any]]:
-        return sorted((task for task in tasks.all_tasks(self)), key=lambda task: task.get_name())
+        return sorted((task for task in self._tasks if not task.done()), key=lambda task: task.get_name())
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls it as if from a callback of this loop."""

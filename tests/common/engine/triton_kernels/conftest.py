@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ def call_device_function(function: Any, *args: Any, **named: Any) -> Any:
 
 
 if not ON_GPU:
+    from triton.language import pointer_type
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 
     # A kernel has prepared Triton's language for the interpreter when it calls a device function, which would do it again: that
     # is most of the time that small kernels take.
     InterpretedFunction.__call__ = call_device_function
+    # It makes a table of all types each time that it looks one up, which is a tenth of the rest.
+    look_up = interpreter._get_np_dtype
+    look_up_scalar = functools.cache(look_up)
+
+    def look_up_once(kind: Any) -> Any:
+        return look_up(kind) if isinstance(kind.scalar, pointer_type) else look_up_scalar(kind.scalar)
+
+    interpreter._get_np_dtype = look_up_once
 
 
 @pytest.fixture(scope="session")
