@@ -225,7 +225,21 @@ def _local(source: str, home: Path) -> ModelFiles | None:
             )
         return None
     path = path.resolve()  # workers have other working directories
-    return _describe(source, path, home)
+    found = _describe(source, path, home)
+    if found.kind == "gguf":
+        _check_magic(path)
+    return found
+
+
+def _check_magic(path: Path) -> None:
+    """Its first bytes, so that what cannot be a model is refused before anything is started for it."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(4)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {path}: {error.strerror}", param="source") from None
+    if found != b"GGUF":
+        raise ModelLoadError(f"{path} is not a model: a GGUF file begins with GGUF, this one with {found!r}", param="source")
 
 
 def _describe(source: str, path: Path, home: Path) -> ModelFiles:

@@ -26,6 +26,7 @@ from common.errors import (
     ClusterError,
     DeadlineExceeded,
     EngineFailure,
+    InvalidRequest,
     Overloaded,
     PdserveError,
     RequestCancelled,
@@ -98,7 +99,7 @@ async def start_server(
 
     Raises ClusterError if the port is taken.
     """
-    interceptors = [_RequireToken(token)] if token is not None else []
+    interceptors = [_RequireToken(token) if token is not None else _RefuseUnreadable()]
     server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
     register(server)
     health = HealthServicer()
@@ -197,6 +198,41 @@ class _RequireToken(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # ge
         if hmac.compare_digest(given, self._expected):
             return handler
         return self._refuse_stream if handler is not None and handler.response_streaming else self._refuse
+
+
+class _RefuseUnreadable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Bytes that are no message of the method's kind are the caller's mistake: INVALID_ARGUMENT, not a traceback in our log. Only
+    for the public face, where strangers call, and whose methods are all coroutines."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or not str(handler_call_details.method).startswith("/pdserve."):
+            return handler
+        serve: Any = handler.unary_stream or handler.unary_unary  # its type is that of calls without asyncio
+        parse: Any = handler.request_deserializer
+
+        def read(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except DecodeError:
+                return None
+
+        async def serve_or_refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            if request is None:
+                await abort_with(
+                    context, InvalidRequest("the bytes of the request are no such message, or its text is not UTF-8")
+                )
+            return await serve(request, context)
+
+        wrap: Any = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(
+            serve_or_refuse, request_deserializer=read, response_serializer=handler.response_serializer
+        )
+        return wrapped
 
 
 def _with_token(details: grpc.aio.ClientCallDetails, token: str) -> grpc.aio.ClientCallDetails:

@@ -7,6 +7,8 @@ import sys
 
 from deploy.completion import ASKING_SHELL
 
+_INTERRUPTED = 130  # as everywhere (`deploy.commands.output`), without its imports
+
 
 def main() -> None:
     shell = os.environ.get(ASKING_SHELL)
@@ -15,8 +17,10 @@ def main() -> None:
 
         sys.stdout.write(answer(shell, sys.argv[1:]))
         return
-    from deploy.app import app
-
+    try:
+        from deploy.app import app
+    except KeyboardInterrupt:  # so soon that nothing has begun
+        sys.exit(_INTERRUPTED)
     app(prog_name="pdserve")
 
 

@@ -47,6 +47,7 @@ from deploy.ray_environment import actor_environment, namespace_of
 from deploy.ray_host import answer
 from deploy.ray_start import LOOPBACK, join_ray, start_private_ray
 from deploy.remains import clear_remains
+from deploy.router_address import RouterAddress
 from deploy.scraping import TARGETS_FILE, TOKEN_FILE, prepare, scraping_folder, update
 from deploy.worker_host import build_worker
 
@@ -148,6 +149,8 @@ class _Cluster:
         self._stop = asyncio.Event()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._manager: Any = None
+        self._manager_is_gone = False
+        self._router_address = RouterAddress(asked.config.router)
 
     async def run(self) -> int:
         self._listen_to_signals()
@@ -156,12 +159,15 @@ class _Cluster:
         serving = asyncio.ensure_future(self._announce(manager_address))
         lasting = {
             asyncio.ensure_future(self._watch_manager()),
-            asyncio.ensure_future(self._keep(_ROUTER, lambda: self._start_router(manager_address))),
+            asyncio.ensure_future(
+                self._keep(_ROUTER, lambda: self._start_router(manager_address), differs=self._router_address.forget)
+            ),
             asyncio.ensure_future(self._keep_janitor()),
             asyncio.ensure_future(self._follow_membership()),
             asyncio.ensure_future(self._wait_for_signal()),
             *(asyncio.ensure_future(self._keep(one.name, functools.partial(_start, one.command))) for one in self._services),
         }
+        why = ""
         try:
             done, _ = await asyncio.wait({serving, *lasting}, return_when=asyncio.FIRST_COMPLETED)
             if done == {serving} and serving.exception() is None:
@@ -169,8 +175,11 @@ class _Cluster:
             for task in done:
                 task.result()
             return 0
+        except PdserveError as error:
+            why = f": {error.message}"
+            raise
         finally:
-            self._say("stopping; Ctrl-C again to force")
+            self._say(f"stopping{why}; Ctrl-C again to force")
             log.info("cluster stopping", asked=self._stop.is_set())
             for task in (serving, *lasting):
                 task.cancel()
@@ -229,8 +238,11 @@ class _Cluster:
 
         await self._keep(_JANITOR, start)
 
-    async def _keep(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> None:
-        """Starts a process, and again whenever it ends. One that ends at once, over and over, ends the cluster."""
+    async def _keep(
+        self, name: str, start: Callable[[], subprocess.Popen[bytes]], *, differs: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Starts a process, and again whenever it ends. One that ends at once, over and over, ends the cluster; so does one that
+        cannot do what it was asked to, unless it is asked for something else the next time (`differs`)."""
         backoff_s = _BACKOFF_FIRST_S
         while True:
             started_s = time.monotonic()
@@ -238,7 +250,7 @@ class _Cluster:
             status = await _exit_status(child)
             if time.monotonic() - started_s > 60.0:
                 backoff_s = _BACKOFF_FIRST_S
-            if backoff_s > _BACKOFF_LAST_S or status == 1:
+            if backoff_s > _BACKOFF_LAST_S or (status == 1 and not differs()):
                 hint = "; its last words: pdserve logs router" if name == _ROUTER else ""
                 raise ClusterError(f"the {name} ended with status {status}{hint}")
             log.warning("a process ended; starting it again", name=name, status=status)
@@ -247,15 +259,18 @@ class _Cluster:
 
     def _start_router(self, manager_address: str) -> subprocess.Popen[bytes]:
         settings = [setting for service in self._services for setting in service.router_settings]
+        settings += self._router_address.settings()
         return _start_router(self._asked, settings, manager_address, self._token)
 
     async def _follow_membership(self) -> None:
-        """Tells Prometheus of every change."""
+        """Tells Prometheus of every change, and learns where the router listens."""
         version = -1
         while True:
             snapshot = await self._snapshot_after(version)
             version = snapshot.version
             update(self._scraping, snapshot)
+            if _ROUTER in self._children:
+                self._router_address.note(snapshot, self._children[_ROUTER].pid)
 
     async def _announce(self, manager_address: str) -> None:
         """Waits until everything serves, tells about it, and leaves the state file."""
@@ -307,6 +322,7 @@ class _Cluster:
         try:
             return ClusterSnapshot.FromString(await answer(cast(Awaitable[bytes], self._manager.snapshot_after.remote(version))))
         except PdserveError as error:
+            self._manager_is_gone = True
             raise ClusterError(f"the pool manager is gone: {error.message}") from error
 
     async def _watch_manager(self) -> None:
@@ -314,6 +330,7 @@ class _Cluster:
         try:
             await answer(cast(Awaitable[None], self._manager.wait_ended.remote()))
         except PdserveError as error:
+            self._manager_is_gone = True
             raise ClusterError(f"the pool manager is gone: {error.message}") from error
 
     async def _wait_for_signal(self) -> None:
@@ -334,11 +351,12 @@ class _Cluster:
         for name in (_ROUTER, *(service.name for service in self._services)):
             if name in self._children:
                 await _end(self._children[name])
-        try:
-            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                await answer(cast(Awaitable[None], self._manager.shut_down.remote()))
-        except (TimeoutError, PdserveError) as error:
-            log.warning("the workers did not stop in time", error=str(error))
+        if not self._manager_is_gone:  # else Ray has ended its workers with it
+            try:
+                async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+                    await answer(cast(Awaitable[None], self._manager.shut_down.remote()))
+            except (TimeoutError, PdserveError) as error:
+                log.warning("the workers did not stop in time", error=str(error))
         if self._asked.config.ray.address is not None:
             ray.kill(self._manager)
         state_path(self._home, self._asked.config.cluster).unlink(missing_ok=True)

@@ -36,6 +36,7 @@ class ServedModel:
     path: str
     created_s: int
     degrees: Mapping[Role, tuple[int, int]] = field(default_factory=dict)  # of a worker: tensor parallel, pipeline parallel
+    hands_off: bool = False  # its decode workers compute no prompt
 
 
 class Membership:
@@ -48,6 +49,7 @@ class Membership:
         self._reports: dict[tuple[str, int], InfoReply] = {}  # by worker id and incarnation
         self._given_up: set[tuple[str, int]] = set()  # by worker id and incarnation: lost, and not gone yet
         self._known: dict[str, tuple[int, str]] = {}  # model -> (longest request, layout) as last reported
+        self._served: set[Pool] = set()  # pools that had a ready worker since they were last wanted empty
         self._routers: dict[int, RouterInfo] = {}  # by watch
         self._watches = itertools.count()
         self._changed = asyncio.Event()
@@ -76,6 +78,9 @@ class Membership:
         self._given_up &= current
         workers = [self._worker(replica) for pool in state.pools() for replica in state.of(pool)]
         self._learn(workers)
+        self._served = {
+            pool for pool in state.pools() if state.desired.get(pool, 0) and (pool in self._served or state.ready(pool))
+        }
         snapshot = ClusterSnapshot(
             version=self.snapshot.version,
             cluster=self._cluster,
@@ -103,7 +108,7 @@ class Membership:
         if reported is not None:
             info.CopyFrom(reported)
         state = _STATE_OF_PHASE[replica.phase]
-        if state is WorkerState.READY and (replica.worker_id, replica.incarnation) in self._given_up:
+        if self._is_given_up(replica):
             state = WorkerState.STARTING  # the next incarnation, soon
         # A worker may know better that it takes no more requests, never that it does.
         if state is WorkerState.READY and reported is not None and reported.state == WorkerState.DRAINING:
@@ -127,8 +132,11 @@ class Membership:
 
     def _model(self, model: ServedModel, state: PoolsState) -> ModelInfo:
         desired, prefill, decode = state.desired, Pool(model.name, Role.PREFILL), Pool(model.name, Role.DECODE)
-        missing = [pool for pool in (prefill, decode) if not state.ready(pool) and (pool == decode or desired.get(pool, 0))]
+        needed = [pool for pool in (prefill, decode) if pool == decode or desired.get(pool, 0)]
+        missing = [pool for pool in needed if not state.ready(pool)]
         gave_up = any(one.phase is Phase.FAILED for pool in missing for one in state.of(pool))
+        taken = needed if model.hands_off else [decode]
+        without = [pool for pool in taken if all(map(self._is_given_up, state.ready(pool)))]
         context_tokens, layout = self._known[model.name]
         return ModelInfo(
             name=model.name,
@@ -139,4 +147,13 @@ class Membership:
             desired_decode=desired.get(decode, 0),
             layout_fingerprint=layout,
             wakes_on_demand=model.name in self.waking and bool(missing) and not gave_up,
+            awaits_successor=bool(without) and not state.closing and all(self._is_succeeded(pool, state) for pool in without),
         )
+
+    def _is_succeeded(self, pool: Pool, state: PoolsState) -> bool:
+        """Of a pool that has nobody: whether somebody was there, and is followed by another."""
+        coming = any(one.phase in (Phase.STARTING, Phase.BACKOFF) or self._is_given_up(one) for one in state.of(pool))
+        return pool in self._served and coming
+
+    def _is_given_up(self, replica: Replica) -> bool:
+        return (replica.worker_id, replica.incarnation) in self._given_up and replica.phase is Phase.READY

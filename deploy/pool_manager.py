@@ -57,7 +57,16 @@ class PoolManager:
         self._host = host
         self._clock = clock
         self._models = {model.config.name: model for model in spec.models}
-        served = [ServedModel(model.config.name, model.path, model.created_s, model.degrees) for model in spec.models]
+        served = [
+            ServedModel(
+                model.config.name,
+                model.path,
+                model.created_s,
+                model.degrees,
+                hands_off=model.config.decode.local_prefill == "never",
+            )
+            for model in spec.models
+        ]
         self._board = PoolBoard(PoolsState(desired=spec.desired), Membership(spec.cluster, served), clock)
         self._lives = WorkerLives(spec, host, self._board, clock)
         self._wanted = _Wanted()

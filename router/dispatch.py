@@ -2,14 +2,15 @@
 
  1. Deadline: the request's whole budget starts here; every wait below ends with it.
  2. Placement (`router.placement`): the decode worker, the prefill candidates, and who of them is to compute the prompt. Nobody
-    there: NoWorkerAvailable, or a wait for the workers of a model that slept.
+    there: NoWorkerAvailable, or a wait for the workers of a model that slept, or that lost its last one (`router.patience`).
  3. Connect to the decode worker, within the connect timeout.
  4. Open ONE stream, `Decode.Generate(request, prefill candidates)`. Cancelling it cancels everything below it. Events come over
     it or, once there is a feed from that worker (`router.feeds`), over a lane there; then the stream says only how it ended.
  5. Wait for the first tokens. Until then nothing was handed to the caller, so nothing can have reached the client.
  6. A failure that is nobody's fault (worker lost, full, hand-off broken) before the first tokens: suspect the worker if it is
     lost and go back to 2 with the same request, so the same id and seed, avoiding the workers already tried. When there is no
-    other worker, a lost one is given the time of a short back-off, or of a new snapshot, to come back.
+    other worker, a lost one is given the time of a short back-off, or of a new snapshot, to come back. How often workers may
+    fail with a request is limited; one that cannot be reached, or has no prefill worker, did not, and there is a wait as in 2.
  7. Hand events on as they come, and keep them (`router.answer`). A worker that is lost from here on takes nothing with it: the
     rest of each unfinished choice is a request of its own, with the tokens so far at the end of its prompt, and goes back to 2;
     it may wait for a worker to come back. Any other failure is raised: exactly one typed error ends the request.
@@ -22,9 +23,9 @@ It does not know text, HTTP or the public gRPC face; it sees token ids only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +52,9 @@ from common.wire.worker_pb2_grpc import DecodeStub
 from router.answer import Answer
 from router.feeds import Feeds, Lane, News
 from router.links import Links
+from router.merging import merged
 from router.observe.cost import BrokenOff, CostSplit, Ledger, Ledgers
+from router.patience import Patience
 from router.placement.membership import Placement, Prompt
 from router.placement.placer import Dispatched, Placer
 from router.registry import Registry
@@ -61,7 +64,6 @@ log = get_logger(__name__)
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 1.0
 _WAKE_AGAIN_S = 2.0
 _UNSTARTED = "the worker sent tokens before it said how it started"
-_QUEUED_EVENTS = 64  # of an answer whose choices go on separately, while the client is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,21 @@ class _Journey:
 
     deadline_s: float
     migrations_left: int
+    waits: bool  # for the successors of lost workers
+
+
+@dataclass(slots=True)
+class _Tries:
+    """Of one request, or of the rest of one, to get its first tokens."""
+
+    patience: Patience
+    workers: set[WorkerRef] = field(default_factory=set)
+    retries: int = 0
+    losses: int = 0  # tries that a worker took, and did not bring to the first token
+
+    @property
+    def backoff_s(self) -> float:
+        return min(_BACKOFF_FIRST_S * 2.0 ** min(self.retries, 10), _BACKOFF_LAST_S)
 
 
 class Dispatcher:
@@ -115,33 +132,35 @@ class Dispatcher:
         self._links = Links(cluster_token=cluster_token, connect_timeout_s=config.connect_timeout_s)
         self._active: set[_Attempt] = set()
         self._tidied = registry.view
+        self._ended: PdserveError | None = None
         self.placer = Placer(config.placement, clock=clock)
         self.ledgers = Ledgers()
 
-    async def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
-        """Events until every choice has finished. Close it (`aclosing`) to cancel. Raises one PdserveError, at most."""
+    async def generate(self, request: Request, *, waits: bool = True) -> AsyncGenerator[DispatchEvent, None]:
+        """Events until every choice has finished. Close it (`aclosing`) to cancel. Raises one PdserveError, at most. Without
+        `waits` that there is nobody is said at once, for another model can take over; the rest of an answer waits all the same.
+        """
         now_s = self._clock.monotonic_s()
-        journey = _Journey(deadline_s=now_s + request.timeout_s, migrations_left=self._config.migrations)  # 1
+        journey = _Journey(now_s + request.timeout_s, self._config.migrations, waits)  # 1
         await self._tidy()
-        async with aclosing(self._generate(request, journey, patience_until_s=now_s)) as events:
+        async with aclosing(self._generate(request, journey)) as events:
             async for event in events:
                 yield event
 
     async def _generate(
-        self, request: Request, journey: _Journey, *, patience_until_s: float
+        self, request: Request, journey: _Journey, *, is_rest: bool = False
     ) -> AsyncGenerator[DispatchEvent, None]:
-        """A request, or the rest of one. Until `patience_until_s` it waits for workers to come back."""
-        tried: set[WorkerRef] = set()
-        retries = 0
+        """A request, or the rest of one."""
+        tries = _Tries(self._patience(request.model, journey, is_rest))
         prompt = self.placer.prompt_of(request)
         while True:
-            placement = await self._place(request, prompt, tried, journey, patience_until_s)  # 2
-            tried.add(placement.decode)
+            placement = await self._place(request, prompt, tries, journey)  # 2
+            tries.workers.add(placement.decode)
             answer = Answer(request)
             handed_over = False
             try:
                 async with self._attempt(request, prompt, placement, journey.deadline_s, answer) as attempt:
-                    event = await attempt.first_tokens(retries)  # 3, 4, 5
+                    event = await attempt.first_tokens(tries.retries)  # 3, 4, 5
                     while True:  # 7
                         answer.add(event.chunks)
                         handed_over = True
@@ -155,32 +174,46 @@ class Dispatcher:
                 failure = error
             if handed_over:
                 break
-            await self._before_retry(request, failure, placement, tried, retries, journey, patience_until_s)  # 6
-            retries += 1
+            await self._before_retry(request, failure, attempt, tries, journey)  # 6
+            tries.retries += 1
         if not isinstance(failure, WorkerLost) or journey.migrations_left == 0:
             raise failure
         journey.migrations_left -= 1
         self._metrics.migrations_total.labels(request.model).inc()
         rest = answer.rest()
         log.warning("the rest of an answer goes elsewhere", lost=placement.decode.worker_id, choices=len(rest))
-        patience_until_s = min(self._clock.monotonic_s() + self._config.migration_wait_s, journey.deadline_s)
-        async with aclosing(_merged([self._generate(one, journey, patience_until_s=patience_until_s) for one in rest])) as events:
+        async with aclosing(merged([self._generate(one, journey, is_rest=True) for one in rest])) as events:
             async for event in events:
                 moved_to = event.moved_to if event.admission is None else event.admission.decode_worker
                 yield DispatchEvent(event.chunks, moved_to=moved_to, cost=event.cost)
 
-    async def _place(
-        self, request: Request, prompt: Prompt, tried: set[WorkerRef], journey: _Journey, patience_until_s: float
-    ) -> Placement:
+    def _patience(self, model: str, journey: _Journey, is_rest: bool) -> Patience:
+        return Patience(
+            model,
+            self._registry,
+            self._clock,
+            wait_s=self._config.migration_wait_s,
+            deadline_s=journey.deadline_s,
+            is_rest=is_rest,
+            waits=journey.waits,
+        )
+
+    async def _place(self, request: Request, prompt: Prompt, tries: _Tries, journey: _Journey) -> Placement:
+        told = False
         while True:
+            if self._ended is not None:
+                raise self._ended
             self.placer.sync(self._registry.view.workers)
             try:
-                return self.placer.place(request.model, prompt, tried | self._registry.suspects())
+                return self.placer.place(request.model, prompt, tries.workers | self._registry.suspects())
             except NoWorkerAvailable:
                 asleep = self._registry.wake(request.model)
-                left_s = (journey.deadline_s if asleep else patience_until_s) - self._clock.monotonic_s()
+                left_s = journey.deadline_s - self._clock.monotonic_s() if asleep else tries.patience.left_s()
                 if left_s <= 0:
                     raise
+                if not told:
+                    log.info("waits for a worker", model=request.model, at_most_s=round(left_s, 1))
+                    told = True
             await self._registry.wait_changed(min(left_s, _WAKE_AGAIN_S) if asleep else left_s)
 
     def _attempt(self, request: Request, prompt: Prompt, placement: Placement, deadline_s: float, answer: Answer) -> _Attempt:
@@ -201,30 +234,33 @@ class Dispatcher:
         )
 
     async def _before_retry(
-        self,
-        request: Request,
-        failure: PdserveError,
-        placement: Placement,
-        tried: set[WorkerRef],
-        retries: int,
-        journey: _Journey,
-        patience_until_s: float,
+        self, request: Request, failure: PdserveError, attempt: _Attempt, tries: _Tries, journey: _Journey
     ) -> None:
         """Raises the failure if it is final; else returns when the next attempt is due."""
-        waking = isinstance(failure, NoWorkerAvailable) and self._registry.wake(request.model)  # a part of its workers is there
-        patient = self._clock.monotonic_s() < (journey.deadline_s if waking else patience_until_s)
-        if not failure.retryable or (retries >= self._config.first_token_retries and not patient):
+        left_s = journey.deadline_s - self._clock.monotonic_s()
+        nobody = isinstance(failure, NoWorkerAvailable) or not attempt.reached
+        if not nobody:
+            tries.losses += 1
+            tries.patience.found()
+        if isinstance(failure, NoWorkerAvailable) and self._registry.wake(request.model):  # a part of its workers is there
+            patient = left_s > 0
+        else:
+            unheard = not attempt.reached or bool(attempt.placement.prefill)  # it was to be there, says the manager
+            patient = tries.patience.left_s(nobody=nobody, unheard=unheard) > 0
+        spent = (tries.retries if nobody else tries.losses - 1) >= self._config.first_token_retries
+        if not failure.retryable or (spent and not patient) or self._ended is not None:
             raise failure
         self.placer.sync(self._registry.view.workers)
-        elsewhere = next((ref for ref in self.placer.decode_workers(request.model) if ref not in tried), None)
+        elsewhere = next((ref for ref in self.placer.decode_workers(request.model) if ref not in tries.workers), None)
         if elsewhere is None:
             if not isinstance(failure, WorkerLost | NoWorkerAvailable) and not patient:
                 raise failure  # a worker that is full is not helped by asking it again at once; one that drains has a successor
-            left_s = journey.deadline_s - self._clock.monotonic_s()
-            await self._registry.wait_changed(min(_BACKOFF_FIRST_S * 2**retries, _BACKOFF_LAST_S, max(0.0, left_s)))
-            elsewhere = placement.decode
+            await self._registry.wait_changed(min(tries.backoff_s, max(0.0, left_s)))
+            elsewhere = attempt.worker
         self._metrics.retries_total.labels(request.model, failure.code).inc()
-        log.warning("dispatch tried again", reason=failure.code, worker=placement.decode.worker_id, next=elsewhere.worker_id)
+        again = nobody and elsewhere == attempt.worker and tries.retries > 0  # said already
+        tell = log.debug if again else log.warning
+        tell("dispatch tried again", reason=failure.code, worker=attempt.worker.worker_id, next=elsewhere.worker_id)
 
     async def _tidy(self) -> None:
         """Forgets workers that are gone; once per snapshot."""
@@ -245,9 +281,11 @@ class Dispatcher:
                 attempt.abort(WorkerLost("the worker was given up"))
 
     def abort_all(self) -> None:
-        """Ends every stream with NoWorkerAvailable: the router goes away."""
+        """Ends every stream, and every wait for a worker, with NoWorkerAvailable: the router goes away."""
+        self._ended = NoWorkerAvailable("the router is shutting down", retry_after_s=1.0)
         for attempt in tuple(self._active):
-            attempt.abort(NoWorkerAvailable("the router is shutting down", retry_after_s=1.0))
+            attempt.abort(self._ended)
+        self._registry.stir()
 
     async def close(self) -> None:
         if self._feeds is not None:
@@ -319,6 +357,11 @@ class _Attempt:
         self._stack = AsyncExitStack()
         self._call: Any = None  # grpc.aio's stub types do not know the calls of intercepted channels
         self._aborted: PdserveError | None = None
+        self.reached = False
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
 
     @property
     def worker(self) -> WorkerRef:
@@ -360,6 +403,7 @@ class _Attempt:
                 channel = await self._stack.enter_async_context(self._links.to(worker))
         except TimeoutError:
             raise DeadlineExceeded("the request's time is over") from None
+        self.reached = True
         remaining_s = max(0.001, self._deadline_s - self._clock.monotonic_s())
         lane = self._lane = None if self._feeds is None else self._feeds.lane(worker, channel)
         with entered(self._span):
@@ -445,37 +489,3 @@ class _Attempt:
 
 def _chunks(message: worker_pb2.GenerateEvent) -> tuple[TokenChunk, ...]:
     return tuple(chunk_from_wire(chunk) for chunk in message.chunks)
-
-
-async def _merged(sources: Sequence[AsyncGenerator[DispatchEvent, None]]) -> AsyncGenerator[DispatchEvent, None]:
-    """The events of all, as they come. The first failure ends all; so does closing this."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as events:
-            async for event in events:
-                yield event
-        return
-    queue: asyncio.Queue[DispatchEvent | PdserveError | None] = asyncio.Queue(maxsize=_QUEUED_EVENTS)
-
-    async def pump(source: AsyncGenerator[DispatchEvent, None]) -> None:
-        async with aclosing(source) as events:
-            try:
-                async for event in events:
-                    await queue.put(event)
-                await queue.put(None)
-            except PdserveError as error:
-                await queue.put(error)
-
-    tasks = [asyncio.create_task(pump(source), name="rest of an answer") for source in sources]
-    try:
-        left = len(tasks)
-        while left:
-            news = await queue.get()
-            if isinstance(news, PdserveError):
-                raise news
-            if news is None:
-                left -= 1
-            else:
-                yield news
-    finally:
-        for task in tasks:
-            await cancel_and_wait(task)

@@ -15,7 +15,7 @@ from common.config import Config
 from common.errors import InvalidRequest, RateLimited
 from common.metrics import RouterMetrics
 from common.tracing.tracer import Tracer
-from common.types import Request, Role
+from common.types import Request
 from router.admission.bands import Band
 from router.admission.forecast import Forecast, PoolRoom
 from router.admission.gate import Admitted, Gate
@@ -62,7 +62,7 @@ class Front:
         self.keys = KeyRing(config.router, clock)
         self.examination = Examination(config.router.grammar_timeout_s)
         self.validator = Validator(config.router, registry, self.examination)
-        self.models = ModelRouter(config.routing, is_ready=registry.serves)
+        self.models = ModelRouter(config.routing, is_ready=registry.serves, is_awaited=registry.awaits)
         self.in_flight = in_flight
         self._cache = cache
         self._semantics = semantics
@@ -150,11 +150,14 @@ class Front:
             raise InvalidRequest(f"priority must be one of {', '.join(Band)}", param="priority")
         return standing_of(identity, Band(given.pop()) if given else None)
 
-    def generation(self, call: ValidCall, received_s: float, standing: Standing, cache_control: CacheControl) -> Generation:
+    def generation(
+        self, call: ValidCall, received_s: float, standing: Standing, cache_control: CacheControl, *, waits: bool
+    ) -> Generation:
+        """`waits`: for the successors of lost workers, as no other model can take over."""
         return Generation(
             call,
             received_s=received_s,
-            source=Admitted(self.gate, standing),
+            source=Admitted(self.gate, standing, waits=waits),
             cache=self._cache,
             cache_control=cache_control,
             in_flight=self.in_flight,
@@ -179,7 +182,7 @@ class Front:
 
 def _forecast(config: Config, registry: Registry, predict: Callable[[Request], float | None]) -> Forecast:
     models = {model.name: model for model in config.models}
-    return PoolRoom(config.router.admission, models, lambda model: len(registry.view.ready(model, Role.DECODE)), predict)
+    return PoolRoom(config.router.admission, models, registry.places, predict)
 
 
 def request_id_or_new(given: str) -> str:

@@ -76,7 +76,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
             def begin(route: Route) -> Generation:
                 call.model = route.call.model.name
-                generation = self._front.generation(route.call, call.received_s, standing, control)
+                waits = not route.has_other
+                generation = self._front.generation(route.call, call.received_s, standing, control, waits=waits)
                 sighting.generation = generation
                 return generation
 

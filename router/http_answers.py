@@ -74,7 +74,7 @@ async def _answer(request: Request, front: Front, route: Route, control: CacheCo
         state.model, state.answer_headers = call.model.name, route.headers
         if request.headers.get("x-pdserve-timings") == "1":
             call = replace(call, plan=replace(call.plan, timings=True))
-        generation = front.generation(call, state.received_s, state.standing, control)
+        generation = front.generation(call, state.received_s, state.standing, control, waits=not route.has_other)
         state.sighting.generation = generation
         return generation
 

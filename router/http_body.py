@@ -17,6 +17,13 @@ _DISCARDED_BYTES = 16 * 1024 * 1024
 async def read_json(request: Request, *, limit_bytes: int) -> object:
     """Raises PayloadTooLarge, InvalidRequest, or RequestCancelled if the client went away."""
     body = await _read(request, limit_bytes)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise InvalidRequest(f"bodies are read as they are, not as {encoding[:40]!r}", param="content-encoding")
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from None
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -70,8 +70,8 @@ class Links:
                 state = link.channel.get_state(try_to_connect=True)
                 while state is not grpc.ChannelConnectivity.READY:
                     if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                        raise WorkerLost(f"worker {ref.worker_id} refuses connections")
+                        raise WorkerLost(f"worker {ref.worker_id} refuses connections", retry_after_s=1.0)
                     await link.channel.wait_for_state_change(state)
                     state = link.channel.get_state(try_to_connect=True)
         except TimeoutError:
-            raise WorkerLost(f"worker {ref.worker_id} cannot be reached") from None
+            raise WorkerLost(f"worker {ref.worker_id} cannot be reached", retry_after_s=1.0) from None

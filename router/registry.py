@@ -7,7 +7,7 @@ manager. Between snapshots the dispatcher may learn earlier than the manager tha
 until a snapshot shows a newer incarnation of it (which is another `WorkerRef`) or a short time has passed.
 
 A model may sleep: the manager has taken its workers away because nobody used it, and says so. `wake` tells the manager that
-somebody does.
+somebody does. One that lost its last worker awaits a successor, as long as the manager is about to start one.
 
 The registry also loads the tokenizer of each model, in a thread, as soon as the model is first seen. It opens no connection to a
 worker and chooses none.
@@ -56,6 +56,7 @@ class ModelView:
     created_s: int
     fingerprint: str
     wakes: bool = False  # it has no worker, and gets some when somebody asks for it
+    awaits: bool = False  # it lost the workers that it needs, and gets others by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class Registry:
                 model.created_s,
                 model.layout_fingerprint,
                 model.wakes_on_demand,
+                model.awaits_successor,
             )
             for model in snapshot.models
         }
@@ -160,13 +162,17 @@ class Registry:
         self._load_tokenizers({model.path for model in models.values() if model.path})
         present = self.view.refs()
         self._suspects = {ref: until_s for ref, until_s in self._suspects.items() if ref in present}
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.stir()
 
     async def wait_changed(self, timeout_s: float) -> None:
-        """Returns at the next snapshot, or when the time is over."""
+        """Returns at the next snapshot, when it is to look again, or when the time is over."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def stir(self) -> None:
+        """Ends the waiting of all in `wait_changed`: they are to look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def wake(self, name: str) -> bool:
         """Whether the model has no worker but will have one because it is asked for; the manager is told, again and again while
@@ -188,6 +194,11 @@ class Registry:
         finally:
             await channel.close(None)
 
+    def awaits(self, name: str) -> bool:
+        """Whether workers that the model needs were lost, and the manager starts their successors."""
+        model = self.view.models.get(name)
+        return model is not None and model.awaits
+
     def suspect(self, ref: WorkerRef) -> None:
         """This incarnation did not answer; avoid it for a while."""
         self._suspects[ref] = self._clock.monotonic_s() + _SUSPECT_S
@@ -202,6 +213,12 @@ class Registry:
         model = self.view.models.get(name)
         needed = tuple(Role) if name in self._handing_off else (Role.DECODE,)
         return model is not None and (model.wakes or all(self.view.ready(name, role) for role in needed))
+
+    def places(self, name: str) -> int:
+        """How many decode workers take requests of the model: those that are ready or, while there are none, those awaited."""
+        states = [view.state for view in self.view.workers if (view.model, view.role) == (name, Role.DECODE)]
+        ready = states.count(WorkerState.READY)
+        return ready or (states.count(WorkerState.STARTING) if self.awaits(name) else 0)
 
     def names(self) -> tuple[tuple[str, ModelView], ...]:
         """Every name that can be asked for, aliases included, with its model."""

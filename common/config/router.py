@@ -42,7 +42,12 @@ class RouterConfig(Part):
     migrations: int = Field(
         3, ge=0, description="How often the rest of an answer goes elsewhere when its worker dies; 0 ends it in an error."
     )
-    migration_wait_s: float = Field(30.0, ge=0, description="How long such an answer waits for a worker that can take it over.")
+    migration_wait_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long such an answer waits for a worker that can take it over, and a new request for the successor of"
+        " the last worker of its model.",
+    )
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger request bodies get 413.")
     max_choices: int = Field(16, ge=1, description="Largest n.")
     placement: PlacementConfig = PlacementConfig()

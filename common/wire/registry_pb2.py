@@ -26,15 +26,15 @@ from common.wire import types_pb2 as common_dot_wire_dot_types__pb2
 from common.wire import worker_pb2 as common_dot_wire_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ommon/wire/registry.proto\x12\npdserve.v1\x1a\x17\x63ommon/wire/types.proto\x1a\x18\x63ommon/wire/worker.proto\"\x1e\n\rDemandRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x1d\n\x0b\x44\x65mandReply\x12\x0e\n\x06waking\x18\x01 \x01(\x08\"Z\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xb8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tcreated_s\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65sired_prefill\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65sired_decode\x18\x06 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0fwakes_on_demand\x18\x08 \x01(\x08\"X\n\nRouterInfo\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xf6\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12%\n\x06models\x18\x03 \x03(\x0b\x32\x15.pdserve.v1.ModelInfo\x12&\n\x07workers\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.InfoReply\x12\'\n\x07routers\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.RouterInfo\x12\x1f\n\x17manager_metrics_address\x18\x06 \x01(\t\x12(\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x18.pdserve.v1.ClusterEvent\"l\n\x0c\x43lusterEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\" \n\rStatusRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"o\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07prefill\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"P\n\x0b\x46lipRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"L\n\x0bRollRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"L\n\x11\x41utoscalerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.pdserve.v1.AutoscalerMode\"@\n\x10\x41utoscalerReport\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.pdserve.v1.ModelAutoscaling\"\xe9\x01\n\x10ModelAutoscaling\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.pdserve.v1.AutoscalerMode\x12,\n\x07prefill\x18\x03 \x01(\x0b\x32\x1b.pdserve.v1.PoolAutoscaling\x12+\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.PoolAutoscaling\x12\x0e\n\x06idle_s\x18\x05 \x01(\x01\x12\x31\n\tdecisions\x18\x06 \x03(\x0b\x32\x1e.pdserve.v1.AutoscalerDecision\"\x7f\n\x0fPoolAutoscaling\x12\x14\n\x0cmin_replicas\x18\x01 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x03 \x01(\r\x12\r\n\x05ready\x18\x04 \x01(\r\x12\x10\n\x08pressure\x18\x05 \x01(\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\"\xbf\x01\n\x12\x41utoscalerDecision\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tperformed\x18\x05 \x01(\x08\x12\x16\n\x0eprefill_before\x18\x06 \x01(\r\x12\x15\n\rdecode_before\x18\x07 \x01(\r\x12\x15\n\rprefill_after\x18\x08 \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_after\x18\t \x01(\r\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply*\x7f\n\x0e\x41utoscalerMode\x12\x1f\n\x1b\x41UTOSCALER_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41UTOSCALER_MODE_OFF\x10\x01\x12\x1b\n\x17\x41UTOSCALER_MODE_DRY_RUN\x10\x02\x12\x16\n\x12\x41UTOSCALER_MODE_ON\x10\x03\x32\x8a\x01\n\x08Registry\x12@\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x1b.pdserve.v1.ClusterSnapshot0\x01\x12<\n\x06\x44\x65mand\x12\x19.pdserve.v1.DemandRequest\x1a\x17.pdserve.v1.DemandReply2\xdc\x03\n\x07\x43ontrol\x12@\n\x06Status\x12\x19.pdserve.v1.StatusRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12>\n\x05Scale\x12\x18.pdserve.v1.ScaleRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12\x44\n\x05\x44rain\x12\x1e.pdserve.v1.DrainWorkerRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12<\n\x04\x46lip\x12\x17.pdserve.v1.FlipRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12<\n\x04Roll\x12\x17.pdserve.v1.RollRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12I\n\nAutoscaler\x12\x1d.pdserve.v1.AutoscalerRequest\x1a\x1c.pdserve.v1.AutoscalerReport\x12\x42\n\x08Shutdown\x12\x1b.pdserve.v1.ShutdownRequest\x1a\x19.pdserve.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ommon/wire/registry.proto\x12\npdserve.v1\x1a\x17\x63ommon/wire/types.proto\x1a\x18\x63ommon/wire/worker.proto\"\x1e\n\rDemandRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x1d\n\x0b\x44\x65mandReply\x12\x0e\n\x06waking\x18\x01 \x01(\x08\"Z\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xd2\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tcreated_s\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65sired_prefill\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65sired_decode\x18\x06 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0fwakes_on_demand\x18\x08 \x01(\x08\x12\x18\n\x10\x61waits_successor\x18\t \x01(\x08\"X\n\nRouterInfo\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0chttp_address\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xf6\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12%\n\x06models\x18\x03 \x03(\x0b\x32\x15.pdserve.v1.ModelInfo\x12&\n\x07workers\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.InfoReply\x12\'\n\x07routers\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.RouterInfo\x12\x1f\n\x17manager_metrics_address\x18\x06 \x01(\t\x12(\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x18.pdserve.v1.ClusterEvent\"l\n\x0c\x43lusterEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\" \n\rStatusRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"o\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07prefill\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"P\n\x0b\x46lipRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"L\n\x0bRollRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"L\n\x11\x41utoscalerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.pdserve.v1.AutoscalerMode\"@\n\x10\x41utoscalerReport\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.pdserve.v1.ModelAutoscaling\"\xe9\x01\n\x10ModelAutoscaling\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.pdserve.v1.AutoscalerMode\x12,\n\x07prefill\x18\x03 \x01(\x0b\x32\x1b.pdserve.v1.PoolAutoscaling\x12+\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.PoolAutoscaling\x12\x0e\n\x06idle_s\x18\x05 \x01(\x01\x12\x31\n\tdecisions\x18\x06 \x03(\x0b\x32\x1e.pdserve.v1.AutoscalerDecision\"\x7f\n\x0fPoolAutoscaling\x12\x14\n\x0cmin_replicas\x18\x01 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x03 \x01(\r\x12\r\n\x05ready\x18\x04 \x01(\r\x12\x10\n\x08pressure\x18\x05 \x01(\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\"\xbf\x01\n\x12\x41utoscalerDecision\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tperformed\x18\x05 \x01(\x08\x12\x16\n\x0eprefill_before\x18\x06 \x01(\r\x12\x15\n\rdecode_before\x18\x07 \x01(\r\x12\x15\n\rprefill_after\x18\x08 \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_after\x18\t \x01(\r\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply*\x7f\n\x0e\x41utoscalerMode\x12\x1f\n\x1b\x41UTOSCALER_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41UTOSCALER_MODE_OFF\x10\x01\x12\x1b\n\x17\x41UTOSCALER_MODE_DRY_RUN\x10\x02\x12\x16\n\x12\x41UTOSCALER_MODE_ON\x10\x03\x32\x8a\x01\n\x08Registry\x12@\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x1b.pdserve.v1.ClusterSnapshot0\x01\x12<\n\x06\x44\x65mand\x12\x19.pdserve.v1.DemandRequest\x1a\x17.pdserve.v1.DemandReply2\xdc\x03\n\x07\x43ontrol\x12@\n\x06Status\x12\x19.pdserve.v1.StatusRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12>\n\x05Scale\x12\x18.pdserve.v1.ScaleRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12\x44\n\x05\x44rain\x12\x1e.pdserve.v1.DrainWorkerRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12<\n\x04\x46lip\x12\x17.pdserve.v1.FlipRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12<\n\x04Roll\x12\x17.pdserve.v1.RollRequest\x1a\x1b.pdserve.v1.ClusterSnapshot\x12I\n\nAutoscaler\x12\x1d.pdserve.v1.AutoscalerRequest\x1a\x1c.pdserve.v1.AutoscalerReport\x12\x42\n\x08Shutdown\x12\x1b.pdserve.v1.ShutdownRequest\x1a\x19.pdserve.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.wire.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUTOSCALERMODE']._serialized_start=1987
-  _globals['_AUTOSCALERMODE']._serialized_end=2114
+  _globals['_AUTOSCALERMODE']._serialized_start=2013
+  _globals['_AUTOSCALERMODE']._serialized_end=2140
   _globals['_DEMANDREQUEST']._serialized_start=93
   _globals['_DEMANDREQUEST']._serialized_end=123
   _globals['_DEMANDREPLY']._serialized_start=125
@@ -42,39 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=156
   _globals['_WATCHREQUEST']._serialized_end=246
   _globals['_MODELINFO']._serialized_start=249
-  _globals['_MODELINFO']._serialized_end=433
-  _globals['_ROUTERINFO']._serialized_start=435
-  _globals['_ROUTERINFO']._serialized_end=523
-  _globals['_CLUSTERSNAPSHOT']._serialized_start=526
-  _globals['_CLUSTERSNAPSHOT']._serialized_end=772
-  _globals['_CLUSTEREVENT']._serialized_start=774
-  _globals['_CLUSTEREVENT']._serialized_end=882
-  _globals['_STATUSREQUEST']._serialized_start=884
-  _globals['_STATUSREQUEST']._serialized_end=916
-  _globals['_SCALEREQUEST']._serialized_start=918
-  _globals['_SCALEREQUEST']._serialized_end=1029
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1031
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1086
-  _globals['_FLIPREQUEST']._serialized_start=1088
-  _globals['_FLIPREQUEST']._serialized_end=1168
-  _globals['_ROLLREQUEST']._serialized_start=1170
-  _globals['_ROLLREQUEST']._serialized_end=1246
-  _globals['_AUTOSCALERREQUEST']._serialized_start=1248
-  _globals['_AUTOSCALERREQUEST']._serialized_end=1324
-  _globals['_AUTOSCALERREPORT']._serialized_start=1326
-  _globals['_AUTOSCALERREPORT']._serialized_end=1390
-  _globals['_MODELAUTOSCALING']._serialized_start=1393
-  _globals['_MODELAUTOSCALING']._serialized_end=1626
-  _globals['_POOLAUTOSCALING']._serialized_start=1628
-  _globals['_POOLAUTOSCALING']._serialized_end=1755
-  _globals['_AUTOSCALERDECISION']._serialized_start=1758
-  _globals['_AUTOSCALERDECISION']._serialized_end=1949
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1951
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1968
-  _globals['_SHUTDOWNREPLY']._serialized_start=1970
-  _globals['_SHUTDOWNREPLY']._serialized_end=1985
-  _globals['_REGISTRY']._serialized_start=2117
-  _globals['_REGISTRY']._serialized_end=2255
-  _globals['_CONTROL']._serialized_start=2258
-  _globals['_CONTROL']._serialized_end=2734
+  _globals['_MODELINFO']._serialized_end=459
+  _globals['_ROUTERINFO']._serialized_start=461
+  _globals['_ROUTERINFO']._serialized_end=549
+  _globals['_CLUSTERSNAPSHOT']._serialized_start=552
+  _globals['_CLUSTERSNAPSHOT']._serialized_end=798
+  _globals['_CLUSTEREVENT']._serialized_start=800
+  _globals['_CLUSTEREVENT']._serialized_end=908
+  _globals['_STATUSREQUEST']._serialized_start=910
+  _globals['_STATUSREQUEST']._serialized_end=942
+  _globals['_SCALEREQUEST']._serialized_start=944
+  _globals['_SCALEREQUEST']._serialized_end=1055
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1057
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1112
+  _globals['_FLIPREQUEST']._serialized_start=1114
+  _globals['_FLIPREQUEST']._serialized_end=1194
+  _globals['_ROLLREQUEST']._serialized_start=1196
+  _globals['_ROLLREQUEST']._serialized_end=1272
+  _globals['_AUTOSCALERREQUEST']._serialized_start=1274
+  _globals['_AUTOSCALERREQUEST']._serialized_end=1350
+  _globals['_AUTOSCALERREPORT']._serialized_start=1352
+  _globals['_AUTOSCALERREPORT']._serialized_end=1416
+  _globals['_MODELAUTOSCALING']._serialized_start=1419
+  _globals['_MODELAUTOSCALING']._serialized_end=1652
+  _globals['_POOLAUTOSCALING']._serialized_start=1654
+  _globals['_POOLAUTOSCALING']._serialized_end=1781
+  _globals['_AUTOSCALERDECISION']._serialized_start=1784
+  _globals['_AUTOSCALERDECISION']._serialized_end=1975
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1977
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1994
+  _globals['_SHUTDOWNREPLY']._serialized_start=1996
+  _globals['_SHUTDOWNREPLY']._serialized_end=2011
+  _globals['_REGISTRY']._serialized_start=2143
+  _globals['_REGISTRY']._serialized_end=2281
+  _globals['_CONTROL']._serialized_start=2284
+  _globals['_CONTROL']._serialized_end=2760
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,7 @@ class WatchRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "path", "context_tokens", "created_s", "desired_prefill", "desired_decode", "layout_fingerprint", "wakes_on_demand")
+    __slots__ = ("name", "path", "context_tokens", "created_s", "desired_prefill", "desired_decode", "layout_fingerprint", "wakes_on_demand", "awaits_successor")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class ModelInfo(_message.Message):
     DESIRED_DECODE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WAKES_ON_DEMAND_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     context_tokens: int
@@ -62,7 +63,8 @@ class ModelInfo(_message.Message):
     desired_decode: int
     layout_fingerprint: str
     wakes_on_demand: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., context_tokens: _Optional[int] = ..., created_s: _Optional[int] = ..., desired_prefill: _Optional[int] = ..., desired_decode: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., wakes_on_demand: _Optional[bool] = ...) -> None: ...
+    awaits_successor: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., context_tokens: _Optional[int] = ..., created_s: _Optional[int] = ..., desired_prefill: _Optional[int] = ..., desired_decode: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., wakes_on_demand: _Optional[bool] = ..., awaits_successor: _Optional[bool] = ...) -> None: ...
 
 class RouterInfo(_message.Message):
     __slots__ = ("router_id", "http_address", "grpc_address", "pid")

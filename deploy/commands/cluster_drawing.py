@@ -26,7 +26,7 @@ def draw_status(described: dict[str, Any]) -> None:
         line.append(f"  gRPC {router['grpc_address']}  pid {router['pid']}  up {span(router['up_s'])}", style="default")
         out.print(line, soft_wrap=True)
     if not described["routers"]:
-        out.print(Text("no router has joined yet", style="yellow"))
+        out.print(Text("no router is connected", style="yellow"))
     out.print(_workers(described["workers"]))
     for worker in described["workers"]:
         if worker["failure"]:
@@ -54,6 +54,8 @@ def _draw_models(described: dict[str, Any]) -> None:
             line.append(f"  autoscaler {modes[model['name']]}", style="default")
         if model["wakes_on_demand"]:
             line.append("  asleep until somebody asks", style="dim")
+        elif model["awaits_successor"]:
+            line.append("  requests wait for a lost worker's successor", style="dim")
         out.print(line, soft_wrap=True)
 
 

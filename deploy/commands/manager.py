@@ -95,6 +95,7 @@ def _model(model: Any) -> dict[str, Any]:
         "desired_prefill": model.desired_prefill,
         "desired_decode": model.desired_decode,
         "wakes_on_demand": model.wakes_on_demand,
+        "awaits_successor": model.awaits_successor,
     }
 
 

@@ -136,8 +136,9 @@ def _launch(path: Path, overrides: tuple[str, ...], config: Config, announce: in
     else:
         os.environ.update(joining_variables(cluster_id))
     try:
-        # Only now: Ray reads its variables when it is imported.
-        from deploy.launcher import Launch, launch
+        # Only now: Ray reads its variables when it is imported. Half imported, it complains at the end.
+        with _interrupt_waits():
+            from deploy.launcher import Launch, launch
     except ModuleNotFoundError as error:
         raise ClusterError(f"`pdserve up` needs {error.name}: pip install 'pdserve[engine,ray]'") from error
     return launch(Launch(path, overrides, config, token, cluster_id, announce), say)

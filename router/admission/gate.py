@@ -38,7 +38,7 @@ _LEAST_RETRY_S = 1.0
 
 
 class Dispatch(Protocol):
-    def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]: ...
+    def generate(self, request: Request, *, waits: bool = True) -> AsyncGenerator[DispatchEvent, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,12 @@ class Gate:
         self._closed: PdserveError | None = None
         metrics.read_queues_from(self.readings)
 
-    async def generate(self, request: Request, standing: Standing) -> AsyncGenerator[DispatchEvent, None]:
+    async def generate(self, request: Request, standing: Standing, *, waits: bool = True) -> AsyncGenerator[DispatchEvent, None]:
         """As the dispatcher's, once it is this request's turn. Close it (`aclosing`) to cancel."""
-        async with self.admit(request, standing) as grant, aclosing(self._dispatch.generate(grant.request)) as events:
+        async with (
+            self.admit(request, standing) as grant,
+            aclosing(self._dispatch.generate(grant.request, waits=waits)) as events,
+        ):
             async for event in events:
                 grant.note(event)
                 if event.admission is not None:
@@ -286,16 +289,18 @@ class Gate:
 class Admitted:
     """A dispatcher for the requests of one call, behind the gate."""
 
-    def __init__(self, gate: Gate, standing: Standing) -> None:
+    def __init__(self, gate: Gate, standing: Standing, *, waits: bool = True) -> None:
+        """`waits`: for the successors of lost workers."""
         self._gate = gate
         self._standing = standing
+        self._waits = waits
 
     @property
     def lane(self) -> str:
         return self._standing.band
 
     def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
-        return self._gate.generate(request, self._standing)
+        return self._gate.generate(request, self._standing, waits=self._waits)
 
     def in_background(self) -> Admitted:
-        return Admitted(self._gate, replace(self._standing, band=Band.BACKGROUND))
+        return Admitted(self._gate, replace(self._standing, band=Band.BACKGROUND), waits=self._waits)

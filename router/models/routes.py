@@ -30,11 +30,15 @@ Validate = Callable[[str], Awaitable[ValidCall]]
 
 
 class ModelRouter:
-    """One per router. `is_ready` tells whether a model has a decode worker that serves."""
+    """One per router. `is_ready` tells whether a model has a decode worker that serves, `is_awaited` whether it lost
+    it and gets another."""
 
-    def __init__(self, config: RoutingConfig, *, is_ready: Callable[[str], bool]) -> None:
+    def __init__(
+        self, config: RoutingConfig, *, is_ready: Callable[[str], bool], is_awaited: Callable[[str], bool] = lambda model: False
+    ) -> None:
         self._config = config
         self._is_ready = is_ready
+        self._is_awaited = is_awaited
         self._costs = {
             name: relative_costs(alias.candidates, config.prices) for name, alias in config.aliases.items() if alias.candidates
         }
@@ -66,7 +70,7 @@ class ModelRouter:
             call = await validate(facts.asked)
             return Route(Decision(facts.asked, (Candidate(call.model.name, "asked by name"),)), call, self._is_ready, validate)
         decision = await self._decide(facts, alias, validate)
-        route = await Route.first(decision, self._is_ready, validate)
+        route = await Route.first(decision, self._is_ready, self._is_awaited, validate)
         self._learn(facts, alias, route)
         return route
 
@@ -159,11 +163,15 @@ class Route:
         self._after = ""
 
     @classmethod
-    async def first(cls, decision: Decision, is_ready: Callable[[str], bool], validate: Validate) -> Route:
-        """At the first candidate that can serve the call. Raises the error of the first that said why it cannot."""
+    async def first(
+        cls, decision: Decision, is_ready: Callable[[str], bool], is_awaited: Callable[[str], bool], validate: Validate
+    ) -> Route:
+        """At the first candidate that can serve the call, or else at the first that will be able to, when its workers are back.
+        Raises the error of the first that said why it cannot."""
+        serves = is_ready if any(is_ready(candidate.model) for candidate in decision.candidates) else is_awaited
         refused = list(decision.refused)
         for position, candidate in enumerate(decision.candidates):
-            found = await _examine(candidate.model, is_ready, validate)
+            found = await _examine(candidate.model, serves, validate)
             if not isinstance(found, Refused):
                 known = Decision(decision.asked, decision.candidates, tuple(refused), decision.predicted)
                 return cls(known, found, is_ready, validate, position)
@@ -175,6 +183,11 @@ class Route:
     @property
     def chosen(self) -> Candidate:
         return self.decision.candidates[self._position]
+
+    @property
+    def has_other(self) -> bool:
+        """Whether there may be another model for the call, if this one cannot serve it."""
+        return any(self._is_ready(candidate.model) for candidate in self.decision.candidates[self._position + 1 :])
 
     @property
     def is_routed(self) -> bool:

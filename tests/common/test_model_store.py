@@ -68,7 +68,8 @@ def test_folders_and_files_that_are_no_model_are_refused(tmp_path: Path) -> None
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     (tmp_path / "model.bin").write_bytes(b"")
-    for source in (pickled, tmp_path / "model.bin"):
+    (tmp_path / "renamed.gguf").write_bytes(b"PK\3\4")
+    for source in (pickled, tmp_path / "model.bin", tmp_path / "renamed.gguf"):
         with pytest.raises(ModelLoadError, match="is not a model"):
             resolve(str(source), home=tmp_path / "home")
     (pickled / "model.gguf").write_bytes(b"GGUF")

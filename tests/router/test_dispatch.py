@@ -112,7 +112,7 @@ async def test_retries_are_bounded(start_cluster: Any) -> None:
 
 
 async def test_a_restarted_worker_is_used_at_once(start_cluster: Any) -> None:
-    async with start_cluster(num_workers=1) as cluster, http_client(cluster) as http:
+    async with start_cluster(num_workers=1, migration_wait_s=0.2) as cluster, http_client(cluster) as http:
         await cluster.worker.stop()
         assert (await http.post("/v1/completions", json=BODY)).status_code == 503
         cluster.worker.incarnation += 1

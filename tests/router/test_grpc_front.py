@@ -157,6 +157,16 @@ async def test_both_faces_refuse_alike(cluster: FakeCluster, stub: InferenceStub
     assert not cluster.worker.requests
 
 
+async def test_bytes_that_are_no_request_are_the_callers_mistake(channel: grpc.aio.Channel) -> None:
+    generate = channel.unary_stream("/pdserve.v1.Inference/Generate")
+    tokenize = channel.unary_unary("/pdserve.v1.Inference/Tokenize")
+    for call in (generate(b"\x0a\x02\xff\xfe").read(), generate(b"\xff" * 4).read(), tokenize(b"\x0a\x02\xff\xfe")):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert isinstance(error_from_rpc(raised.value), InvalidRequest)
+
+
 async def test_statuses_and_types(stub: InferenceStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await generate(stub, model="nobody", prompt="x")

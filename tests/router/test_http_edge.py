@@ -78,6 +78,9 @@ async def test_bodies_that_are_no_json_object(http: httpx.AsyncClient) -> None:
         reply = await http.post("/v1/chat/completions", content=content)
         assert reply.status_code == 400
         assert reply.json()["error"]["type"] == "BadRequestError"
+    assert "not UTF-8: byte 12 is 0xff" in (await http.post("/v1/completions", content=b'{"prompt": "\xff"}')).text
+    packed = await http.post("/v1/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    assert (packed.status_code, packed.json()["error"]["param"]) == (400, "content-encoding")
 
 
 async def test_large_bodies_are_413(start_cluster: Any) -> None:

@@ -246,6 +246,7 @@ class FakeCluster:
     manager: FakeManager
     workers: list[FakeDecodeWorker]
     fingerprint: str = "f1"
+    awaits_successor: bool = False  # what the manager says of its models
     manager_address: str = ""
     http_url: str = ""
     grpc_address: str = ""
@@ -273,6 +274,7 @@ class FakeCluster:
                     context_tokens=CONTEXT,
                     created_s=1_700_000_000,
                     layout_fingerprint=self.fingerprint,
+                    awaits_successor=self.awaits_successor,
                 )
                 for model in sorted({MODEL, *(worker.model for worker in self.workers)})
             ],

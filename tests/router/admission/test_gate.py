@@ -41,7 +41,7 @@ class Workers:
     def let(self, name: str) -> asyncio.Event:
         return self.may_go_on.setdefault(name, asyncio.Event())
 
-    async def generate(self, request: Request) -> AsyncGenerator[DispatchEvent, None]:
+    async def generate(self, request: Request, *, waits: bool = True) -> AsyncGenerator[DispatchEvent, None]:
         self.requests.append(request)
         try:
             if self.fail is not None:
