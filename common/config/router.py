@@ -43,7 +43,7 @@ class RouterConfig(Part):
         3, ge=0, description="How often the rest of an answer goes elsewhere when its worker dies; 0 ends it in an error."
     )
     migration_wait_s: float = Field(
-        30.0,
+        60.0,
         ge=0,
         description="How long such an answer waits for a worker that can take it over, and a new request for the successor of"
         " the last worker of its model.",
