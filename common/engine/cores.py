@@ -8,10 +8,9 @@ other, in a page of shared memory, that they compute. Each has a place in it, he
 says when its last computation began and ended; who ended a moment ago is taken for busy still, for between two steps there is
 only a moment. A process that died within a computation is forgotten after a while, or when its place is taken again.
 
-A short computation, such as a step of decoding, leaves one core free at first: whoever carries its tokens to their clients needs
-one in those very milliseconds, and a thread that is sent away from its core keeps all others waiting at the next barrier. On two
-cores, a token of one stream took 16 ms with both and 8 ms with one (benchmarks/RESULTS.md). Whether that holds for the load at
-hand is tried out (`spare_core`), while nobody else computes: then it would have but a part of the cores anyway.
+A short computation, such as a step of decoding, may leave one core free: whoever carries its tokens to their clients needs one in
+those very milliseconds. Whether it is over sooner that way is tried out (`spare_core`), while nobody else computes: then it would
+have but a part of the cores anyway.
 
 Results do not depend on the number of threads. One thread uses an object of these.
 """

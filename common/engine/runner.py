@@ -238,14 +238,18 @@ class ModelRunner:
         for block, filled in step.entered:
             self._pool.clear_tail(block, filled)
         model, device = self._model, self._pool.device
-        # Before the layers, so that nothing is copied between them and the head.
-        indexes = [to_device(np.array(rows, dtype=np.int64), device) for rows in (*wanted, *([kept] if kept else []))]
+        # Before the layers, so that nothing is copied between them and the head. None: all rows; none is wanted twice.
+        indexes = [
+            None if len(rows) == len(step.token_ids) else to_device(np.array(rows, dtype=np.int64), device)
+            for rows in (*wanted, *([kept] if kept else []))
+        ]
         if layer_done is None or device.type == "cpu":
             hidden = model.forward(step, self._pool, self._attention, layer_done)
         else:
             hidden = self._forward_on_device(step, layer_done)
-        found = (model.logits(hidden[index]) for index in indexes[: len(wanted)])
-        return chain(found, (hidden[indexes[-1]],)) if kept else found
+        chosen = [hidden if index is None else hidden[index] for index in indexes[len(wanted) :]]
+        found = (model.logits(hidden if index is None else hidden[index]) for index in indexes[: len(wanted)])
+        return chain(found, chosen)
 
     def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
         """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""

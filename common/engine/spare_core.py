@@ -2,10 +2,12 @@
 
     with trial.computing(num_rows) as leaves_one: ...      durations of the two ways are compared, few rows and many apart
 
-A step of decoding shares its cores with those who carry its tokens. Whether it is over sooner with all cores or with one less
-depends on how much they do, and that on the load, so it is measured: every now and then a few calls go the other way. If they
-took less time by a margin, that is the way from then on; if not, the next try comes after twice as many calls, so that a way that
-is twice as slow costs a hundredth at first and soon nothing.
+A step of decoding shares its cores with those who carry its tokens. It begins with all of them, for a thread whose core somebody
+else needs holds up the others only for the parts in its hands (`native/source/team.h`), so two threads take no more of the
+cores' time than one. Whether a step is over sooner with one core less depends on how much others do, and that on the load, so
+it is measured: every now and then a few calls go the other way. If they took less time by a margin, that is the way from then
+on; if not, the next try comes after twice as many calls, so that a way that is twice as slow soon costs nothing. The first try
+comes early: where others compute all the time, and who needs the core gets it for milliseconds, all cores take twice as long.
 
 A mean, not a median, is compared: the few steps in which somebody else needed the core are what it is about. It knows no threads.
 """
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 TRIED_CALLS = 16
-FIRST_PAUSE_CALLS = 512
+FIRST_PAUSE_CALLS = 128
 LONGEST_PAUSE_CALLS = 16_384
 MARGIN = 0.9  # of the present way's time, at most
 
@@ -26,7 +28,7 @@ class _Size:
     """Computations of about as many rows."""
 
     def __init__(self) -> None:
-        self.leaves_one = True
+        self.leaves_one = False
         self.pause_calls = FIRST_PAUSE_CALLS
         self._left_calls = FIRST_PAUSE_CALLS  # until a try begins
         self._spent_ns = [0, 0]  # as ever, and the other way: of the last calls before a try, and of those within it

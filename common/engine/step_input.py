@@ -37,6 +37,10 @@ class StepInput:
     entered: tuple[tuple[int, int], ...]  # (block, tokens it will hold), for blocks that are entered and not filled
 
 
+Filled = tuple[list[Span], list[tuple[int, int]]]
+"""Spans, and blocks that are entered and not filled."""
+
+
 class StepBuffers:
     """One int64 array on the host for everything, so that a step costs one copy to the device. Grows when it must."""
 
@@ -48,14 +52,51 @@ class StepBuffers:
         self._values: npt.NDArray[np.int64] = np.zeros(size, dtype=np.int64)
 
     def fill(self, batch: ScheduledBatch) -> StepInput:
-        block_tokens = self._pool.layout.block_tokens
         num_rows, num_sequences = batch.num_tokens, len(batch.slices)
-        width = max(num_blocks(item.start + len(item.token_ids), block_tokens) for item in batch.slices)
+        width = max(num_blocks(item.start + len(item.token_ids), self._pool.layout.block_tokens) for item in batch.slices)
         size = 3 * num_rows + num_sequences * width
         if size > len(self._values):
             self._allocate(2 * size)
+        fill = self._fill_single if num_rows == num_sequences else self._fill_any
+        spans, entered = fill(batch, num_rows, width, size)
+        device = to_device(self._values[:size], self._pool.device)
+        rows_on_device = device[: 3 * num_rows].view(3, num_rows)
+        return StepInput(
+            token_ids=rows_on_device[0],
+            positions=rows_on_device[1],
+            slots=rows_on_device[2],
+            block_tables=device[3 * num_rows :].view(num_sequences, width),
+            spans=tuple(spans),
+            entered=tuple(entered),
+        )
+
+    def _fill_single(self, batch: ScheduledBatch, num_rows: int, width: int, size: int) -> Filled:
+        """Where every slice is one token: as plain numbers, for so few a call of numpy each costs more."""
+        block_tokens = self._pool.layout.block_tokens
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        tables: list[int] = []
+        spans: list[Span] = []
+        entered: list[tuple[int, int]] = []
+        for row, item in enumerate(batch.slices):
+            place, offset = divmod(item.start, block_tokens)
+            block = item.block_table[place]
+            tokens.append(item.token_ids[0])
+            positions.append(item.start)
+            slots.append(block * block_tokens + offset)
+            tables += item.block_table[: place + 1]
+            tables += [NULL_BLOCK] * (width - place - 1)
+            if offset == 0 and block_tokens > 1:
+                entered.append((block, 1))
+            spans.append(Span(row, 1, item.start))
+        self._values[:size] = [*tokens, *positions, *slots, *tables]
+        return spans, entered
+
+    def _fill_any(self, batch: ScheduledBatch, num_rows: int, width: int, size: int) -> Filled:
+        block_tokens = self._pool.layout.block_tokens
         tokens, positions, slots = self._values[: 3 * num_rows].reshape(3, num_rows)
-        tables = self._values[3 * num_rows : size].reshape(num_sequences, width)
+        tables = self._values[3 * num_rows : size].reshape(-1, width)
         tables.fill(NULL_BLOCK)
         spans: list[Span] = []
         entered: list[tuple[int, int]] = []
@@ -73,13 +114,4 @@ class StepBuffers:
                 entered.append((int(table[used - 1]), filled))
             spans.append(span)
             row += span.num_rows
-        device = to_device(self._values[:size], self._pool.device)
-        rows_on_device = device[: 3 * num_rows].view(3, num_rows)
-        return StepInput(
-            token_ids=rows_on_device[0],
-            positions=rows_on_device[1],
-            slots=rows_on_device[2],
-            block_tables=device[3 * num_rows :].view(num_sequences, width),
-            spans=tuple(spans),
-            entered=tuple(entered),
-        )
+        return spans, entered

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.engine.cores import PLACES, OwnCores, SharedCores
+from common.engine.spare_core import FIRST_PAUSE_CALLS
 from common.errors import StartupError
 
 MS = 1_000_000
@@ -44,16 +45,28 @@ def test_whoever_computes_alone_has_all_cores(path: Path, now: Now) -> None:
     assert threads_of(other) == 6
 
 
-def test_a_step_of_few_rows_leaves_a_core_to_those_who_carry_its_tokens(path: Path, now: Now) -> None:
-    for cores, threads in ((1, 1), (2, 1), (4, 3)):
+def test_a_step_of_few_rows_has_all_cores_and_beside_others_leaves_one_to_those_who_carry_its_tokens(
+    path: Path, now: Now
+) -> None:
+    for cores, beside_another in ((1, 1), (2, 1), (4, 1), (7, 3)):
         mine, other = (SharedCores(path.with_name(f"{cores}"), cores, now_ns=now) for _ in range(2))
-        with mine.computing(63) as few:
-            assert few == threads
-        with mine.computing(64) as many:
-            assert many == cores
+        for rows in (1, 63, 64):
+            with mine.computing(rows) as threads:
+                assert threads == cores
         with other.computing(512), mine.computing(1) as few:
-            assert few == max(1, threads // 2)
+            assert few == beside_another
         now.ns += 10**9
+
+
+def test_where_leaving_a_core_is_found_to_be_faster_it_is_left(path: Path, now: Now) -> None:
+    cores = SharedCores(path, 4, now_ns=now)
+    found = set()
+    for _ in range(2 * FIRST_PAUSE_CALLS):
+        with cores.computing(1) as threads:
+            now.ns += threads * MS
+        found.add(threads)
+    assert found == {3, 4}
+    assert threads == 3
 
 
 def test_those_who_compute_at_once_have_equal_parts(path: Path, now: Now) -> None:

@@ -7,8 +7,15 @@
 // A process may have a part of the model: some layers, some heads of each, some columns of the feed-forward part. Then the two sums
 // of a layer are not added to the rows but handed out, for the caller to add up what all parts have; he asks for half layers.
 //
-// Each `|` is a barrier of the team. Matrix products are shared out by output panels, everything else by rows; who computes what
-// changes no bit. Residuals are fp32; what enters a product is rounded to the model's type, as are keys and values.
+// Each `|` is a barrier of the team, and one more is where rows are rounded for a product. Matrix products are shared out by output
+// panels, everything else by rows; who computes what changes no bit. Residuals are fp32; what enters a product is rounded to the
+// model's type, as are keys and values.
+//
+// With few rows a barrier costs more than what is between two of them, so most are left out: each member norms and rounds all rows
+// for itself, and who attends for a KV head turns and writes it first.
+//
+//     per layer   norm, qkv | turn, write KV, attend | output, + residual | norm, gate, up, silu | down, + residual
+#include <algorithm>
 #include <new>
 
 #include "team.h"
@@ -98,7 +105,13 @@ public:
                 model.pool_kv_heads,              model.pool_layers,  row_values<Stored>(model.head_dim, model.kv_bits == 8),
                 model.kv_bits == 8},
           team_(int(model.num_threads)),
-          scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)) {}
+          scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)),
+          own_(size_t(model.num_threads)) {
+        for (Own& own : own_) {
+            own.normed.resize(size_t(FEW_ROWS_APART * normed_stride_ / PER_WORD));
+            own.rows.reserve(FEW_ROWS_APART, widest());
+        }
+    }
 
     Outcome forward(const Step& step) override {
         for (int64_t row = 0; row < step.num_rows; ++row)
@@ -125,9 +138,7 @@ public:
         reserve(num_rows);
         clock_.begin();
         team_.run([&](int member) {
-            norm(hidden, num_rows, model_.final_norm, member);
-            end(NORM, member);
-            product(member, num_rows, normed_, normed_stride_, model_.head, model_.hidden_size, model_.head_size,
+            product(member, num_rows, normed(hidden, model_.final_norm), model_.head, model_.head_size,
                     [&](int64_t row, int64_t first, const float* sums) {
                         const int64_t rest = model_.head_size - first, count = rest < PANEL ? rest : PANEL;
                         memcpy(to + row * model_.head_size + first, sums, size_t(count) * sizeof(float));
@@ -144,9 +155,20 @@ public:
     Limits limits() override { return measure_limits<Element>(team_); }
 
 private:
+    // What a member has for itself where it shares few rows.
+    struct Own {
+        std::vector<uint32_t> normed;
+        ProductRows rows;
+    };
+
+    static constexpr int64_t FEW_ROWS_APART = 4;
+
+    // Whether each member prepares the rows of products for itself.
+    bool is_apart(int64_t num_rows) const { return team_.size() > 1 && num_rows <= FEW_ROWS_APART; }
+
     // Every member's; what follows may rely on what all of them did.
     void end(Stage stage, int member) {
-        team_.barrier();
+        team_.barrier(member);
         clock_.lap(member, stage);
     }
 
@@ -161,33 +183,58 @@ private:
         queries_.resize(size_t(num_rows * attended_size_ / PER_WORD));
         attended_.resize(size_t(num_rows * attended_stride_ / PER_WORD));
         inner_.resize(size_t(num_rows * inner_stride_ / PER_WORD));
-        int64_t widest = model_.hidden_size > attended_size_ ? model_.hidden_size : attended_size_;
-        widest = widest > inner_size_ ? widest : inner_size_;
-        rows_.reserve(num_rows, widest);
+        rows_.reserve(num_rows, widest());
         reserved_rows_ = num_rows;
     }
+
+    // Input of a product.
+    int64_t widest() const { return std::max({model_.hidden_size, attended_size_, inner_size_}); }
 
     template <class Part>
     void share_rows(int member, int64_t count, const Part& part) {
         team_.share(member, count, part);
     }
 
-    // Every member calls it; the input must be complete. `width` is in values.
+    // What a product is of: rows of `input`, or rows [row][hidden_stride_] that are normed first, into `input` or each member's own.
+    struct Input {
+        std::vector<uint32_t>& rows;
+        int64_t stride, width;  // in values
+        const float* from = nullptr;
+        const float* weight = nullptr;
+    };
+
+    Input normed(const float* from, const float* weight) { return {normed_, normed_stride_, model_.hidden_size, from, weight}; }
+
+    // Every member calls it; the input must be complete.
     template <class Finish>
-    void product(int member, int64_t num_rows, const std::vector<uint32_t>& input, int64_t stride, const Matrix& matrix,
-                 int64_t width, int64_t num_outputs, const Finish& finish) {
-        const int64_t parts = ProductRows::num_parts(matrix.held, num_rows), stride_words = stride / PER_WORD;
-        if (parts) {
-            share_rows(member, parts, [&](int64_t part) {
-                rows_.template prepare<Element>(matrix.held, num_rows, part, input.data(), stride_words, width);
-            });
-            team_.barrier();
+    void product(int member, int64_t num_rows, const Input& input, const Matrix& matrix, int64_t num_outputs, const Finish& finish) {
+        const bool apart = is_apart(num_rows);
+        const int64_t parts = ProductRows::num_parts(matrix.held, num_rows), stride_words = input.stride / PER_WORD;
+        Own& own = own_[size_t(member)];
+        std::vector<uint32_t>& rows = apart && input.from ? own.normed : input.rows;
+        ProductRows& prepared = apart ? own.rows : rows_;
+        const auto norm = [&](int64_t row) { norm_row(input.from, row, input.weight, rows); };
+        const auto prepare = [&](int64_t part) {
+            prepared.template prepare<Element>(matrix.held, num_rows, part, rows.data(), stride_words, input.width);
+        };
+        if (!apart && input.from) {
+            share_rows(member, num_rows, norm);
+            end(NORM, member);
         }
-        share_rows(member, (num_outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
-            const auto finish_rows = [&](int64_t first, int64_t rows, const PanelSums& sums) {
-                for (int64_t row = 0; row < rows; ++row) finish(first + row, panel * PANEL, sums.of[row]);
+        if (!apart && parts) {
+            share_rows(member, parts, prepare);
+            team_.barrier(member);
+        }
+        const auto ready = [&] {
+            if (!apart) return;
+            for (int64_t row = 0; row < num_rows && input.from; ++row) norm(row);
+            for (int64_t part = 0; part < parts; ++part) prepare(part);
+        };
+        team_.share(member, (num_outputs + PANEL - 1) / PANEL, ready, [&](int64_t panel) {
+            const auto finish_rows = [&](int64_t first, int64_t count, const PanelSums& sums) {
+                for (int64_t row = 0; row < count; ++row) finish(first + row, panel * PANEL, sums.of[row]);
             };
-            multiply_any_panel<Element>(num_rows, input.data(), stride_words, rows_, matrix, width, panel, finish_rows);
+            multiply_any_panel<Element>(num_rows, rows.data(), stride_words, prepared, matrix, input.width, panel, finish_rows);
         });
     }
 
@@ -199,20 +246,18 @@ private:
         });
     }
 
-    void norm(const float* rows, int64_t num_rows, const float* weight, int member) {
-        share_rows(member, num_rows, [&](int64_t row) {
-            const float* from = rows + row * hidden_stride_;
-            Floats squares = {};
-            for (int64_t i = 0; i < hidden_stride_; i += LANES) squares = fused(load(from + i), load(from + i), squares);
-            const float mean = sum(squares) / float(model_.hidden_size);
-            const Floats scale = all(1.0f / __builtin_sqrtf(mean + float(model_.norm_epsilon)));
-            Stored* to = reinterpret_cast<Stored*>(normed_.data()) + row * normed_stride_;
-            for (int64_t i = 0; i < hidden_stride_; i += PANEL) {
-                float part[PANEL];
-                for (int j = 0; j < PANEL; j += LANES) store(part + j, load(from + i + j) * scale * load(weight + i + j));
-                Element::narrow(part, to + i, PANEL);
-            }
-        });
+    void norm_row(const float* rows, int64_t row, const float* weight, std::vector<uint32_t>& normed) const {
+        const float* from = rows + row * hidden_stride_;
+        Floats squares = {};
+        for (int64_t i = 0; i < hidden_stride_; i += LANES) squares = fused(load(from + i), load(from + i), squares);
+        const float mean = sum(squares) / float(model_.hidden_size);
+        const Floats scale = all(1.0f / __builtin_sqrtf(mean + float(model_.norm_epsilon)));
+        Stored* to = reinterpret_cast<Stored*>(normed.data()) + row * normed_stride_;
+        for (int64_t i = 0; i < hidden_stride_; i += PANEL) {
+            float part[PANEL];
+            for (int j = 0; j < PANEL; j += LANES) store(part + j, load(from + i + j) * scale * load(weight + i + j));
+            Element::narrow(part, to + i, PANEL);
+        }
     }
 
     // What becomes of a product that ends a half layer.
@@ -237,26 +282,34 @@ private:
     void attention_half(const Step& step, int64_t layer, int member) {
         const LayerWeights& weights = layers_[size_t(layer)];
         const int64_t rows = step.num_rows;
-        norm(step.hidden, rows, weights.attention_norm, member);
-        end(NORM, member);
-        product(member, rows, normed_, normed_stride_, weights.qkv, model_.hidden_size, qkv_size_,
+        product(member, rows, normed(step.hidden, weights.attention_norm), weights.qkv, qkv_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float* to = &qkv_[size_t(row * qkv_stride_ + first)];
                     for (int i = 0; i < PANEL; i += LANES)
                         store(to + i, weights.qkv_bias ? load(sums + i) + load(weights.qkv_bias + first + i) : load(sums + i));
                 });
         end(QKV, member);
-        for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
-            const int64_t first = step.first_rows[sequence];
-            const int64_t* table = step.tables + sequence * step.table_width;
-            share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) { turn_and_write(step, layer, first + i, table); });
+        // So few rows of a sequence are in one company, hence nobody else's queries need what is written for them.
+        const bool at_once = is_apart(rows) && rows * group_ <= QUERIES_AT_ONCE;
+        if (!at_once) {
+            for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+                const int64_t first = step.first_rows[sequence];
+                const int64_t* table = step.tables + sequence * step.table_width;
+                share_rows(member, step.first_rows[sequence + 1] - first, [&](int64_t i) {
+                    for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head)
+                        turn_and_write(step, layer, first + i, table, kv_head);
+                });
+            }
+            end(TURN_AND_WRITE, member);
         }
-        end(TURN_AND_WRITE, member);
         team_.share(member, int64_t(companies_.all.size()) * model_.num_kv_heads, [&](int64_t i) {
-            attend_together(step, layer, companies_.all[size_t(i / model_.num_kv_heads)], i % model_.num_kv_heads, scratch_[size_t(member)]);
+            const Company& company = companies_.all[size_t(i / model_.num_kv_heads)];
+            const int64_t kv_head = i % model_.num_kv_heads;
+            if (at_once) turn_and_write(step, layer, company, kv_head);
+            attend_together(step, layer, company, kv_head, scratch_[size_t(member)]);
         });
         end(ATTEND, member);
-        product(member, rows, attended_, attended_stride_, weights.output, attended_size_, model_.hidden_size,
+        product(member, rows, {attended_, attended_stride_, attended_size_}, weights.output, model_.hidden_size,
                 add_up(step, weights.output_bias));
         end(OUTPUT, member);
     }
@@ -264,9 +317,7 @@ private:
     void feed_forward_half(const Step& step, int64_t layer, int member) {
         const LayerWeights& weights = layers_[size_t(layer)];
         const int64_t rows = step.num_rows;
-        norm(step.hidden, rows, weights.mlp_norm, member);
-        end(NORM, member);
-        product(member, rows, normed_, normed_stride_, weights.gate_up, model_.hidden_size, 2 * inner_size_,
+        product(member, rows, normed(step.hidden, weights.mlp_norm), weights.gate_up, 2 * inner_size_,
                 [&](int64_t row, int64_t first, const float* sums) {
                     float gated[PANEL / 2];
                     for (int i = 0; i < PANEL / 2; i += LANES) {
@@ -276,7 +327,7 @@ private:
                     Element::narrow(gated, reinterpret_cast<Stored*>(inner_.data()) + row * inner_stride_ + first / 2, PANEL / 2);
                 });
         end(GATE_UP, member);
-        product(member, rows, inner_, inner_stride_, weights.down, inner_size_, model_.hidden_size, add_up(step, nullptr));
+        product(member, rows, {inner_, inner_stride_, inner_size_}, weights.down, model_.hidden_size, add_up(step, nullptr));
         end(DOWN, member);
     }
 
@@ -301,8 +352,17 @@ private:
         attend<Element>(pool_, layer, kv_head, scratch.company, company.shared, group_, queries, scratch, attended_stride_);
     }
 
+    // Of all rows of a company.
+    void turn_and_write(const Step& step, int64_t layer, const Company& company, int64_t kv_head) {
+        for (int64_t i = 0; i < company.num_members; ++i) {
+            const Member& of = companies_.members[size_t(company.first_member + i)];
+            const int64_t* table = step.tables + of.sequence * step.table_width;
+            for (int64_t row = of.first_row; row < of.first_row + of.num_rows; ++row) turn_and_write(step, layer, row, table, kv_head);
+        }
+    }
+
     // Queries go to [kv head][row][head of its group], so that the queries of a unit lie together; keys and values to the pool.
-    void turn_and_write(const Step& step, int64_t layer, int64_t row, const int64_t* table) {
+    void turn_and_write(const Step& step, int64_t layer, int64_t row, const int64_t* table, int64_t kv_head) {
         const int64_t head_dim = model_.head_dim, half = head_dim / 2, position = step.positions[row];
         const float* heads = &qkv_[size_t(row * qkv_stride_)];
         const float *cosines = model_.cosines + position * half, *sines = model_.sines + position * half;
@@ -317,24 +377,20 @@ private:
             turn_values(head, turned);
             Element::narrow(turned, to, head_dim);
         };
-        Stored* queries = reinterpret_cast<Stored*>(queries_.data());
-        for (int64_t head = 0; head < model_.num_heads; ++head)
-            turn_head(heads + head * head_dim,
-                      queries + ((head / group_ * step.num_rows + row) * group_ + head % group_) * head_dim);
+        Stored* queries = reinterpret_cast<Stored*>(queries_.data()) + (kv_head * step.num_rows + row) * group_ * head_dim;
+        for (int64_t i = 0; i < group_; ++i) turn_head(heads + (kv_head * group_ + i) * head_dim, queries + i * head_dim);
         const int64_t block = table[position / model_.block_tokens], offset = position % model_.block_tokens * pool_.row_values;
-        for (int64_t kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head) {
-            Stored* keys = pool_.keys_of(block, layer, kv_head) + offset;
-            const float* key = heads + (model_.num_heads + kv_head) * head_dim;
-            const float* value = key + model_.num_kv_heads * head_dim;
-            if (pool_.rounded) {
-                float turned[512];
-                turn_values(key, turned);
-                round_row(turned, head_dim, keys);
-                round_row(value, head_dim, keys + pool_.values_offset());
-            } else {
-                turn_head(key, keys);
-                Element::narrow(value, keys + pool_.values_offset(), head_dim);
-            }
+        Stored* keys = pool_.keys_of(block, layer, kv_head) + offset;
+        const float* key = heads + (model_.num_heads + kv_head) * head_dim;
+        const float* value = key + model_.num_kv_heads * head_dim;
+        if (pool_.rounded) {
+            float turned[512];
+            turn_values(key, turned);
+            round_row(turned, head_dim, keys);
+            round_row(value, head_dim, keys + pool_.values_offset());
+        } else {
+            turn_head(key, keys);
+            Element::narrow(value, keys + pool_.values_offset(), head_dim);
         }
     }
 
@@ -346,6 +402,7 @@ private:
     Team team_;
     StageClock clock_;
     std::vector<AttentionScratch<Element>> scratch_;
+    std::vector<Own> own_;
     Companies companies_;
     int64_t reserved_rows_ = 0;
     std::vector<uint32_t> normed_, queries_, attended_, inner_;

@@ -1,5 +1,5 @@
 // What this machine can do at best, to hold a step's stages against: bytes read from memory, and products of a tile that finds
-// everything in the first-level cache. Each is the best of a few short runs of the whole team.
+// everything in the first-level cache. Each is the best of a few short runs of the whole team, a part of the work for each member.
 #pragma once
 
 #include <chrono>
@@ -21,7 +21,7 @@ double best_seconds(Team& team, const Work& work) {
     double best = 1e9;
     for (int run = 0; run < 5; ++run) {
         const auto started = std::chrono::steady_clock::now();
-        team.run(work);
+        team.run([&](int member) { team.share(member, team.size(), work); });
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         best = seconds < best ? seconds : best;
     }
@@ -36,9 +36,9 @@ Limits measure_limits(Team& team) {
     {
         const std::vector<uint32_t> memory(size_t(READ_WORDS), 1u);
         std::atomic<uint32_t> kept{0};
-        const double seconds = best_seconds(team, [&](int member) {
+        const double seconds = best_seconds(team, [&](int64_t part) {
             const int64_t share = READ_WORDS / team.size() / (4 * LANES) * (4 * LANES);
-            const uint32_t* from = memory.data() + share * member;
+            const uint32_t* from = memory.data() + share * part;
             Words sums[4] = {};
             for (int64_t i = 0; i < share; i += 4 * LANES)
                 for (int j = 0; j < 4; ++j) sums[j] += load(from + i + j * LANES);
@@ -48,7 +48,7 @@ Limits measure_limits(Team& team) {
     }
     {
         const std::vector<uint32_t> panel(size_t(WORDS * PANEL) + 64), input(size_t(ROWS * WORDS));
-        const double seconds = best_seconds(team, [&](int) {
+        const double seconds = best_seconds(team, [&](int64_t) {
             PanelSums sums;
             for (int64_t pass = 0; pass < PASSES; ++pass) {
                 multiply_tile<Element, ROWS>(input.data(), WORDS, panel.data(), WORDS,
@@ -62,7 +62,7 @@ Limits measure_limits(Team& team) {
         const std::vector<uint32_t> panel(size_t(GROUPS * PANEL_GROUP_WORDS));
         QuantisedRows rows;
         rows.reserve(RESIDENT_ROWS, GROUPS);
-        const double seconds = best_seconds(team, [&](int) {
+        const double seconds = best_seconds(team, [&](int64_t) {
             PanelSums sums;
             for (int64_t pass = 0; pass < PASSES; ++pass) {
                 multiply_quantised_tile<RESIDENT_ROWS>(rows.of_tile(0, GROUPS), GROUPS, panel.data(),

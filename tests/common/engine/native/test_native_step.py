@@ -462,6 +462,33 @@ def test_threads_change_no_bit(library: Library, threads: int, way: str) -> None
         assert torch.equal(pool.tensor, memory)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_change_no_bit_of_steps_of_few_rows(library: Library, way: str) -> None:
+    """Of which each thread prepares the rows for itself: one to five at a time, of one sequence and of several."""
+    world = WAYS[way].world(torch.bfloat16)
+    pool = world.pool()
+    expected = world.run(world.native_model(library, pool), pool)
+    memory = pool.tensor.clone()
+    firsts = [(index, first) for index, (_, rows) in enumerate(world.case.sequences) for first in range(rows)]
+    singles = [(index, first, first + 1) for index, first in sorted(firsts, key=lambda place: place[1])]
+    for most, threads in itertools.product((1, 2, 4, 5), (2, 8)):
+        steps: list[list[tuple[int, int, int]]] = [[]]
+        for index, first, end in singles:
+            step = steps[-1]
+            if len(step) == most or any(index == other for other, _, _ in step):
+                steps.append([])
+            steps[-1].append((index, first, end))
+        assert torch.equal(world.run(world.native_model(library, pool, threads), pool, steps), expected)
+        assert torch.equal(pool.tensor, memory)
+    rows_of = [
+        (index, first, min(first + 4, rows))
+        for index, (_, rows) in enumerate(world.case.sequences)
+        for first in range(0, rows, 4)
+    ]
+    assert torch.equal(world.run(world.native_model(library, pool, 8), pool, [[share] for share in rows_of]), expected)
+    assert torch.equal(pool.tensor, memory)
+
+
 def test_the_bitwise_comparison_can_fail(library: Library) -> None:
     """Torch's own arithmetic gives a row other bits when it stands alone."""
     world = World(BUSY)
