@@ -16,7 +16,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 QUICK_WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 QUICK_TESTS = $(BIN)/pytest -n $(QUICK_WORKERS) -m "not long and not model and not cluster and not clients and not hosts"
 # Files that name a mark: to read all the others as well takes longer than some of the tests that are then run.
-WITH_MARK = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
+WITH_MARK = $(sort $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests))
 # command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
 TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromium:chromium
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
