@@ -3,6 +3,7 @@
 python tests/scaling/day_night.py                            three workers, phases of 40 s: about nine minutes
 python tests/scaling/day_night.py --only autoscaler          one arrangement
 python tests/scaling/day_night.py --phase-s 15 --workers 3   a small one
+python tests/scaling/day_night.py --load 1.1                 for a machine whose cores are fewer than the workers
 """
 
 from __future__ import annotations

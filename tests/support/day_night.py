@@ -37,7 +37,6 @@ from support.exact_load import Ask, asks
 from support.tiny_models import make_tiny_model
 
 MODEL = "tiny"
-LOAD = 1.35  # of what one worker of the pool can do
 NIGHT = 0.1
 LOOK_S = 0.5
 GRACE_S = 60.0  # for answers that are late
@@ -97,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A day and a night: every fixed split, and the autoscaler.")
     parser.add_argument("--phase-s", type=float, default=40.0, help="length of a phase; the night before them is a quarter of it")
     parser.add_argument("--workers", type=int, default=3, help="most workers of both pools together")
+    parser.add_argument("--load", type=float, default=1.35, help="what is asked, in times of what one worker of a pool can do")
     parser.add_argument("--only", action="append", help="an arrangement: 1+2, 2+1, ..., autoscaler; may be given again")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one object per arrangement")
@@ -118,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             expected, yardstick = asyncio.run(_measure(cluster.base_url, kinds))
         _say(
             f"one worker: {yardstick.prompts_per_s:.2f} prompts/s or {yardstick.outputs_per_s:.2f} outputs/s;"
-            f" asked {LOAD:g} times that; good: TTFT <= {yardstick.ttft_s:.2f} s, TPOT <= {yardstick.tpot_s * 1e3:.0f} ms"
+            f" asked {given.load:g} times that; good: TTFT <= {yardstick.ttft_s:.2f} s, TPOT <= {yardstick.tpot_s * 1e3:.0f} ms"
         )
-        arrivals = list(_arrivals(kinds, yardstick, given.phase_s, seed=given.seed))
+        arrivals = list(_arrivals(kinds, yardstick, given.phase_s, load=given.load, seed=given.seed))
         rows = []
         for arrangement in chosen:
             if arrangement == "autoscaler":
@@ -194,9 +194,11 @@ async def _measure(base_url: str, kinds: Mapping[str, Sequence[Ask]]) -> tuple[d
     return expected, Yardstick(per_s["prompts"], per_s["outputs"], *promised)
 
 
-def _arrivals(kinds: Mapping[str, Sequence[Ask]], yardstick: Yardstick, phase_s: float, *, seed: int) -> Iterator[Arrival]:
+def _arrivals(
+    kinds: Mapping[str, Sequence[Ask]], yardstick: Yardstick, phase_s: float, *, load: float, seed: int
+) -> Iterator[Arrival]:
     draw = random.Random(seed)
-    prompts, outputs = LOAD * yardstick.prompts_per_s, LOAD * yardstick.outputs_per_s
+    prompts, outputs = load * yardstick.prompts_per_s, load * yardstick.outputs_per_s
     phases = (
         ("night", phase_s / 4, {"prompts": NIGHT * prompts, "outputs": NIGHT * outputs}),
         ("morning: prompts", phase_s, {"prompts": prompts, "outputs": NIGHT * outputs}),
