@@ -63,7 +63,7 @@ class PoolManager:
                 model.path,
                 model.created_s,
                 model.degrees,
-                hands_off=model.config.decode.local_prefill == "never",
+                hands_off=model.config.decode.hands_off,
             )
             for model in spec.models
         ]
@@ -192,7 +192,7 @@ class PoolManager:
 
     def _check_may_leave(self, pool: Pool) -> None:
         """Raises InvalidRequest if the model could not serve without one ready worker of this pool."""
-        needed = pool.role is Role.DECODE or self._models[pool.model].config.decode.local_prefill == "never"
+        needed = pool.role is Role.DECODE or self._models[pool.model].config.decode.hands_off
         if needed and len(self._board.state.ready(pool)) < 2:
             raise InvalidRequest(f"it is the last {pool.role.value} worker of {pool.model} that is ready", param="worker_id")
 

@@ -83,7 +83,7 @@ class Registry:
         self._cluster_token = cluster_token
         self._clock = clock
         self._canonical = {alias: model.name for model in config.models for alias in (model.name, *model.aliases)}
-        self._handing_off = {model.name for model in config.models if model.decode.local_prefill == "never"}
+        self._handing_off = {model.name for model in config.models if model.decode.hands_off}
         self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}  # by path
         self._waking: dict[str, asyncio.Task[None]] = {}  # by model
         self._suspects: dict[WorkerRef, float] = {}  # until when

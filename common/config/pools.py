@@ -139,6 +139,11 @@ class DecodeConfig(PoolConfig):
     )
     speculation: SpeculationConfig = SpeculationConfig()
 
+    @property
+    def hands_off(self) -> bool:
+        """Whether every prompt is computed by a prefill worker, so that nothing is served without one."""
+        return self.local_prefill == "never"
+
     @model_validator(mode="after")
     def _has_where_to_swap(self) -> DecodeConfig:
         if self.preemption == "swap" and not self.swap_bytes:

@@ -5,7 +5,8 @@
 
 The core is touched by the engine thread only, once `start` was called. When there is nothing to compute the thread sleeps in its
 inbox until something is posted; it never polls. If the core raises, the loop fails as a whole: `on_failure` is called once on the
-asyncio side, nothing is computed any more, and the error is raised in the thread for its traceback to be seen.
+asyncio side, nothing is computed any more, and the error is raised in the thread for its traceback to be seen (a lost rank is
+not: that says nothing of this thread).
 """
 
 from __future__ import annotations

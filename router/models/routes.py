@@ -30,8 +30,8 @@ Validate = Callable[[str], Awaitable[ValidCall]]
 
 
 class ModelRouter:
-    """One per router. `is_ready` tells whether a model has a decode worker that serves, `is_awaited` whether it lost
-    it and gets another."""
+    """One per router. `is_ready` tells whether a model has the workers that a call takes, `is_awaited` whether it lost
+    some of them and gets others."""
 
     def __init__(
         self, config: RoutingConfig, *, is_ready: Callable[[str], bool], is_awaited: Callable[[str], bool] = lambda model: False
