@@ -17,9 +17,9 @@ import mmap
 import os
 
 from common.errors import StartupError
+from kvtransfer.first_touch import MADV_POPULATE_WRITE
 
 F_ADD_SEALS = 1033
-MADV_POPULATE_WRITE = 23
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 
 

@@ -30,11 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
 from kvtransfer.digest import piece_digest
+from kvtransfer.first_touch import FirstTouch
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.host_identity import this_host
 from kvtransfer.native.choice import piece_kernel
 from kvtransfer.native.writing import address_of, can_write, write_natively
-from kvtransfer.region import BlockRegion, touch_all, use_huge_pages
+from kvtransfer.region import BlockRegion, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
@@ -116,9 +117,9 @@ class MappedWriter:
         except OSError as error:
             raise TransferBroken("the decode worker's pool cannot be mapped") from error
         use_huge_pages(self._mapping)
-        touch_all(self._mapping)
         self._pool_bytes = pool_bytes
         self._pool_address = address_of(memoryview(self._mapping))
+        self._touching = FirstTouch(self._pool_address, pool_bytes)
         self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy-shm")
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
@@ -155,6 +156,7 @@ class MappedWriter:
             raise IndexError(f"{size_bytes} bytes at {offset_bytes} of a pool of {self._pool_bytes}")
 
     def close(self) -> None:
+        self._touching.end()
         self._helper.shutdown()
         self._mapping.close()
 

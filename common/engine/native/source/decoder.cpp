@@ -306,7 +306,7 @@ private:
             const Company& company = companies_.all[size_t(i / model_.num_kv_heads)];
             const int64_t kv_head = i % model_.num_kv_heads;
             if (at_once) turn_and_write(step, layer, company, kv_head);
-            attend_together(step, layer, company, kv_head, scratch_[size_t(member)]);
+            attend_together(step, layer, company, kv_head, scratch_[size_t(member)], upcoming(step, layer, i + team_.size()));
         });
         end(ATTEND, member);
         product(member, rows, {attended_, attended_stride_, attended_size_}, weights.output, model_.hidden_size,
@@ -331,7 +331,17 @@ private:
         end(DOWN, member);
     }
 
-    void attend_together(const Step& step, int64_t layer, const Company& company, int64_t kv_head, AttentionScratch<Element>& scratch) {
+    // Where a member probably goes on that has done the unit of attention before `unit`; units are companies by KV heads.
+    Upcoming upcoming(const Step& step, int64_t layer, int64_t unit) const {
+        const size_t company = size_t(unit / model_.num_kv_heads);
+        if (company >= companies_.all.size()) return {};
+        const Member& of = companies_.members[size_t(companies_.all[company].first_member)];
+        const int64_t end = step.positions[of.first_row] + of.num_rows;
+        return {step.tables + of.sequence * step.table_width, layer, unit % model_.num_kv_heads, end};
+    }
+
+    void attend_together(const Step& step, int64_t layer, const Company& company, int64_t kv_head, AttentionScratch<Element>& scratch,
+                         const Upcoming& upcoming) {
         const Member* members = &companies_.members[size_t(company.first_member)];
         const int64_t row_words = group_ * model_.head_dim / PER_WORD;
         const uint32_t* queries = &queries_[size_t((kv_head * step.num_rows + members[0].first_row) * row_words)];
@@ -349,7 +359,7 @@ private:
             scratch.company.push_back({step.tables + members[i].sequence * step.table_width, step.positions[members[i].first_row],
                                        members[i].num_rows, to + kv_head * group_ * model_.head_dim});
         }
-        attend<Element>(pool_, layer, kv_head, scratch.company, company.shared, group_, queries, scratch, attended_stride_);
+        attend<Element>(pool_, layer, kv_head, scratch.company, company.shared, group_, queries, scratch, attended_stride_, upcoming);
     }
 
     // Of all rows of a company.

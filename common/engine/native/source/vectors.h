@@ -53,7 +53,22 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// b where one of them is not a number.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 // In one order per machine, whatever the values.
 inline float sum(Floats values) {
@@ -76,8 +91,8 @@ inline float largest(Floats values) {
 
 // e^x to about two units in the last place; 0 below -87, never infinite, NaN stays NaN.
 inline Floats exponential(Floats x) {
-    const Floats lowest = all(-87.0f), highest = all(88.0f), magic = all(12582912.0f);
-    const Floats bounded = x < lowest ? lowest : (x > highest ? highest : x);
+    const Floats lowest = all(-87.0f), magic = all(12582912.0f);
+    const Floats bounded = smaller(all(88.0f), larger(lowest, x));
     const Floats turns = fused(bounded, all(1.44269504089f), magic) - magic;
     Floats rest = fused(turns, all(-0.693359375f), bounded);
     rest = fused(turns, all(2.12194440e-4f), rest);
@@ -88,9 +103,14 @@ inline Floats exponential(Floats x) {
     series = fused(series, rest, all(1.6666665459e-1f));
     series = fused(series, rest, all(5.0000001201e-1f));
     series = fused(series, rest * rest, rest + 1.0f);
+#if defined(__AVX512F__)
+    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ);  // not what is less; NaN counts
+    return (Floats)_mm512_maskz_scalef_ps(counts, (__m512)series, (__m512)turns);
+#else
     const Integers exponent = (__builtin_convertvector(turns, Integers) + 127) << 23;
     const Floats result = series * (Floats)exponent;
     return x < lowest ? Floats{} : result;
+#endif
 }
 
 // What decides about bits besides the source: lanes of a sum, which multiply-adds are one, whose order of adding up lanes.
