@@ -21,7 +21,7 @@
 #include "team.h"
 
 #include "company.h"
-#include "limits.h"
+#include "machine_limits.h"
 #include "matrix.h"
 #include "stages.h"
 
