@@ -268,6 +268,9 @@ class Outgoing:
         size_bytes = 0
         largest_bytes = BATCH_BYTES if self._recutting is None else self._recutting.staging_bytes
         queue, most_bytes = self._queue, min(largest_bytes, self._credit_bytes)
+        if self._queued_bytes <= most_bytes:  # as a rule
+            batch, size_bytes = list(queue), self._queued_bytes
+            queue.clear()
         while queue and size_bytes + (next_bytes := _size_bytes(queue[0])) <= most_bytes:
             batch.append(queue.popleft())
             size_bytes += next_bytes
