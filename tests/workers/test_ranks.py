@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from decode_worker.server import DecodeWorker
 from kvtransfer.ranks.parts import rank_name
 from kvtransfer.ranks.rank_senders import GroupOutgoing
 from prefill_worker.server import PrefillWorker
+from support.forked_ranks import forked_ranks
 from support.hostile_guesses import Headstrong, install
 from support.tiny_heads import make_tiny_heads
 from support.tiny_models import make_tiny_model
@@ -42,6 +43,12 @@ HEAD_DIM = 16  # of the tiny model
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three KV heads: two shards have two and one of them."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"), seed=3, layers=3, heads=6, kv_heads=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_are_forked() -> Iterator[None]:
+    with forked_ranks():
+        yield
 
 
 def engine(exact: bool, **changes: object) -> EngineConfig:
