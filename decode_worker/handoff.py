@@ -46,7 +46,7 @@ from kvtransfer import PROTOCOL_VERSION
 from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.ranks.orders import RankOrders
-from kvtransfer.ranks.parts import Degrees, in_units
+from kvtransfer.ranks.parts import Degrees, window_of
 from kvtransfer.ranks.rank_end import Introduction, ListenOrder, RankEnd
 from kvtransfer.ranks.rank_receivers import GroupIncoming, RankReceivers
 from kvtransfer.receiver import Incoming, KVReceiver
@@ -116,7 +116,7 @@ class DecodeHandoff:
         make_receiver: MakeReceiver = KVReceiver,
         ranks: Sequence[socket.socket] = (),
     ) -> None:
-        """`ranks` lead to the worker's other ranks."""
+        """`region` is this process's; `ranks` lead to the worker's other ranks, and `layout` is that of blocks of all of them."""
         self._spec = spec
         self._config: TransferConfig = spec.transfer
         self._layout = layout
@@ -124,15 +124,15 @@ class DecodeHandoff:
         self._clock = clock
         self._on_drained = on_drained
         secret = derive_secret(spec.cluster_token)
-        self._receiver = make_receiver(
-            region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s
-        )
         self._degrees = Degrees(spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel)
+        own = window_of(layout, self._degrees, 0)
+        self._receiver = make_receiver(
+            region, own, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s
+        )
         self._ranks = RankReceivers(
             [RankEnd(region, clock), *(RankOrders(end, rank) for rank, end in enumerate(ranks, 1))],
             self._degrees,
-            layout,
-            Introduction(spec.worker_id, spec.incarnation, secret, in_units(layout), spec.transfer.lease_s),
+            Introduction(spec.worker_id, spec.incarnation, secret, layout, spec.transfer.lease_s),
             clock,
         )
         self._probes = ProbeTarget(spec.worker_id, spec.incarnation, secret, clock)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from common.engine.parallel.rank_process import main
-from kvtransfer.ranks.beside import serve
+from kvtransfer.ranks.beside import Beside
 
 if __name__ == "__main__":
-    sys.exit(main(serve))
+    sys.exit(main(Beside(touch=True)))

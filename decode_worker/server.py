@@ -63,14 +63,14 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         )
         self._loaded = await host.load(PoolMemory(touch=True, rank_program="decode_worker.rank_process"), self._kept)
         engine = self._loaded.engine
-        region = region_of_pool(self._loaded.memory, engine.device_memory, engine.layout.block_bytes)
+        region = region_of_pool(self._loaded.memory, engine.device_memory, engine.pool.layout.block_bytes)
         speculator = await asyncio.to_thread(
             create_speculator,
             spec.model.decode.speculation,
             self._clock,
             GuessedModel(spec.model_path, engine, spec.model.engine, spec.threads),
         )
-        swapper = await asyncio.to_thread(create_swapper, spec.model.decode, engine.pool)
+        swapper = self._swapper = await asyncio.to_thread(create_swapper, spec.model.decode, engine)
         self._scheduler = scheduler = DecodeScheduler(
             spec.model.decode,
             engine.layout,
@@ -129,6 +129,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         await self._loop.stop()  # it has applied what was posted: ended requests are gone, and their blocks are back
         await self._handoff.close()
         self._host.check_fit_for_another()
+        if self._swapper is not None:
+            await asyncio.to_thread(self._swapper.close)
         return self._loaded
 
     def _engine_failed(self, error: BaseException) -> None:

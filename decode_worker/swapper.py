@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from common.engine.kv_pool import KVPool
-from common.engine.swap_region import SwapRegion
+from common.engine.engine import Engine
+from common.engine.swap_region import SwapSpace
 from decode_worker.preemption_cost import PreemptionCost
 from decode_worker.step_plan import StepPlan
 from decode_worker.swapping import Swapping
@@ -25,7 +25,7 @@ class SwapConfig(Protocol):
 
 
 class Swapper:
-    def __init__(self, region: SwapRegion, *, always: bool) -> None:
+    def __init__(self, region: SwapSpace, *, always: bool) -> None:
         self._region = region
         self.swapping = Swapping(
             region.num_slots, PreemptionCost(region.block_bytes, region.measured_bytes_per_s()), always=always
@@ -38,9 +38,13 @@ class Swapper:
             self._region.move(plan.swapped_in, plan.swapped_out)
             self.swapping.cost.observe_copies(self._region.moved_bytes - moved_bytes, self._region.moving_s - moving_s)
 
+    def close(self) -> None:
+        """When no step is computed any more."""
+        self._region.close()
 
-def create_swapper(config: SwapConfig, pool: KVPool) -> Swapper | None:
+
+def create_swapper(config: SwapConfig, engine: Engine) -> Swapper | None:
     """None if what is preempted is always computed again."""
-    if config.preemption == "recompute" or config.swap_bytes < pool.whole_layout.block_bytes:
+    if config.preemption == "recompute" or config.swap_bytes < engine.layout.block_bytes:
         return None
-    return Swapper(SwapRegion(pool, config.swap_bytes), always=config.preemption == "swap")
+    return Swapper(engine.swap_space(config.swap_bytes), always=config.preemption == "swap")

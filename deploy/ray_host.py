@@ -112,7 +112,7 @@ class RayHost:
         except TimeoutError as error:
             what = f"free {place.slot} slot" if self._rooms.slots else "room"
             if spec.parallel.num_ranks > 1:
-                what += f" on one host for all {spec.parallel.num_ranks} ranks"  # they share memory
+                what += f" on one host for all {spec.parallel.num_ranks} ranks"  # they inherit their sockets
             raise ClusterError(f"Ray found no {what} for {spec.worker_id} within {self._rooms.room_timeout_s:g} s") from error
         finally:
             if actor is not None and not placed:

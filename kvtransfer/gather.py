@@ -11,6 +11,7 @@ zeros. A piece is a copy: once it is made, the source blocks may change. This mo
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from common.errors import HandshakeRefused, TicketRefused
 from kvtransfer.reshard import BlockTable, Rank, ShardedLayout, Side, check_reshardable, execute, plan_copies
@@ -30,6 +31,13 @@ def _dealt(side: ShardedLayout) -> list[range]:
     return [side.heads_of(shard) for shard in range(side.tensor_parallel)]
 
 
+class Elsewhere(NamedTuple):
+    """Source blocks whose layers have other numbers than the destination's."""
+
+    shift_layers: int  # from a number there to the one here
+    block_bytes: int  # of the source
+
+
 def gather_piece(
     source: Side,
     pool: memoryview,
@@ -40,9 +48,10 @@ def gather_piece(
     layers: range,
     num_tokens: int,
     into: memoryview | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> memoryview:
     """Layers (of the model) of the destination rank's block `logical_block`, for a prompt of `num_tokens` tokens; in new memory,
-    or at the start of `into`.
+    or at the start of `into`. With `elsewhere` the source's layers are looked for there, and it holds them.
 
     Raises TicketRefused if the block is not one of the prompt, or its tokens are not all in the source's table; HandshakeRefused
     if the source rank does not hold all heads and layers of the piece; HandoffError for a value that does not fit the dtype.
@@ -62,6 +71,15 @@ def gather_piece(
     piece = memoryview(bytearray(piece_bytes)) if into is None else into[:piece_bytes]
     if into is not None and end_token - first_token < block_tokens:
         piece[:] = bytes(piece_bytes)
-    moved = (replace(item, destination_offset_bytes=item.destination_offset_bytes - before_bytes) for item in plan.strided)
-    execute(replace(plan, destination_block_bytes=piece.nbytes, strided=tuple(moved)), pool, piece)
+    shift_bytes = 0 if elsewhere is None else elsewhere.shift_layers * source.sharded.layer_bytes_of(source.rank)
+    moved = (
+        replace(
+            item,
+            source_offset_bytes=item.source_offset_bytes + shift_bytes,
+            destination_offset_bytes=item.destination_offset_bytes - before_bytes,
+        )
+        for item in plan.strided
+    )
+    plan = replace(plan, destination_block_bytes=piece.nbytes, strided=tuple(moved))
+    execute(plan if elsewhere is None else replace(plan, source_block_bytes=elsewhere.block_bytes), pool, piece)
     return piece

@@ -38,6 +38,7 @@ from kvtransfer.part import mask_of, runs_within
 from kvtransfer.recutting import Cut, Made, Recutting
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName, SenderLink
+from kvtransfer.window import PeerWindow
 
 BATCH_BYTES = 32 * 1024 * 1024  # written per turn on the link
 MAX_QUEUED_BYTES = 64 * 1024 * 1024  # per transfer; `push` waits above it
@@ -58,7 +59,7 @@ class SourceSide:
     """What all transfers of a sender share."""
 
     region: BlockRegion
-    num_layers: int
+    num_layers: int  # of our blocks
     clock: Clock
     lease_s: float
     forget: Callable[[bytes], object]  # the nonce of a transfer that has ended
@@ -79,19 +80,28 @@ Enter = Callable[["Outgoing"], Awaitable[SenderLink]]
 class Outgoing:
     """Made by `KVSender.open`; ended by `finish` or `abort`. To its link it is the `WriterNews`."""
 
-    def __init__(self, ticket: Ticket, side: SourceSide, enter: Enter, recutting: Recutting | None = None) -> None:
-        """`recutting`: the peer's blocks are not as ours."""
+    def __init__(
+        self,
+        ticket: Ticket,
+        side: SourceSide,
+        enter: Enter,
+        recutting: Recutting | None = None,
+        window: PeerWindow | None = None,
+    ) -> None:
+        """`recutting`: the peer's blocks are not as ours. `window`: they hold other layers; pushes bear their numbers."""
         self.ticket = ticket
         self.opened_s = side.clock.monotonic_s()
         self._side = side
         self._enter = enter
         self._recutting = recutting
+        self._window = window
+        self._num_layers = side.num_layers if window is None else window.layout.num_layers
         self._phase = _Phase.PUSHING
         self._error: HandoffError | None = None
         self._queue: deque[Piece | Cut] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
-        self._all_layers = mask_of(ticket.part, side.num_layers)  # that the ticket is for
+        self._all_layers = mask_of(ticket.part, self._num_layers)  # that the ticket is for
         self._pushed: dict[int, int] = {}  # logical block -> a bit for each layer
         self._digests: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
         self._bytes = 0
@@ -119,13 +129,13 @@ class Outgoing:
         if self._recutting is not None:
             raise IllegalTransition("the peer's blocks are not as ours: they have to be made")
         if self._may_push(blocks):
-            await self._push(self._pieces(blocks, *(layers or (0, self._side.num_layers))))
+            await self._push(self._pieces(blocks, *(layers or (0, self._num_layers))))
 
     async def push_prompt(self, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> None:
         """As `push`, of blocks that are made of ours: `logical` are the peer's, `blocks` all of the prompt's here, in order. May
         be used for any peer."""
         if self._may_push(logical):
-            first, end = layers or (0, self._side.num_layers)
+            first, end = layers or (0, self._num_layers)
             if self._recutting is None:
                 if logical.stop > len(blocks):
                     raise TicketRefused(f"the prompt's blocks do not hold all of block {logical.stop - 1}", param="logical_block")
@@ -305,16 +315,21 @@ class Outgoing:
         region, ticket = self._side.region, self.ticket
         pushed = self._check_new([logical for logical, _ in blocks], first, end)
         layer_bytes = region.block_bytes // self._side.num_layers
-        runs = tuple(runs_within(ticket.part, first, end))
-        buffer, block_bytes, first_block, destinations = region.buffer, region.block_bytes, ticket.first_block, ticket.blocks
+        window, block_bytes = self._window, region.block_bytes
+        block_bytes_there = block_bytes if window is None else window.layout.block_bytes
+        runs = [
+            (*run, (run[0] if window is None else window.here(*run)) * layer_bytes)
+            for run in runs_within(ticket.part, first, end)
+        ]
+        buffer, first_block, destinations = region.buffer, ticket.first_block, ticket.blocks
         pieces: list[Piece | Cut] = []
         for logical, source in blocks:
             if not 0 <= source < region.num_blocks:
                 raise IndexError(f"block {source} of {region.num_blocks}")
-            block_offset_bytes, source_bytes = destinations[logical - first_block] * block_bytes, source * block_bytes
-            for run_first, run_end in runs:
-                start_bytes, end_bytes = run_first * layer_bytes, run_end * layer_bytes
-                content = buffer[source_bytes + start_bytes : source_bytes + end_bytes]
+            block_offset_bytes, source_bytes = destinations[logical - first_block] * block_bytes_there, source * block_bytes
+            for run_first, run_end, here_bytes in runs:
+                start_bytes, size_bytes = run_first * layer_bytes, (run_end - run_first) * layer_bytes
+                content = buffer[source_bytes + here_bytes : source_bytes + here_bytes + size_bytes]
                 pieces.append(
                     Piece(PieceName(logical, run_first, run_end - run_first), block_offset_bytes + start_bytes, content)
                 )
@@ -343,8 +358,8 @@ class Outgoing:
 
     def _check_new(self, logical_blocks: Iterable[int], first: int, end: int) -> dict[int, int]:
         """What is pushed of each of these blocks once these layers are. Raises TicketRefused."""
-        if not 0 <= first < end <= self._side.num_layers:
-            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._side.num_layers}", param="layers")
+        if not 0 <= first < end <= self._num_layers:
+            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._num_layers}", param="layers")
         layers = (1 << end) - (1 << first) & self._all_layers
         first_block, num_destinations = self.ticket.first_block, len(self.ticket.blocks)
         pushed: dict[int, int] = {}

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from common.blocks import num_blocks
 from common.errors import HandoffError, HandshakeRefused, TicketRefused
 from common.types import KVLayout
-from kvtransfer.gather import gather_piece, must_gather
+from kvtransfer.gather import Elsewhere, gather_piece, must_gather
 from kvtransfer.region import BlockRegion
 from kvtransfer.reshard import BlockTable, Rank, ShardedLayout, Side, check_reshardable
 from kvtransfer.transports.base import Piece, PieceName
+from kvtransfer.window import PeerWindow
 
 STAGING_BYTES = 4 * 1024 * 1024  # made and written at a time; a larger piece by itself
 _WHOLE = Rank(0, 0)
@@ -45,9 +47,11 @@ class Made(NamedTuple):
 
 
 class Recutting:
-    def __init__(self, region: BlockRegion, ours: KVLayout, theirs: KVLayout) -> None:
-        """Raises HandshakeRefused if there is no way from one layout to the other."""
+    def __init__(self, region: BlockRegion, ours: KVLayout, theirs: KVLayout, window: PeerWindow | None = None) -> None:
+        """`window`: the peer's blocks hold other layers; then the number of ours is theirs, and the region says how large a block
+        is. Raises HandshakeRefused if there is no way from one layout to the other."""
         self.layout = theirs
+        self._window = window
         self._region = region
         self._source, self._destination = ShardedLayout(ours), ShardedLayout(theirs)
         self.staging_bytes = max(STAGING_BYTES, theirs.block_bytes)  # so much is made at once
@@ -83,27 +87,36 @@ class Recutting:
         pieces: list[Piece] = []
         used_bytes = 0
         for (logical_block, first_layer, num_layers), offset_bytes, _, table in cuts:
+            layers = range(first_layer, first_layer + num_layers)
             piece = gather_piece(
                 Side(self._source, _WHOLE, table),
                 self._region.buffer,
                 self._destination,
                 _WHOLE,
                 logical_block=logical_block,
-                layers=range(first_layer, first_layer + num_layers),
+                layers=layers,
                 num_tokens=num_tokens,
                 into=staging[used_bytes:],
+                elsewhere=self._elsewhere(layers),
             )
             used_bytes += piece.nbytes
             pieces.append(Piece(PieceName(logical_block, first_layer, num_layers), offset_bytes, piece))
         return pieces
 
+    def _elsewhere(self, layers: range) -> Elsewhere | None:
+        if self._window is None:
+            return None
+        return Elsewhere(self._window.here(layers.start, layers.stop) - layers.start, self._region.block_bytes)
 
-def recutting_for(region: BlockRegion, ours: KVLayout, theirs: KVLayout) -> Recutting | None:
+
+def recutting_for(region: BlockRegion, ours: KVLayout, theirs: KVLayout, window: PeerWindow | None = None) -> Recutting | None:
     """None if blocks go as they are. Raises HandshakeRefused if the two layouts cannot be brought together, or not from there."""
+    if window is not None:
+        ours = replace(ours, num_layers=theirs.num_layers)
     check_reshardable(ours, theirs)
     if ours == theirs or not must_gather(ShardedLayout(ours), ShardedLayout(theirs)):
         return None
     if region.on_device:
         differing = "block_tokens" if ours.block_tokens != theirs.block_tokens else "dtype"
         raise HandshakeRefused(f"{differing} differs, and KV on a device goes as it is", param=differing)
-    return Recutting(region, ours, theirs)
+    return Recutting(region, ours, theirs, window)

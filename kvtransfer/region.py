@@ -106,11 +106,6 @@ class PoolMemory:
             raise StartupError("the engine did not take the shared memory for its pool")
         return self._region
 
-    @property
-    def descriptor(self) -> int | None:
-        """For processes that share the pool; None as long as there is none."""
-        return None if self._region is None else self._region.fd
-
     def close(self) -> None:
         if self._region is not None:
             self._region.close()

@@ -24,6 +24,7 @@ from kvtransfer.region import BlockRegion
 from kvtransfer.ticket import verify
 from kvtransfer.transports import TRANSPORTS, create_transport
 from kvtransfer.transports.base import LinkCredentials, PeerName, SenderLink, Transport, TransportOffer
+from kvtransfer.window import PeerWindow, Run
 
 __all__ = ["KVSender", "Outgoing", "TransferAccount"]
 
@@ -39,6 +40,7 @@ class _Peer:
     pool_blocks: int
     layout: KVLayout
     recutting: Recutting | None  # its blocks are not as ours
+    window: PeerWindow | None  # they hold other layers than ours
     link: SenderLink | None = None
     connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -87,13 +89,16 @@ class KVSender:
         offers: Sequence[TransportOffer],
         peer_pool_blocks: int,
         peer_layout: KVLayout | None = None,
+        runs: Sequence[Run] = (),
     ) -> str:
         """Connects to the first offer that works and returns its kind; at once if there is a link to this incarnation already.
-        A later incarnation replaces an earlier one. `peer_layout` None = as ours. Raises HandshakeRefused or TransferBroken."""
+        A later incarnation replaces an earlier one. `peer_layout` None = as ours. `runs` say which layers of its blocks are which
+        of ours; none = the same ones. Raises HandshakeRefused or TransferBroken."""
         if self._closed:
             raise TransferBroken("this worker's KV transfer is closed")
         layout = peer_layout or self._layout
-        recutting = recutting_for(self._side.region, self._layout, layout)
+        window = PeerWindow(layout, tuple(runs)) if runs else None
+        recutting = recutting_for(self._side.region, self._layout, layout, window)
         name = PeerName(peer_worker_id, peer_incarnation)
         known = self._peers.get(peer_worker_id)
         if known is not None and known.name.incarnation > peer_incarnation:
@@ -101,8 +106,8 @@ class KVSender:
         if known is None or known.name != name:
             if known is not None:
                 self._retire(known, TransferBroken("a later incarnation of the decode worker took over"))
-            self._peers[peer_worker_id] = known = _Peer(name, tuple(offers), peer_pool_blocks, layout, recutting)
-        elif known.layout != layout:
+            self._peers[peer_worker_id] = known = _Peer(name, tuple(offers), peer_pool_blocks, layout, recutting, window)
+        elif (known.layout, known.window) != (layout, window):
             raise HandshakeRefused("this incarnation of the decode worker had another layout before", param="layout")
         elif known.link is None or known.link.lost is not None:
             known.offers, known.pool_blocks = tuple(offers), peer_pool_blocks
@@ -129,7 +134,7 @@ class KVSender:
         if ticket.nonce in self._spent:
             raise TicketRefused("the ticket was used or released before", param="nonce")
         self._spend(ticket.nonce)
-        outgoing = Outgoing(ticket, self._side, lambda outgoing: self._enter(outgoing, peer), peer.recutting)
+        outgoing = Outgoing(ticket, self._side, lambda outgoing: self._enter(outgoing, peer), peer.recutting, peer.window)
         self._outgoing[ticket.nonce] = outgoing
         return outgoing
 

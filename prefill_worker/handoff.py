@@ -33,7 +33,7 @@ from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.native.choice import prepare
 from kvtransfer.probe import ProbeOrder, ProbeSource
 from kvtransfer.ranks.orders import RankOrders
-from kvtransfer.ranks.parts import Degrees, in_units
+from kvtransfer.ranks.parts import Degrees, window_of
 from kvtransfer.ranks.rank_end import Introduction, RankEnd
 from kvtransfer.ranks.rank_senders import GroupOutgoing, PeerGroup, RankSenders
 from kvtransfer.region import BlockRegion, PoolMemory
@@ -73,18 +73,19 @@ class PrefillHandoff:
         make_sender: MakeSender = KVSender,
         ranks: Sequence[socket.socket] = (),
     ) -> None:
-        """`pool` is the engine's KV memory, a whole number of blocks; `ranks` lead to the worker's other ranks."""
+        """`pool` is this process's KV memory, a whole number of blocks; `ranks` lead to the worker's other ranks, and `layout` is
+        that of blocks of all of them together."""
         self._spec = spec
         self._layout = layout
         secret = derive_secret(spec.cluster_token)
-        region = region_of(pool, layout.block_bytes)
-        self._sender = make_sender(region, layout, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._degrees = Degrees(spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel)
+        own = window_of(layout, self._degrees, 0)
+        region = region_of(pool, own.block_bytes)
+        self._sender = make_sender(region, own, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._ranks = RankSenders(
             [RankEnd(region, clock), *(RankOrders(end, rank) for rank, end in enumerate(ranks, 1))],
             self._degrees,
-            layout,
-            Introduction(spec.worker_id, spec.incarnation, secret, in_units(layout), spec.transfer.lease_s),
+            Introduction(spec.worker_id, spec.incarnation, secret, layout, spec.transfer.lease_s),
             clock,
         )
         self._probes = ProbeSource(spec.worker_id, spec.incarnation, secret, clock)

@@ -60,7 +60,6 @@ class _Memory:
     """A KV pool's memory that no other process maps."""
 
     allocate: Callable[[int, int], memoryview]
-    descriptor: int | None = None
     rank_program: str = ""  # nobody shares it
 
 

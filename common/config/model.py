@@ -30,11 +30,11 @@ class ModelConfig(Part):
         return self
 
     @model_validator(mode="after")
-    def _ranks_share_their_pool(self) -> ModelConfig:
+    def _ranks_compute_on_cpus(self) -> ModelConfig:
         if self.engine.device == "cuda" and max(self.prefill.num_ranks, self.decode.num_ranks) > 1:
             raise ValueError(
-                "the ranks of a worker share the memory of its KV pool, which processes on GPUs do not: with tensor_parallel or"
-                " pipeline_parallel above 1 engine.device has to be cpu"
+                "the ranks of a worker compute on CPUs: with tensor_parallel or pipeline_parallel above 1 engine.device has to be"
+                " cpu"
             )
         return self
 

@@ -3,7 +3,7 @@
     model files, configuration -> EnginePlan -> KV pool (over given memory) -> model -> runner
                                             \\-> block manager
 
-    several ranks: the same, but that each rank has a share of the model over one pool (`common.engine.parallel`)
+    several ranks: the same, but that each rank has a share of the model, and a pool for it (`common.engine.parallel`)
 
 On a GPU decode steps are captured at the end (`device_steps`).
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,10 +27,12 @@ from common.engine.exactness_check import check_exactness
 from common.engine.kv_pool import FIRST_BLOCK, KVPool
 from common.engine.loader import ModelArchitecture, load_stored_weights, load_weights
 from common.engine.models import Model, create_model
+from common.engine.pool_memory import PoolMemory, create_pool
 from common.engine.quantisation import WeightFormat, rounded_weights
 from common.engine.runner import ModelRunner, Successor
 from common.engine.settings import EngineSettings
-from common.errors import ConfigError, PdserveError, StartupError
+from common.engine.swap_region import SwapRegion, SwapSpace
+from common.errors import ConfigError, PdserveError
 from common.types import KVLayout
 
 if TYPE_CHECKING:
@@ -39,29 +41,11 @@ if TYPE_CHECKING:
     from common.engine.parallel.group import RankGroup
 
 
-class PoolMemory(Protocol):
-    """Where a KV pool's memory comes from (a shared region, on CPUs)."""
-
-    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview:
-        """Called once."""
-        ...
-
-    @property
-    def descriptor(self) -> int | None:
-        """Of that memory, for other processes to map; None if it has none."""
-        ...
-
-    @property
-    def rank_program(self) -> str:
-        """What other ranks that share it run: see `RankGroup.start`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Engine:
-    layout: KVLayout
+    layout: KVLayout  # of whole blocks
     architecture: ModelArchitecture
-    pool: KVPool
+    pool: KVPool  # of this process
     blocks: BlockManager
     runner: ModelRunner
     device: torch.device
@@ -82,6 +66,14 @@ class Engine:
             and self.layout.block_tokens == config.block_tokens
             and self.dtype == dtype_of(config, self.device)
         )
+
+    def swap_space(self, num_bytes: int) -> SwapSpace:
+        """As many slots as fit, and one does. The engine has one at a time. Blocking."""
+        if self.group is None:
+            return SwapRegion(self.pool, num_bytes)
+        from common.engine.parallel.swaps import GroupSwapRegion
+
+        return GroupSwapRegion(self.group, self.runner.settle, self.layout, self.pool.num_blocks, num_bytes)
 
     def close(self) -> None:
         """Ends the other processes, if there are any. Blocking; the runner must not be used afterwards."""
@@ -105,8 +97,8 @@ def build_engine(
     """Loads the model and builds all around it; blocking. Raises a StartupError.
 
     `memory` provides the KV pool's memory on a CPU; None lets the pool allocate. `announce` is told, once, what could not be had
-    and is done without. `parallel` says how many processes compute; with several, memory with a descriptor is needed, and `name`
-    stands before what they log. `cores` says how many threads native kernels take, if not always `threads`.
+    and is done without. `parallel` says how many processes compute; with several, `memory` is for the pool of this one, and
+    `name` stands before what they log. `cores` says how many threads native kernels take, if not always `threads`.
     """
     torch.set_num_threads(threads)
     plan = EnginePlan.of(
@@ -150,28 +142,18 @@ def _of_ranks(plan: EnginePlan, memory: PoolMemory | None, name: str) -> Engine:
         max_model_tokens=plan.max_model_tokens,
         library="" if plan.library is None else str(plan.library.path),
     )
-    region = None if memory is None else memory.allocate(plan.layout.block_bytes, plan.num_blocks)
-    descriptor = None if memory is None else memory.descriptor
-    if region is None or descriptor is None:
-        raise StartupError("the ranks of a worker share its KV pool: it needs memory with a descriptor")
     program = "" if memory is None else memory.rank_program
-    group = RankGroup.start(order, plan.shares, region, descriptor, name=name, program=program)
+    group = RankGroup.start(order, plan.shares, memory, name=name, program=program)
     mine = group.mine
     runner = ModelRunner(mine.model, mine.pool, plan.numerics, len(mine.share.heads), group=group)
-    return _around(plan, mine.pool, runner, group=group)
+    return _around(plan, mine.pool, runner, device_memory=mine.device_memory, group=group)
 
 
 def _of_one_process(plan: EnginePlan, memory: PoolMemory | None, cores: Cores, announce: Callable[[str], None]) -> Engine:
     weights = _weights(plan)
     # One block more than there are to hand out: where the padding of captured steps is written.
     pool_blocks = plan.num_blocks + 1 if plan.captures_steps else plan.num_blocks
-    device_memory = None
-    if plan.device.type == "cuda":
-        device_memory = DeviceAllocation(plan.layout.block_bytes * pool_blocks, plan.device)
-        pool = KVPool(plan.layout, pool_blocks, plan.device, device_memory.words)
-    else:
-        given_memory = None if memory is None else memory.allocate(plan.layout.block_bytes, pool_blocks)
-        pool = KVPool(plan.layout, pool_blocks, plan.device, given_memory)
+    pool, device_memory = create_pool(plan.layout, pool_blocks, plan.device, memory)
 
     def create_torch_model() -> Model:
         tensors = {name: in_full(weights.pop(name), plan.dtype) for name in list(weights)}  # not to be held twice

@@ -70,11 +70,7 @@ class EnginePlan:
         _check_few_bits(config, device, model_path)
         shares = _shares_of_ranks(architecture, parallel)
         if shares and device.type != "cpu":
-            raise ConfigError(
-                f"the ranks of a worker share the memory of its KV pool, which processes on {device.type} do not: they compute on"
-                " CPUs",
-                param="engine.device",
-            )
+            raise ConfigError(f"the ranks of a worker compute on CPUs, not on {device.type}", param="engine.device")
         library = _settled_library(config, architecture, device, dtype, shares)
         layout = KVLayout(
             model_digest=_digest_as_computed(model_digest, weight_format, _bits(config, parallel, library)),

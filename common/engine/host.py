@@ -32,6 +32,7 @@ from common.engine.grammar import CompiledGrammar, GrammarCompiler
 from common.engine.hang_watch import HangWatch
 from common.engine.loop import Inbox
 from common.engine.pace import Pace
+from common.engine.pool_memory import PoolMemory
 from common.engine.reporter import Reporter, ReportingScheduler
 from common.errors import EngineFailure, InvalidRequest, ModelNotFound, PdserveError, StartupError, WorkerLost
 from common.in_flight import InFlight
@@ -55,16 +56,8 @@ _COMPILE_S = (
 MemoryType = TypeVar("MemoryType", bound="Memory")
 
 
-class Memory(Protocol):
+class Memory(PoolMemory, Protocol):
     """What an engine's KV pool lies in."""
-
-    def allocate(self, block_bytes: int, num_blocks: int) -> memoryview: ...
-
-    @property
-    def descriptor(self) -> int | None: ...
-
-    @property
-    def rank_program(self) -> str: ...
 
     def close(self) -> None: ...
 

@@ -15,15 +15,10 @@ Block 0 is the null block: all zero, written by nobody, owned by nobody. Padding
 sequence that enters a block clears what it does not fill (`clear_tail`), so that no stale NaN, as a broken transfer
 may leave it, is ever multiplied by the zero weight of a masked position.
 
-Several processes may share one pool, each with its window: some layers and some KV heads of every block. Then `layout` and
-`tensor` are those of the window, numbered from 0, and `buffer` is the whole; nobody touches what is outside its window.
-
 The pool knows neither sequences nor who owns a block (`block_manager`), and it does not know where given memory came from.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,16 +40,9 @@ class KVPool:
         num_blocks: int,
         device: torch.device,
         memory: memoryview | torch.Tensor | None = None,
-        *,
-        layers: range | None = None,
-        kv_heads: range | None = None,
     ) -> None:
-        """Over `memory` (writable, at least num_blocks * block_bytes; a tensor is on the device), or over memory of its own.
-        `layers` and `kv_heads` are the window; None = all."""
-        layers = layers if layers is not None else range(layout.num_layers)
-        kv_heads = kv_heads if kv_heads is not None else range(layout.num_kv_heads)
-        self.whole_layout = layout
-        self.layout = replace(layout, num_layers=len(layers), num_kv_heads=len(kv_heads))
+        """Over `memory` (writable, at least num_blocks * block_bytes; a tensor is on the device), or over memory of its own."""
+        self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
         self._values_dtype: torch.dtype = getattr(torch, layout.values_dtype)
@@ -62,19 +50,16 @@ class KVPool:
         row_values = layout.row_bytes // layout.dtype_bytes
         shape = (num_blocks, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, row_values)
         if memory is None:
-            self._whole = torch.zeros(shape, dtype=self._dtype, device=device)
+            self.tensor = torch.zeros(shape, dtype=self._dtype, device=device)
         else:
-            self._whole = self._over(memory, num_blocks * layout.block_bytes).view(shape)
-        self.tensor = self._whole[:, layers.start : layers.stop, kv_heads.start : kv_heads.stop]
-        if memory is not None:
+            self.tensor = self._over(memory, num_blocks * layout.block_bytes).view(shape)
             self.tensor[NULL_BLOCK].zero_()  # not all: that would touch every page of a pool that may never fill
-        self._runs = self._whole.view(-1, layout.block_tokens * row_values)
-        self._rows = self._whole.view(-1, row_values)
+        self._runs = self.tensor.view(-1, layout.block_tokens * row_values)
+        self._rows = self.tensor.view(-1, row_values)
         self._halves = torch.arange(2, device=device)
         self._runs_per_layer = layout.num_kv_heads * 2
         self._runs_per_block = layout.num_layers * self._runs_per_layer
-        # Of the window's first layer.
-        self._head_runs = torch.arange(kv_heads.start, kv_heads.stop, device=device) * 2 + layers.start * self._runs_per_layer
+        self._head_runs = torch.arange(layout.num_kv_heads, device=device) * 2  # of the first layer
 
     def _over(self, memory: memoryview | torch.Tensor, num_bytes: int) -> torch.Tensor:
         if isinstance(memory, torch.Tensor):
@@ -89,10 +74,10 @@ class KVPool:
 
     @property
     def buffer(self) -> memoryview:
-        """All blocks as bytes, also outside the window; shares the memory. CPU only."""
+        """All blocks as bytes; shares the memory. CPU only."""
         if self.device.type != "cpu":
             raise EngineFailure("only a KV pool on the CPU has a buffer")
-        flat: npt.NDArray[np.uint8] = self._whole.view(-1).view(torch.uint8).numpy()
+        flat: npt.NDArray[np.uint8] = self.tensor.view(-1).view(torch.uint8).numpy()
         return flat.data
 
     @property

@@ -3,8 +3,9 @@
     pool [block]  --move out-->  region [slot]  --move in-->  pool [another block]
 
 On a CPU the region is ordinary memory, touched only where something is kept; a block is copied as the bytes that it has in the
-pool, so where several processes share one pool it is one copy for all of them, made between their steps. Who has which slot is
-the scheduler's account. Moves are made by the thread that uses the runner, while nothing computes in the blocks concerned.
+pool. Who has which slot is the scheduler's account. Where several processes compute as one, each has such a region for its own
+pool, and `parallel.swaps` is the space that they make together. Moves are made by the thread that uses the runner, while nothing
+computes in the blocks concerned.
 
 On a GPU it is pinned memory. What comes back is queued before the step that reads it, and nobody waits: steps that are under way
 go on. What goes out is waited for, since its blocks may be given to somebody who does not write through the engine's queue: to a
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +24,41 @@ import torch
 from common.engine.kv_pool import NULL_BLOCK, KVPool
 
 
+class SwapSpace(Protocol):
+    """What keeps blocks for a scheduler."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def moved_bytes(self) -> int: ...
+
+    @property
+    def moving_s(self) -> float: ...
+
+    def measured_bytes_per_s(self) -> float:
+        """Of a copy of the null block to a slot, before anything is kept."""
+        ...
+
+    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
+        """(slot, block) of what comes back, then (block, slot) of what goes. When it returns, what has gone is copied, and what
+        comes back is there for whatever is computed next."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the memory. Nothing is kept any more."""
+        ...
+
+
 class SwapRegion:
+    """A `SwapSpace` of one process."""
+
     def __init__(self, pool: KVPool, num_bytes: int) -> None:
         """As many slots as fit, and one does; at most one for each block of the pool."""
-        self.block_bytes = pool.whole_layout.block_bytes
+        self.block_bytes = pool.layout.block_bytes
         self.num_slots = min(num_bytes // self.block_bytes, pool.num_blocks)
         self._pool = pool
         self.moved_bytes, self.moving_s = 0, 0.0
@@ -39,7 +72,6 @@ class SwapRegion:
         self._under_way: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []  # before, behind, bytes
 
     def measured_bytes_per_s(self) -> float:
-        """Of a copy of the null block to a slot, before anything is kept."""
         seconds = 0.0
         for _ in range(2):  # the first touches the memory
             started_s = time.perf_counter()
@@ -50,8 +82,6 @@ class SwapRegion:
 
     @torch.inference_mode()
     def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
-        """(slot, block) of what comes back, then (block, slot) of what goes. When it returns, what has gone is copied, and what
-        comes back is there for whatever is computed next."""
         num_bytes = (len(brought_in) + len(put_out)) * self.block_bytes
         if self._pool.device.type == "cuda":
             self._move_on_device(brought_in, put_out, num_bytes)
@@ -60,6 +90,9 @@ class SwapRegion:
         self._copy_all(brought_in, put_out)
         self.moving_s += time.perf_counter() - started_s
         self.moved_bytes += num_bytes
+
+    def close(self) -> None:
+        """It goes with whoever has it."""
 
     def _move_on_device(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]], num_bytes: int) -> None:
         before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -19,6 +19,7 @@ writer is gone.
     rank_senders     rank 0 of a prefill worker: all ranks as one sender
     rank_receivers   rank 0 of a decode worker: all ranks as one receiver
 
-The ranks of a worker share one pool in the layout of the whole; to a transfer a block of it is a row of units, one for each head
-of each layer, so that whatever two ranks share of a block is a few ranges of it, at the same place on both sides.
+Each rank has a pool of its own, with a window of every block: its layers, its heads. To a transfer a rank's block is a row of
+units, one for each head of each layer, so that whatever two ranks share of a block is a few ranges of it, contiguous on both
+sides.
 """

@@ -1,6 +1,6 @@
 """What a rank other than 0 runs beside its share of the model: carries out rank 0's orders (`orders`) until rank 0 is gone.
 
-    serve(socket, pool) ── order ── a task of its own ── {"done"} | {"error"}
+    Beside.serve(socket, ...) ── order ── a task of its own ── {"done"} | {"error"}
 
 In a thread of the rank's process, with an event loop of its own; what computes does not wait for it. An order that fails with an
 error of ours says so, and only that order has failed; anything else ends `serve`, and with it the process.
@@ -18,6 +18,7 @@ from common.clock import SystemClock
 from common.config import pdserve_home
 from common.errors import IllegalTransition, PdserveError
 from common.logs import get_logger
+from kvtransfer.device import DeviceMemory, region_of
 from kvtransfer.native.choice import prepare
 from kvtransfer.ranks.orders import (
     Fields,
@@ -32,16 +33,27 @@ from kvtransfer.ranks.orders import (
     ticket_from,
 )
 from kvtransfer.ranks.rank_end import RankEnd
-from kvtransfer.region import BlockRegion
+from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.state import Seal
 
 _log = get_logger(__name__)
 
 
-def serve(end: socket.socket, memory: memoryview, descriptor: int, block_bytes: int, num_blocks: int) -> None:
-    """Until the other end of `end` is closed. Owns it, and the `descriptor` of `memory`, which is the pool that all ranks share.
-    Blocking; raises what is a bug."""
-    region = BlockRegion(memory[: block_bytes * num_blocks], block_bytes, num_blocks, descriptor)
+class Beside:
+    """What a rank's process is given of the transfer: memory for the rank's pool, and what serves hand-offs of it."""
+
+    def __init__(self, *, touch: bool) -> None:
+        """`touch` as of `PoolMemory`."""
+        self.memory = PoolMemory(touch=touch)
+
+    def serve(self, end: socket.socket, device_memory: DeviceMemory | None, block_bytes: int) -> None:
+        """Once the pool is there: in `memory`, or on a device. Blocking, as `serve`."""
+        serve(end, self.memory.region if device_memory is None else region_of(device_memory, block_bytes))
+
+
+def serve(end: socket.socket, region: BlockRegion) -> None:
+    """Until the other end of `end` is closed, which it owns, and the region, which is the rank's pool. Blocking; raises what is a
+    bug."""
     try:
         asyncio.run(_carry_out(RankEnd(region, SystemClock()), end))
     finally:

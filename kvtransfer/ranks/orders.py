@@ -25,6 +25,7 @@ from kvtransfer.outgoing import TransferAccount
 from kvtransfer.ranks.rank_end import Introduction, ListenOrder, PeerRank, PushOrder
 from kvtransfer.state import Seal
 from kvtransfer.transports.base import TransportOffer
+from kvtransfer.window import Run
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CLOSE_S = 30.0  # a rank that takes longer to end its links is lost, and its worker with it
@@ -208,7 +209,8 @@ def listen_order_from(fields: Fields) -> ListenOrder:
 
 def peer_from(fields: Fields) -> PeerRank:
     offers = tuple(TransportOffer(**offer) for offer in fields["offers"])
-    return PeerRank(**{**fields, "offers": offers, "layout": KVLayout(**fields["layout"])})
+    runs = tuple(Run(*run) for run in fields["runs"])
+    return PeerRank(**{**fields, "offers": offers, "layout": KVLayout(**fields["layout"]), "runs": runs})
 
 
 def push_order_from(fields: Fields) -> PushOrder:

@@ -1,4 +1,4 @@
-"""What one rank does of a hand-off: the ordinary sender or receiver, over the pool, under the rank's own name.
+"""What one rank does of a hand-off: the ordinary sender or receiver, over the rank's pool, under the rank's own name.
 
     send_as -> connect ... admit -> push, push ... finish | abort         release, at any time
     receive_as -> offers ... expect -> complete(seal) | abandon           wait_failed, meanwhile
@@ -18,28 +18,32 @@ from common.clock import Clock
 from common.errors import TicketRefused, TransferBroken
 from common.types import KVLayout, Ticket
 from kvtransfer.outgoing import Outgoing, TransferAccount
-from kvtransfer.ranks.parts import rank_name
+from kvtransfer.ranks.parts import Degrees, in_units, rank_name, window_of
 from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
 from kvtransfer.transports.base import TransportOffer
+from kvtransfer.window import Run
 
 
 @dataclass(frozen=True, slots=True)
 class Introduction:
-    """Who a rank is to its peers."""
+    """Who a rank is to its peers, or a worker."""
 
-    worker_id: str  # the rank's own
+    worker_id: str
     incarnation: int
     secret: bytes = field(repr=False)
-    layout: KVLayout  # of blocks as rows of units
+    layout: KVLayout  # of a rank's blocks, as rows of units; of the worker's, as the engine has it
     lease_s: float
 
 
-def introductions(own: Introduction, num_ranks: int) -> list[Introduction]:
-    """Of each rank, from that of rank 0."""
-    return [replace(own, worker_id=rank_name(own.worker_id, rank)) for rank in range(num_ranks)]
+def introductions(own: Introduction, degrees: Degrees) -> list[Introduction]:
+    """Of each rank, from that of the worker."""
+    return [
+        replace(own, worker_id=rank_name(own.worker_id, rank), layout=in_units(window_of(own.layout, degrees, rank)))
+        for rank in range(degrees.num_ranks)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class PeerRank:
     offers: tuple[TransportOffer, ...]
     pool_blocks: int
     layout: KVLayout  # of its blocks, as rows of units
+    runs: tuple[Run, ...]  # what it has in common with the rank that connects
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,9 @@ class RankEnd:
         )
 
     async def connect(self, peer: PeerRank) -> str:
-        return await self._sending.connect(peer.worker_id, peer.incarnation, peer.offers, peer.pool_blocks, peer.layout)
+        return await self._sending.connect(
+            peer.worker_id, peer.incarnation, peer.offers, peer.pool_blocks, peer.layout, peer.runs
+        )
 
     async def admit(self, ticket: Ticket) -> None:
         self._outgoing[ticket.nonce] = self._sending.open(ticket)

@@ -17,14 +17,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from common.clock import Clock
 from common.errors import HandoffError, PdserveError, SealMismatch, TransferBroken, TransferTimeout
 from common.metrics import LeaseReadings
-from common.types import KVLayout, Ticket, WorkerRef
+from common.types import Ticket, WorkerRef
 from kvtransfer.incoming import RELEASE_TIMEOUT_S, RELEASE_TRIES
-from kvtransfer.ranks.parts import Degrees, Pair, in_units, parts_of, rank_name
+from kvtransfer.ranks.parts import Degrees, Pair, in_units, parts_of, rank_name, window_of
 from kvtransfer.ranks.rank_end import Introduction, ListenOrder, ReceivingRank, introductions
 from kvtransfer.ranks.together import all_of, settled
 from kvtransfer.state import Seal
 from kvtransfer.ticket import mint
 from kvtransfer.transports.base import TransportOffer
+from kvtransfer.window import part_of
 
 
 class RankReceivers:
@@ -34,16 +35,15 @@ class RankReceivers:
         self,
         ranks: Sequence[ReceivingRank],
         degrees: Degrees,
-        layout: KVLayout,
         own: Introduction,
         clock: Clock,
         *,
         draw_nonce: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
-        """`ranks` by number; `own` introduces rank 0, `layout` is the engine's."""
+        """`ranks` by number; `own` introduces the worker."""
         self.degrees = degrees
         self._ranks = ranks
-        self._layout = layout
+        self._layout = own.layout
         self._own = own
         self._clock = clock
         self._draw_nonce = draw_nonce
@@ -73,11 +73,10 @@ class RankReceivers:
         """Tickets for the ranks of `prefill`. Nobody is let in before `expect`. Raises TicketRefused, HandshakeRefused."""
         if self._closed:
             raise TransferBroken("this worker's KV transfer is closed")
-        layout = in_units(self._layout)
         tickets = {
             pair: mint(
                 secret=self._own.secret,
-                layout=layout,
+                layout=in_units(window_of(self._layout, self.degrees, pair.taker)),
                 request_id=request_id,
                 attempt=attempt,
                 decode_worker_id=rank_name(self._own.worker_id, pair.taker),
@@ -87,10 +86,10 @@ class RankReceivers:
                 blocks=blocks,
                 num_tokens=num_tokens,
                 ttl_s=ttl_s,
-                part=part,
+                part=part_of(runs),
                 draw_nonce=self._draw_nonce,
             )
-            for pair, part in parts_of(self._layout, giving, self.degrees).items()
+            for pair, runs in parts_of(self._layout, giving, self.degrees).items()
         }
         incoming = GroupIncoming(tickets, self, self._clock)
         self._open.add(incoming)
@@ -139,7 +138,7 @@ class RankReceivers:
             incoming.closed.set()
 
     async def _start(self, listen: ListenOrder) -> list[list[TransportOffer]]:
-        own = introductions(self._own, len(self._ranks))
+        own = introductions(self._own, self.degrees)
         return await all_of(rank.receive_as(one, listen) for rank, one in zip(self._ranks, own, strict=True))
 
 

@@ -21,11 +21,12 @@ from common.errors import HandshakeRefused, TicketRefused, TransferBroken
 from common.metrics import LeaseReadings
 from common.types import KVLayout, Ticket
 from kvtransfer.part import runs_within
-from kvtransfer.ranks.parts import Degrees, Pair, Parts, in_units, parts_of, rank_name
+from kvtransfer.ranks.parts import Degrees, Pair, Parts, in_units, parts_of, rank_name, units_of, window_of
 from kvtransfer.ranks.rank_end import Introduction, PeerRank, PushOrder, SendingRank, introductions
 from kvtransfer.ranks.together import all_of, settled
 from kvtransfer.reshard import check_reshardable
 from kvtransfer.transports.base import TransportOffer
+from kvtransfer.window import part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,11 @@ class GroupAccount:
 class RankSenders:
     """One per prefill worker, for as long as it serves."""
 
-    def __init__(self, ranks: Sequence[SendingRank], degrees: Degrees, layout: KVLayout, own: Introduction, clock: Clock) -> None:
-        """`ranks` by number; `own` introduces rank 0, `layout` is the engine's."""
+    def __init__(self, ranks: Sequence[SendingRank], degrees: Degrees, own: Introduction, clock: Clock) -> None:
+        """`ranks` by number; `own` introduces the worker."""
         self._ranks = ranks
         self._degrees = degrees
-        self._layout = layout
+        self._layout = own.layout
         self._own = own
         self._clock = clock
         self._started: asyncio.Task[None] | None = None
@@ -73,14 +74,18 @@ class RankSenders:
         if len(peer.offers) != peer.degrees.num_ranks:
             raise HandshakeRefused(f"offers of {len(peer.offers)} ranks where there are {peer.degrees.num_ranks}", param="ranks")
         await self._start()
-        layout = in_units(peer.layout)
         kinds = await all_of(
             self._ranks[pair.giver].connect(
                 PeerRank(
-                    rank_name(peer.worker_id, pair.taker), peer.incarnation, peer.offers[pair.taker], peer.pool_blocks, layout
+                    rank_name(peer.worker_id, pair.taker),
+                    peer.incarnation,
+                    peer.offers[pair.taker],
+                    peer.pool_blocks,
+                    in_units(window_of(peer.layout, peer.degrees, pair.taker)),
+                    runs,
                 )
             )
-            for pair in parts
+            for pair, runs in parts.items()
         )
         self._peers[peer.worker_id] = peer, parts
         return kinds[0]
@@ -133,7 +138,8 @@ class RankSenders:
         await asyncio.shield(self._started)
 
     async def _introduce_all(self) -> None:
-        await all_of(rank.send_as(own) for rank, own in zip(self._ranks, introductions(self._own, len(self._ranks)), strict=True))
+        own = introductions(self._own, self._degrees)
+        await all_of(rank.send_as(one) for rank, one in zip(self._ranks, own, strict=True))
 
 
 class GroupOutgoing:
@@ -146,8 +152,7 @@ class GroupOutgoing:
         self.opened_s = clock.monotonic_s()
         self._tickets = tickets
         self._senders = senders
-        self._heads = layout.num_kv_heads
-        self._num_layers = layout.num_layers
+        self._peer = peer
         self._block_tokens = None if peer.layout.block_tokens == layout.block_tokens else peer.layout.block_tokens
 
     async def admit(self) -> None:
@@ -155,10 +160,12 @@ class GroupOutgoing:
 
     async def push_prompt(self, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> None:
         """As `kvtransfer.outgoing.Outgoing`; layers are the model's."""
-        first, end = (self._heads * layer for layer in layers or (0, self._num_layers))
-        order = PushOrder(logical, tuple(blocks), first, end)
-        concerned = (pair for pair, ticket in self._tickets.items() if any(runs_within(ticket.part, first, end)))
-        await all_of(self._senders.rank(pair).push(self._tickets[pair].nonce, order) for pair in concerned)
+        orders = []
+        for pair, ticket in self._tickets.items():
+            first, end = units_of(self._peer.layout, self._peer.degrees, pair.taker, layers or (0, self._peer.layout.num_layers))
+            if any(runs_within(ticket.part, first, end)):
+                orders.append((pair, ticket.nonce, PushOrder(logical, tuple(blocks), first, end)))
+        await all_of(self._senders.rank(pair).push(nonce, order) for pair, nonce, order in orders)
 
     @property
     def block_tokens(self) -> int | None:
@@ -197,6 +204,6 @@ def _by_pair(tickets: Sequence[Ticket], parts: Parts, own_id: str, peer: PeerGro
     if named.keys() != wanted.keys() or len(named) != len(tickets):
         raise TicketRefused(f"{len(tickets)} tickets are not those of the {len(wanted)} pairs of ranks", param="part")
     for names, pair in wanted.items():
-        if named[names].part != parts[pair]:
+        if named[names].part != part_of(parts[pair]):
             raise TicketRefused(f"ranks {pair.giver} and {pair.taker} share another part of a block", param="part")
     return {pair: named[names] for names, pair in wanted.items()}

@@ -63,7 +63,7 @@ class Served:
         config = DecodeConfig(
             local_prefill="always", watermark_blocks=0, growth_tokens=0, step_tokens=16, preemption=preemption, swap_bytes=1 << 20
         )
-        swapper = create_swapper(config, engine.pool)
+        swapper = create_swapper(config, engine)
         self.scheduler = DecodeScheduler(
             config, engine.layout, engine.blocks, SystemClock(), None, None if swapper is None else swapper.swapping
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
 import threading
@@ -22,23 +21,33 @@ from common.engine.kv_pool import FIRST_BLOCK
 from common.engine.loader import load_architecture
 from common.engine.models import LayerDone
 from common.engine.parallel.links import Link, socket_pair
-from common.engine.parallel.messages import CopyOrder, StepOrder, decode, encode_copy, encode_step
+from common.engine.parallel.messages import (
+    CopyOrder,
+    MoveOrder,
+    StepOrder,
+    SwapOrder,
+    decode,
+    encode_copy,
+    encode_move,
+    encode_step,
+    encode_swap,
+)
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
+from common.engine.pool_memory import BlockMemory
 from common.errors import PdserveError
 from common.types import ROUNDED, KVLayout
-from kvtransfer.ranks.beside import serve
+from kvtransfer.ranks.beside import Beside
 
 TIMEOUT_S = 60.0
 
 
 class ThreadGroup:
-    """Steps go to all shares at once; `memory` is the pool that they share."""
+    """Steps go to all shares at once."""
 
-    def __init__(self, shares: list[StageShare], memory: bytearray, layout: KVLayout, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, shares: list[StageShare], layout: KVLayout, pool: ThreadPoolExecutor) -> None:
         self.shares = shares
-        self.memory = memory
         self.layout = layout
         self._pool = pool
 
@@ -50,9 +59,14 @@ class ThreadGroup:
 
     @property
     def kv(self) -> torch.Tensor:
+        """Whole blocks, put together from the ranks' pools."""
+        first = self.shares[0].pool.tensor
         layout = self.layout
-        shape = (-1, layout.num_layers, layout.num_kv_heads, 2, layout.block_tokens, layout.row_bytes // layout.dtype_bytes)
-        return torch.frombuffer(self.memory, dtype=torch.int8 if layout.is_rounded else getattr(torch, layout.dtype)).view(shape)
+        whole = first.new_zeros((first.shape[0], layout.num_layers, layout.num_kv_heads, *first.shape[3:]))
+        for one in self.shares:
+            layers, heads = one.share.layers, one.share.kv_heads
+            whole[:, layers.start : layers.stop, heads.start : heads.stop] = one.pool.tensor
+        return whole
 
 
 @contextmanager
@@ -64,7 +78,6 @@ def thread_group(
     dtype = ROUNDED + config.dtype if config.kv_dtype == "int8" else config.dtype
     layout = KVLayout("", "", whole.num_layers, whole.num_kv_heads, whole.head_dim, config.block_tokens, dtype, config.exact)
     total_blocks = FIRST_BLOCK + num_blocks(config.kv_pool_tokens, config.block_tokens)
-    memory = bytearray(total_blocks * layout.block_bytes)
     order = ShareOrder(
         rank=0,
         model_path=str(path),
@@ -77,10 +90,10 @@ def thread_group(
         library=library,
     )
     links = _connect(shares)
-    built = [build_share(order.for_rank(rank), memoryview(memory), links[rank]) for rank in range(len(shares))]
+    built = [build_share(order.for_rank(rank), None, links[rank]) for rank in range(len(shares))]
     with ThreadPoolExecutor(len(shares)) as pool:
         try:
-            yield ThreadGroup(built, memory, layout, pool)
+            yield ThreadGroup(built, layout, pool)
         finally:
             _close(links)
 
@@ -109,25 +122,27 @@ class ThreadRanks:
 
     pids: tuple[int, ...] = ()
 
-    def __init__(self, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int) -> None:
+    def __init__(self, order: ShareOrder, shares: Sequence[Share], memory: BlockMemory | None) -> None:
         self.parallel = order.parallel
         self.beside: list[socket.socket] = []
-        self._besides = [self._start_beside(order, memory, os.dup(memory_fd)) for _ in shares[1:]]
         self._links = _connect(shares)
-        self._shares = [build_share(order.for_rank(rank), memory, self._links[rank]) for rank in range(len(shares))]
+        besides = [Beside(touch=False) for _ in shares[1:]]
+        memories = [memory, *(beside.memory for beside in besides)]
+        self._shares = [build_share(order.for_rank(rank), memories[rank], self._links[rank]) for rank in range(len(shares))]
+        self._besides = [self._start_beside(beside, share) for beside, share in zip(besides, self._shares[1:], strict=True)]
         self._pool = ThreadPoolExecutor(len(shares), thread_name_prefix="rank")
 
     @classmethod
     def start(
-        cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str, program: str
+        cls, order: ShareOrder, shares: Sequence[Share], memory: BlockMemory | None, *, name: str, program: str
     ) -> ThreadRanks:
-        return cls(order, shares, memory, memory_fd)
+        return cls(order, shares, memory)
 
-    def _start_beside(self, order: ShareOrder, memory: memoryview, descriptor: int) -> threading.Thread:
+    def _start_beside(self, beside: Beside, share: StageShare) -> threading.Thread:
         mine, theirs = socket.socketpair()
         self.beside.append(mine)
-        arguments = theirs, memory, descriptor, order.layout.block_bytes, order.num_blocks
-        thread = threading.Thread(target=serve, args=arguments, name="beside a rank")
+        arguments = theirs, share.device_memory, share.pool.layout.block_bytes
+        thread = threading.Thread(target=beside.serve, args=arguments, name="beside a rank")
         thread.start()
         return thread
 
@@ -158,6 +173,18 @@ class ThreadRanks:
         assert isinstance(order, CopyOrder)
         for share in self._shares:
             share.copy_block(order.source, order.destination)
+
+    def make_swap_region(self, num_slots: int) -> None:
+        order = decode(encode_swap(num_slots))
+        assert isinstance(order, SwapOrder)
+        for share in self._shares:
+            share.make_swap_region(order.num_slots)
+
+    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
+        order = decode(encode_move(brought_in, put_out))
+        assert isinstance(order, MoveOrder)
+        for share in self._shares:
+            share.move(order.brought_in, order.put_out)
 
     def close(self) -> None:
         for end in self.beside:

@@ -86,6 +86,7 @@ async def groups(
     watermark_blocks: int = 2,
     transport: str = "shm",
     num_prefill: int = 1,
+    preemption: str = "recompute",
     **changes: object,
 ) -> AsyncIterator[Workers]:
     """Degrees are (tensor, pipeline)."""
@@ -100,6 +101,7 @@ async def groups(
             step_tokens=chunk_tokens,
             watermark_blocks=watermark_blocks,
             growth_tokens=0,
+            preemption=preemption,
         ),
         prefill=PrefillConfig(
             tensor_parallel=(prefill or decode)[0],
@@ -219,6 +221,19 @@ async def test_prefix_hits_and_preemption_keep_the_bits(model_path: Path) -> Non
     async with groups(model_path, (2, 1), exact=True, local=True, watermark_blocks=0, kv_pool_tokens=176) as workers:
         assert_same(await answers(workers, together=True), expected, bitwise=True)
         assert workers.decode._scheduler.totals.preemptions > 0, "the pool was large enough: nothing was tested"
+        await workers.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)], ids=str)
+async def test_what_is_preempted_comes_back_on_every_rank(model_path: Path, degrees: tuple[int, int]) -> None:
+    """Each rank has put out its own part of a block, and brings it back into another one. With one shard, to the bit."""
+    expected = await reference(model_path, exact=True, tensor=degrees[0])
+    async with groups(
+        model_path, degrees, exact=True, local=True, watermark_blocks=0, kv_pool_tokens=176, preemption="swap"
+    ) as workers:
+        assert_same(await answers(workers, together=True), expected, bitwise=True)
+        totals = workers.decode._scheduler.totals
+        assert (totals.swapped_out > 0, totals.swapped_in > 0) == (True, True), "the pool was large enough"
         await workers.assert_nothing_leaks()
 
 

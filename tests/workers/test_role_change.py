@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from common.config import EngineConfig
+from common.config import DecodeConfig, EngineConfig, PrefillConfig
 from common.errors import WorkerLost
 from common.rpc import connect
 from common.types import Role
@@ -34,16 +34,26 @@ async def become(worker: PrefillWorker | DecodeWorker, role: Role, index: int) -
     return DecodeWorker(spec, kept) if role is Role.DECODE else PrefillWorker(spec, kept)
 
 
-async def test_a_prefill_worker_that_becomes_a_decode_worker_serves_the_same_from_its_cache(model_path: Path) -> None:
-    async with running_workers(model_path, engine=ENGINE, num_prefill=2) as workers:
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_a_prefill_worker_that_becomes_a_decode_worker_serves_the_same_from_its_cache(model_path: Path, ranks: int) -> None:
+    async with running_workers(
+        model_path,
+        engine=ENGINE,
+        num_prefill=2,
+        prefill=PrefillConfig(tensor_parallel=ranks),
+        decode=DecodeConfig(tensor_parallel=ranks, local_prefill="never", preemption="swap"),
+    ) as workers:
         expected = await workers.generate(request(PROMPT, request_id="a"), prefill=workers.prefill_refs[1:])
         weights = workers.prefill[1]._host.engine.runner
+        pids = (await workers.info(workers.prefill_refs[1].address)).rank_pids
+        assert len(pids) == ranks - 1
         flipped = await become(workers.prefill.pop(), Role.DECODE, 1)
         assert isinstance(flipped, DecodeWorker)
         ref = await flipped.start()
         channel: grpc.aio.Channel = connect(ref.address, TOKEN)
         try:
             assert flipped._host.engine.runner is weights
+            assert (await workers.info(ref.address)).rank_pids == pids
             there = Workers(flipped, workers.prefill, ref, workers.prefill_refs[:1], channel)
             again = await there.generate(request(PROMPT, request_id="b"))
             assert again.tokens == expected.tokens

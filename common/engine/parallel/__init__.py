@@ -13,11 +13,13 @@ address, nobody else can connect, and the end of a process is seen at once. `gro
     share      who has what of a model
     model      the model of one share, by torch or by the native kernels
     stage      a share computes its part of a step
+    swaps      swap space of all ranks as one
     group      rank 0's view: one `compute` for all
 
-KV. The pool of a group is one piece of shared memory, laid out as that of a worker without ranks; each rank maps it and works in
-its window (its layers, its heads). What a rank of a prefill worker has written it sends by itself to the ranks of the decode
-worker that read it, by what it runs beside its share; rank 0 says when, and nothing is gathered or reordered on the way.
+KV. Each rank has a pool of its own, whose blocks hold its window (its layers, its heads) of the worker's blocks, under the same
+numbers on all ranks. Rank 0 alone knows who has which block; what it does with one (copies, swaps) it has all ranks do. What a
+rank of a prefill worker has written it sends by itself to the ranks of the decode worker that read it, by what it runs beside its
+share; rank 0 says when, and nothing is gathered or reordered on the way.
 
 Exactness. Partial sums are added in the order of the ranks, in fp32: a result depends on the degree, and on nothing else that the
 result of one process would not depend on. Stages change no bit.

@@ -7,8 +7,9 @@ A thread of its own (the keeper) starts the processes, for the kernel ties their
 that ends and counts the seconds since each rank's last sign of life. Whoever waits for a rank meanwhile is woken by the end
 of its sockets. There is no going on with fewer ranks, and none is replaced: the worker ends, and its next incarnation has others.
 
-`compute` and `copy_block` belong to the engine's thread. Beside its share each other rank may run something of the caller's, with
-a socket pair of its own to rank 0 (`beside`), and the pool. Does not know what a step is for, nor what that does.
+`compute`, `copy_block` and what swaps belong to the engine's thread. Beside its share each other rank may run something of the
+caller's, with a socket pair of its own to rank 0 (`beside`), and the rank's pool. Does not know what a step is for, nor what that
+does.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from common.config import ParallelConfig
 from common.engine.batch import ScheduledBatch
 from common.engine.models import LayerDone
 from common.engine.parallel.links import Link, socket_pair
-from common.engine.parallel.messages import encode_copy, encode_step, encode_stop
+from common.engine.parallel.messages import encode_copy, encode_move, encode_step, encode_stop, encode_swap
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share
 from common.engine.parallel.stage import StageShare
 from common.engine.parallel.sums import as_bytes
+from common.engine.pool_memory import BlockMemory
 from common.errors import PdserveError, RankLost, StartupError, error_from_code
 from common.logs import get_logger
 
@@ -74,19 +76,20 @@ class RankGroup:
 
     @classmethod
     def start(
-        cls, order: ShareOrder, shares: Sequence[Share], memory: memoryview, memory_fd: int, *, name: str, program: str = ""
+        cls, order: ShareOrder, shares: Sequence[Share], memory: BlockMemory | None, *, name: str, program: str = ""
     ) -> RankGroup:
-        """Returns when every rank has built its share. Blocking; raises the StartupError of whichever rank, or RankLost.
+        """Returns when every rank has built its share. Blocking; raises the StartupError of whichever rank, or RankLost. `memory`
+        is for the pool of rank 0, if it is given.
         `program` is a module that calls `rank_process.main` with what other ranks are to run beside their share; "" = nothing."""
         group = cls(order.parallel, order.engine.rank_timeout_s, program or _PROGRAM)
-        group._keeper = threading.Thread(target=group._keep, args=(memory_fd,), name="ranks", daemon=True)
+        group._keeper = threading.Thread(target=group._keep, name="ranks", daemon=True)
         group._keeper.start()
         try:
             if not group._spawned.wait(_STOP_PATIENCE_S * 4):
                 raise RankLost("the processes of the other ranks did not start")
             group._raise_if_lost()
             for rank, control in group._controls.items():
-                control.send(json.dumps(group._wiring.setup(order.for_rank(rank), name, memory_fd)).encode())
+                control.send(json.dumps(group._wiring.setup(order.for_rank(rank), name)).encode())
             group._mine = build_share(order.for_rank(0), memory, group._wiring.links_of_rank_0())
             deadline_s = monotonic() + _START_TIMEOUT_S
             for control in group._controls.values():
@@ -175,14 +178,24 @@ class RankGroup:
             raise
 
     def copy_block(self, source: int, destination: int) -> None:
+        self._tell_all(encode_copy(source, destination))
+        self.mine.copy_block(source, destination)
+
+    def make_swap_region(self, num_slots: int) -> None:
+        """Of so many slots on each rank, in place of the one before; 0 = none."""
+        self._tell_all(encode_swap(num_slots))
+        self.mine.make_swap_region(num_slots)
+
+    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
+        """As `SwapSpace.move`, on all ranks: when it returns, every one of them has done it."""
+        self._tell_all(encode_move(brought_in, put_out))
+        self.mine.move(brought_in, put_out)
         try:
-            message = encode_copy(source, destination)
             for control in self._controls.values():
-                control.send(message)
+                control.receive_into(memoryview(bytearray()))
         except PdserveError as error:
             self._lose(error)
             raise
-        self.mine.copy_block(source, destination)
 
     def close(self) -> None:
         """Ends all ranks; returns when their processes are gone. Idempotent. Blocking."""
@@ -201,6 +214,14 @@ class RankGroup:
         self._wiring.close()
         self._news.close()
         self._wake.close()
+
+    def _tell_all(self, message: bytes) -> None:
+        try:
+            for control in self._controls.values():
+                control.send(message)
+        except PdserveError as error:
+            self._lose(error)
+            raise
 
     def _logits(self, hidden: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor:
         logits = torch.empty(len(rows), self._vocab_size)
@@ -227,10 +248,10 @@ class RankGroup:
 
     # -- the keeper ----------------------------------------------------------------------------------------------------
 
-    def _keep(self, memory_fd: int) -> None:
+    def _keep(self) -> None:
         try:
             for rank in self._controls:
-                self._processes[rank] = self._wiring.spawn(rank, memory_fd, self._program)
+                self._processes[rank] = self._wiring.spawn(rank, self._program)
             self._wiring.close_theirs()
         except OSError as error:
             self._lose(RankLost(f"a rank cannot be started: {error.strerror}"))
@@ -336,22 +357,21 @@ class _Wiring:
             following=mine.get("following"),
         )
 
-    def spawn(self, rank: int, memory_fd: int, program: str) -> subprocess.Popen[bytes]:
+    def spawn(self, rank: int, program: str) -> subprocess.Popen[bytes]:
         ends = self._ends[rank]
         command = [sys.executable, "-m", program]
         command += ["--control", str(ends["control"].fileno()), "--parent", str(os.getpid())]
         ours = str(Path(common.__file__ or "").parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])}
-        descriptors = [memory_fd, *(end.fileno() for end in ends.values())]
+        descriptors = [end.fileno() for end in ends.values()]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment)
 
-    def setup(self, order: ShareOrder, name: str, memory_fd: int) -> dict[str, object]:
+    def setup(self, order: ShareOrder, name: str) -> dict[str, object]:
         """What a rank is told first. Descriptors have the same numbers there as here."""
         ends = self._numbers[order.rank]
         return {
             "name": name,
             "order": order.encode(),
-            "memory": memory_fd,
             "life": ends["life"],
             "beside": ends["beside"],
             "shards": {key.split()[1]: number for key, number in ends.items() if key.startswith("shard ")},

@@ -1,8 +1,10 @@
-"""What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, the end.
+"""What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, blocks to be swapped, the end.
 
     STEP   kind | slices | groups of rows | rows kept | whether layers are watched | per slice: tokens, start, blocks
                 | per group: rows | tokens | block tables | rows of each group | rows kept
     COPY   kind | source | destination
+    SWAP   kind | slots                                      in place of those before
+    MOVE   kind | blocks in | blocks out | per block: slot, block | per block: block, slot
     STOP   kind
 
 int32, in the byte order of the machine: the ranks of a group share one. What is drawn from the logits is no concern of the other
@@ -28,6 +30,8 @@ class Kind(enum.IntEnum):
     STEP = 1
     COPY = 2
     STOP = 3
+    SWAP = 4
+    MOVE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,24 @@ class CopyOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapOrder:
+    num_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """Answered with an empty message once it is done."""
+
+    brought_in: tuple[tuple[int, int], ...]  # slot, block
+    put_out: tuple[tuple[int, int], ...]  # block, slot
+
+
+@dataclass(frozen=True, slots=True)
 class StopOrder:
     pass
 
 
-Order = StepOrder | CopyOrder | StopOrder
+Order = StepOrder | CopyOrder | SwapOrder | MoveOrder | StopOrder
 
 
 def encode_step(
@@ -69,6 +86,14 @@ def encode_step(
 
 def encode_copy(source: int, destination: int) -> bytes:
     return _encode([(Kind.COPY, source, destination)])
+
+
+def encode_swap(num_slots: int) -> bytes:
+    return _encode([(Kind.SWAP, num_slots)])
+
+
+def encode_move(brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> bytes:
+    return _encode([(Kind.MOVE, len(brought_in), len(put_out)), *brought_in, *put_out])
 
 
 def encode_stop() -> bytes:
@@ -96,6 +121,11 @@ def decode(message: bytes | bytearray) -> Order:
             order = StepOrder(batch, wanted, tuple(reader.take(num_kept)), bool(watched))
         case Kind.COPY:
             order = CopyOrder(*reader.take(2))
+        case Kind.SWAP:
+            order = SwapOrder(*reader.take(1))
+        case Kind.MOVE:
+            num_in, num_out = reader.take(2)
+            order = MoveOrder(reader.take_pairs(num_in), reader.take_pairs(num_out))
         case Kind.STOP:
             order = StopOrder()
         case _:
@@ -116,6 +146,10 @@ class _Reader:
         taken: list[int] = self._values[self._next : end].tolist()
         self._next = end
         return taken
+
+    def take_pairs(self, count: int) -> tuple[tuple[int, int], ...]:
+        numbers = self.take(2 * count)
+        return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
     def expect_end(self) -> None:
         if self._next != len(self._values):

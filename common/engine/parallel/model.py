@@ -1,4 +1,4 @@
-"""Builds a rank's share: its weights, its window of the pool, its model, its connections.
+"""Builds a rank's share: its weights, its pool, its model, its connections.
 
     ShareOrder (what rank 0 decided, the same for all but the rank)  +  memory, links  ->  StageShare
 
@@ -20,7 +20,6 @@ from common.engine.attention import create_attention
 from common.engine.block_matrix import Weight
 from common.engine.cores import OwnCores
 from common.engine.exact import ExactNumerics
-from common.engine.kv_pool import KVPool
 from common.engine.loader import load_architecture, load_stored_weights, load_weights
 from common.engine.models import Model, create_model
 from common.engine.native.library import Library
@@ -31,6 +30,7 @@ from common.engine.parallel.links import Link
 from common.engine.parallel.share import Held, shares_of
 from common.engine.parallel.stage import Pipeline, StageShare
 from common.engine.parallel.sums import SharedNumerics, SocketSum
+from common.engine.pool_memory import BlockMemory, create_pool
 from common.engine.quantisation import WeightFormat, rounded_weights
 from common.errors import EngineFailure
 from common.types import KVLayout
@@ -81,8 +81,8 @@ class ShareLinks:
     following: Link | None
 
 
-def build_share(order: ShareOrder, memory: memoryview, links: ShareLinks) -> StageShare:
-    """Blocking. Raises a StartupError."""
+def build_share(order: ShareOrder, memory: BlockMemory | None, links: ShareLinks) -> StageShare:
+    """Blocking. `memory` is for the rank's pool, if it is given. Raises a StartupError."""
     torch.set_num_threads(order.threads)
     path = Path(order.model_path)
     whole = load_architecture(path)
@@ -92,7 +92,7 @@ def build_share(order: ShareOrder, memory: memoryview, links: ShareLinks) -> Sta
     others = [links.shards[shard] for shard in sorted(links.shards)]
     add_up = SocketSum(share.shard, others) if others else None
     weight_format = WeightFormat.of(order.engine.weights, "cpu", order.engine.kernels)
-    pool = KVPool(order.layout, order.num_blocks, torch.device("cpu"), memory, layers=share.layers, kv_heads=share.kv_heads)
+    pool, device_memory = create_pool(share.layout(order.layout), order.num_blocks, torch.device("cpu"), memory)
     architecture = share.architecture(whole)
     model: Model
     if order.library:
@@ -129,7 +129,8 @@ def build_share(order: ShareOrder, memory: memoryview, links: ShareLinks) -> Sta
         row_width=row_width,
         row_dtype=row_dtype,
     )
-    return StageShare(share, model, pool, create_attention(numerics.operations.attention, pool, len(share.heads)), pipeline)
+    attention = create_attention(numerics.operations.attention, pool, len(share.heads))
+    return StageShare(share, model, pool, attention, pipeline, device_memory)
 
 
 def _library(path: str) -> Library:

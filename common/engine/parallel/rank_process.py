@@ -4,7 +4,7 @@
 
 It ends with rank 0, however that ends: the kernel kills it when its parent dies, and a thread watches a socket whose other end
 only rank 0 has. On that socket it gives a sign of life, also while it loads and computes; rank 0 kills a rank that does not.
-Another thread may run something beside the share, over the same pool (`Beside`); if that ends by a mistake, so does the rank.
+Another thread may run something beside the share, over the rank's pool (`Beside`); if that ends by a mistake, so does the rank.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import mmap
 import os
 import select
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from common.config import LoggingConfig
+from common.engine.device_memory import DeviceAllocation
 from common.engine.parallel.group import LINK_TIMEOUT_S, PULSE_S
 from common.engine.parallel.links import Link
-from common.engine.parallel.messages import CopyOrder, StepOrder, StopOrder, decode
+from common.engine.parallel.messages import CopyOrder, MoveOrder, StepOrder, StopOrder, SwapOrder, decode
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.stage import StageShare
 from common.engine.parallel.sums import as_bytes
+from common.engine.pool_memory import BlockMemory
 from common.errors import PdserveError, RankLost
 from common.logs import configure_logging, get_logger
 
@@ -37,9 +37,16 @@ _PR_SET_PDEATHSIG = 1
 _log = get_logger(__name__)
 
 
-Beside = Callable[[socket.socket, memoryview, int, int, int], None]
-"""Given one end of a socket pair, whose other end rank 0 has; the pool, a descriptor of it, the bytes of a block, and the number
-of blocks. Runs until the other end is closed, and owns socket and descriptor."""
+class Beside(Protocol):
+    """What else the process runs, and where the rank's pool lies for it."""
+
+    @property
+    def memory(self) -> BlockMemory: ...
+
+    def serve(self, end: socket.socket, device_memory: DeviceAllocation | None, block_bytes: int) -> None:
+        """Given one end of a socket pair, whose other end rank 0 has, once the pool is there. Runs until the other end is
+        closed, and owns `end`."""
+        ...
 
 
 def main(beside: Beside | None = None) -> int:
@@ -72,19 +79,16 @@ def main(beside: Beside | None = None) -> int:
 
 def _build(setup: dict[str, Any], beside: Beside | None) -> StageShare:
     order = ShareOrder.decode(setup["order"])
-    memory = mmap.mmap(setup["memory"], order.num_blocks * order.layout.block_bytes)
-    if beside is None:
-        os.close(setup["memory"])
-    else:
-        end = socket.socket(fileno=setup["beside"])
-        arguments = end, memoryview(memory), setup["memory"], order.layout.block_bytes, order.num_blocks
-        threading.Thread(target=beside, args=arguments, name="beside", daemon=True).start()
     links = ShareLinks(
         shards={int(shard): _link(fd, f"shard {shard}") for shard, fd in setup["shards"].items()},
         previous=None if setup["previous"] is None else _link(setup["previous"], "the stage before"),
         following=None if setup["following"] is None else _link(setup["following"], "the next stage"),
     )
-    return build_share(order, memoryview(memory), links)
+    share = build_share(order, None if beside is None else beside.memory, links)
+    if beside is not None:
+        arguments = socket.socket(fileno=setup["beside"]), share.device_memory, share.pool.layout.block_bytes
+        threading.Thread(target=beside.serve, args=arguments, name="beside", daemon=True).start()
+    return share
 
 
 def _serve(control: Link, share: StageShare) -> None:
@@ -104,6 +108,11 @@ def _serve(control: Link, share: StageShare) -> None:
                     control.send(b"")  # that all is computed
             case CopyOrder(source, destination):
                 share.copy_block(source, destination)
+            case SwapOrder(num_slots):
+                share.make_swap_region(num_slots)
+            case MoveOrder(brought_in, put_out):
+                share.move(brought_in, put_out)
+                control.send(b"")
             case StopOrder():
                 return
 

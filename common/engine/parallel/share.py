@@ -21,6 +21,7 @@ from common.engine.block_matrix import BlockMatrix, Weight
 from common.engine.loader import ModelArchitecture
 from common.engine.quantisation import GROUP
 from common.errors import ConfigError
+from common.types import KVLayout
 
 Held = TypeVar("Held", torch.Tensor, Weight)
 _UNIT = GROUP
@@ -57,6 +58,10 @@ class Share:
             tie_embeddings=False,
             layer_windows=whole.layer_windows[self.layers.start : self.layers.stop],
         )
+
+    def layout(self, whole: KVLayout) -> KVLayout:
+        """Of its own blocks."""
+        return replace(whole, num_layers=len(self.layers), num_kv_heads=len(self.kv_heads))
 
     def keep(self, whole: ModelArchitecture, name: str, tensor: Held) -> Mapping[str, Held]:
         """What this rank holds of a tensor of the model, under the names that its own model looks for."""

@@ -15,6 +15,7 @@ import torch
 
 from common.engine.attention import AttentionBackend
 from common.engine.batch import ScheduledBatch
+from common.engine.device_memory import DeviceAllocation
 from common.engine.kv_pool import KVPool
 from common.engine.models import LayerDone, Model
 from common.engine.parallel.links import Link
@@ -22,6 +23,8 @@ from common.engine.parallel.micro_batches import cut, num_micro_batches
 from common.engine.parallel.share import Share
 from common.engine.parallel.sums import as_bytes
 from common.engine.step_input import StepBuffers
+from common.engine.swap_region import SwapRegion
+from common.errors import EngineFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,24 @@ class Pipeline:
 
 
 class StageShare:
-    def __init__(self, share: Share, model: Model, pool: KVPool, attention: AttentionBackend, pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        share: Share,
+        model: Model,
+        pool: KVPool,
+        attention: AttentionBackend,
+        pipeline: Pipeline,
+        device_memory: DeviceAllocation | None = None,
+    ) -> None:
+        """`device_memory` is the pool's, on a GPU."""
         self.share = share
         self.pool = pool
+        self.device_memory = device_memory
         self.model = model
         self._attention = attention
         self._pipeline = pipeline
         self._buffers = StepBuffers(pool)
+        self._swap_region: SwapRegion | None = None
 
     @torch.inference_mode()
     def compute(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> torch.Tensor | None:
@@ -73,6 +87,16 @@ class StageShare:
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
         self.pool.copy_block(source, destination)
+
+    def make_swap_region(self, num_slots: int) -> None:
+        """In place of the one before; 0 = none."""
+        self._swap_region = SwapRegion(self.pool, num_slots * self.pool.layout.block_bytes) if num_slots else None
+
+    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
+        """As `SwapSpace.move`, of this share's part of the blocks."""
+        if self._swap_region is None:
+            raise EngineFailure("blocks are to be moved where there is no swap region")
+        self._swap_region.move(brought_in, put_out)
 
     def _compute(self, part: ScheduledBatch, layer_done: LayerDone | None) -> torch.Tensor | None:
         pipeline = self._pipeline

@@ -1,7 +1,7 @@
 """Groups of ranks hand over to each other: real senders and receivers over real sockets, each rank's in a thread of its own, with
 orders as a rank in another process gets them.
 
-The oracle deals single elements to ranks by plain loops. Processes are killed in `tests/workers/test_rank_transfers.py`.
+The oracle deals single elements to ranks by plain loops. Processes are killed in `tests/workers/test_ranks.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.errors import HandoffError, RequestCancelled, SealMismatch, TicketRe
 from common.types import KVLayout, Ticket, WorkerRef
 from kvtransfer.ranks.beside import serve
 from kvtransfer.ranks.orders import RankOrders
-from kvtransfer.ranks.parts import Degrees, Pair, in_units, rank_name
+from kvtransfer.ranks.parts import Degrees, Pair, rank_name
 from kvtransfer.ranks.rank_end import Introduction, ListenOrder, RankEnd
 from kvtransfer.ranks.rank_receivers import GroupIncoming, RankReceivers
 from kvtransfer.ranks.rank_senders import GroupOutgoing, PeerGroup, RankSenders
@@ -33,7 +33,8 @@ from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
 
 LAYOUT = KVLayout("model", "tokenizer", 3, 3, 4, 4, "float32", True)  # 3 layers on 2 stages, 3 heads on 2 shards
-UNIT_BYTES = LAYOUT.block_bytes // 9
+UNITS = 9
+UNIT_BYTES = LAYOUT.block_bytes // UNITS
 SECRET = derive_secret("token")
 BLOCKS = 16
 LEASE_S = 60.0  # never what ends anything here
@@ -41,21 +42,45 @@ PATIENCE_S = 60.0
 
 
 class Group:
-    """The ranks of one worker: rank 0 here, the others in threads, over one pool."""
+    """The ranks of one worker: rank 0 here, the others in threads, each with a pool of what it owns."""
 
-    def __init__(self, num_ranks: int, layout: KVLayout = LAYOUT) -> None:
-        self.region = BlockRegion.create_shared(layout.block_bytes, BLOCKS)
-        assert self.region.fd is not None
+    def __init__(self, degrees: Degrees, layout: KVLayout = LAYOUT) -> None:
+        self.degrees = degrees
+        self.layout = layout
+        self.unit_bytes = layout.block_bytes // UNITS
+        self.regions = [
+            BlockRegion.create_shared(len(units_of_rank(rank, degrees)) * self.unit_bytes, BLOCKS)
+            for rank in range(degrees.num_ranks)
+        ]
         self.ends: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
-        for _ in range(num_ranks - 1):
+        for region in self.regions[1:]:
             mine, theirs = socket.socketpair()
-            arguments = theirs, self.region.buffer, os.dup(self.region.fd), layout.block_bytes, BLOCKS
-            self.threads.append(threading.Thread(target=serve, args=arguments))
+            self.threads.append(threading.Thread(target=serve, args=(theirs, region)))
             self.ends.append(mine)
         for thread in self.threads:
             thread.start()
-        self.ranks = [RankEnd(self.region, SystemClock()), *(RankOrders(end, rank) for rank, end in enumerate(self.ends, 1))]
+        self.ranks = [
+            RankEnd(self.regions[0], SystemClock()),
+            *(RankOrders(end, rank) for rank, end in enumerate(self.ends, 1)),
+        ]
+
+    def fill(self, seed: int) -> None:
+        numbers = random.Random(seed)
+        for region in self.regions:
+            region.buffer[:] = numbers.randbytes(region.buffer.nbytes)
+
+    def block(self, index: int) -> bytes:
+        """The whole block, put together unit by unit."""
+        found = []
+        for unit in range(UNITS):
+            rank = owner(unit, self.degrees)
+            place = units_of_rank(rank, self.degrees).index(unit) * self.unit_bytes
+            found.append(bytes(self.regions[rank].block(index)[place : place + self.unit_bytes]))
+        return b"".join(found)
+
+    def contents(self) -> list[bytes]:
+        return [self.block(index) for index in range(BLOCKS)]
 
     def lose(self, rank: int) -> None:
         """As far as rank 0 and the rank's peers see it: its sockets end."""
@@ -66,7 +91,7 @@ class Group:
             end.close()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
-        self.region.close()
+        self.regions[0].close()  # theirs they close themselves
 
 
 class Workers:
@@ -74,12 +99,10 @@ class Workers:
         clock = SystemClock()
         self.taking = taking
         self.giving = giving
-        self.here, self.there = Group(giving.num_ranks, source_layout), Group(taking.num_ranks)
-        self.here.region.buffer[:] = random.Random(7).randbytes(self.here.region.buffer.nbytes)
-        own = Introduction("p", 5, SECRET, in_units(source_layout), LEASE_S)
-        self.senders = RankSenders(self.here.ranks, giving, source_layout, own, clock)
-        own = Introduction("d", 3, SECRET, in_units(LAYOUT), LEASE_S)
-        self.receivers = RankReceivers(self.there.ranks, taking, LAYOUT, own, clock)
+        self.here, self.there = Group(giving, source_layout), Group(taking)
+        self.here.fill(7)
+        self.senders = RankSenders(self.here.ranks, giving, Introduction("p", 5, SECRET, source_layout, LEASE_S), clock)
+        self.receivers = RankReceivers(self.there.ranks, taking, Introduction("d", 3, SECRET, LAYOUT, LEASE_S), clock)
 
     async def connect(self, kind: str) -> None:
         offers = await self.receivers.start(ListenOrder((kind,), "127.0.0.1", False))
@@ -130,9 +153,13 @@ def owner(unit: int, degrees: Degrees) -> int:
     return stage * degrees.tensor_parallel + shard
 
 
+def units_of_rank(rank: int, degrees: Degrees) -> list[int]:
+    return [unit for unit in range(UNITS) if owner(unit, degrees) == rank]
+
+
 def bytes_by_pair(num_blocks: int, giving: Degrees, taking: Degrees) -> Counter[Pair]:
     found: Counter[Pair] = Counter()
-    for unit in range(9):
+    for unit in range(UNITS):
         found[Pair(owner(unit, giving), owner(unit, taking))] += num_blocks * UNIT_BYTES
     return found
 
@@ -172,20 +199,16 @@ async def test_each_rank_gives_what_it_owns_to_the_ranks_that_want_it(
     here, there = Degrees(*giving), Degrees(*taking)
     sources, destinations = (9, 2, 5), (4, 11, 3)
     async with running(here, there, kind) as workers:
-        before = bytes(workers.there.region.buffer)
+        before = workers.there.contents()
         incoming = await workers.offer(destinations, 10)
         outgoing = await workers.senders.open(incoming.tickets)
         await push(outgoing, sources)
         account = await outgoing.finish()
         await incoming.complete({nonce: Seal(nonce, 10, digests) for nonce, digests in account.digests.items()})
         for block in range(BLOCKS):
-            start = block * LAYOUT.block_bytes
-            expected = (
-                bytes(workers.here.region.block(sources[destinations.index(block)]))
-                if block in destinations
-                else before[start : start + LAYOUT.block_bytes]
-            )
-            assert bytes(workers.there.region.block(block)) == expected
+            given = block in destinations
+            expected = workers.here.block(sources[destinations.index(block)]) if given else before[block]
+            assert workers.there.block(block) == expected
         by_hand = bytes_by_pair(3, here, there)
         assert workers.senders.written_bytes == by_hand
         assert account.bytes == sum(by_hand.values())
@@ -200,18 +223,21 @@ async def test_each_rank_gives_what_it_owns_to_the_ranks_that_want_it(
         assert (workers.receivers.num_open, workers.senders.leases().open) == (0, 0)
 
 
-async def test_blocks_that_are_cut_otherwise_are_made_by_each_rank() -> None:
+@pytest.mark.parametrize(
+    ("giving", "taking"),
+    [(Degrees(2, 1), Degrees(1, 2)), (Degrees(1, 2), Degrees(3, 1)), (Degrees(2, 2), Degrees(2, 1))],
+    ids=str,
+)
+async def test_blocks_that_are_cut_otherwise_are_made_by_each_rank(giving: Degrees, taking: Degrees) -> None:
     """Blocks of 3 tokens there, of 4 here."""
     source_layout = replace(LAYOUT, block_tokens=3, exact=False, model_digest="model")
     there = replace(LAYOUT, exact=False)
-    workers = Workers(Degrees(2, 1), Degrees(1, 2), source_layout)
-    workers.receivers = RankReceivers(
-        workers.there.ranks, Degrees(1, 2), there, Introduction("d", 3, SECRET, in_units(there), LEASE_S), SystemClock()
-    )
+    workers = Workers(giving, taking, source_layout)
+    workers.receivers = RankReceivers(workers.there.ranks, taking, Introduction("d", 3, SECRET, there, LEASE_S), SystemClock())
     try:
         async with asyncio.timeout(PATIENCE_S):
             offers = await workers.receivers.start(ListenOrder(("tcp",), "127.0.0.1", False))
-            await workers.senders.connect(PeerGroup("d", 3, Degrees(1, 2), tuple(map(tuple, offers)), BLOCKS, there))
+            await workers.senders.connect(PeerGroup("d", 3, taking, tuple(map(tuple, offers)), BLOCKS, there))
             incoming = await workers.offer((4, 11, 3), 10)
             outgoing = await workers.senders.open(incoming.tickets)
             assert outgoing.block_tokens == 4
@@ -219,12 +245,12 @@ async def test_blocks_that_are_cut_otherwise_are_made_by_each_rank() -> None:
             await outgoing.push_prompt(range(3), sources)
             await incoming.complete(await seals(incoming, outgoing))
             row_bytes = 4 * 4
+            made, given = workers.there.contents(), workers.here.contents()
             for token in range(10):
                 for run in range(18):  # (layer, head, K or V)
-                    source = sources[token // 3] * source_layout.block_bytes + (run * 3 + token % 3) * row_bytes
-                    place = (4, 11, 3)[token // 4] * there.block_bytes + (run * 4 + token % 4) * row_bytes
-                    found = bytes(workers.there.region.buffer[place : place + row_bytes])
-                    assert found == bytes(workers.here.region.buffer[source : source + row_bytes])
+                    source, place = (run * 3 + token % 3) * row_bytes, (run * 4 + token % 4) * row_bytes
+                    found = made[(4, 11, 3)[token // 4]][place : place + row_bytes]
+                    assert found == given[sources[token // 3]][source : source + row_bytes]
     finally:
         await workers.senders.close()
         await workers.receivers.close()
@@ -273,11 +299,11 @@ async def test_an_abandoned_transfer_is_over_for_all_ranks() -> None:
         await outgoing.push_prompt(range(1), (9, 2))
         assert incoming.tickets[0].part != ()
         assert await workers.abandon(incoming) == (4, 11)
-        after = bytes(workers.there.region.buffer)
+        after = workers.there.contents()
         with pytest.raises(HandoffError):
             await push_rest(outgoing)
         await outgoing.abort()
-        assert bytes(workers.there.region.buffer) == after
+        assert workers.there.contents() == after
         with pytest.raises(TicketRefused):
             await workers.senders.open(incoming.tickets)  # good once
         again = await workers.offer((4, 11), 8)
@@ -314,7 +340,7 @@ async def test_tickets_that_are_not_those_of_the_pairs_are_refused() -> None:
 
         assert await param_of(tickets[:-1]) == "part"
         assert await param_of([*tickets, tickets[0]]) == "part"
-        assert await param_of([replace(tickets[0], part=(0, 9)), *tickets[1:]]) == "part"
+        assert await param_of([replace(tickets[0], part=(0, 6)), *tickets[1:]]) == "part"
         assert await param_of([replace(tickets[0], blocks=(4, 12)), *tickets[1:]]) == "blocks"
         assert await param_of([replace(ticket, blocks=(4, 12)) for ticket in tickets]) == "mac"
         assert await param_of([replace(ticket, decode_worker_id="d2") for ticket in tickets]) == "decode_worker_id"
@@ -332,10 +358,10 @@ async def test_a_closed_worker_leaves_its_ranks_to_the_next() -> None:
             await workers.senders.open(incoming.tickets)
         for group in (workers.here, workers.there):
             group.ranks = [group.ranks[0], *(RankOrders(end, rank) for rank, end in enumerate(group.ends, 1))]
-        own = Introduction("p2", 1, SECRET, in_units(LAYOUT), LEASE_S)
-        workers.senders = RankSenders(workers.there.ranks, Degrees(2, 1), LAYOUT, own, SystemClock())
-        own = Introduction("d2", 1, SECRET, in_units(LAYOUT), LEASE_S)
-        workers.receivers = RankReceivers(workers.here.ranks, Degrees(1, 2), LAYOUT, own, SystemClock())
+        own = Introduction("p2", 1, SECRET, LAYOUT, LEASE_S)
+        workers.senders = RankSenders(workers.there.ranks, Degrees(2, 1), own, SystemClock())
+        own = Introduction("d2", 1, SECRET, LAYOUT, LEASE_S)
+        workers.receivers = RankReceivers(workers.here.ranks, Degrees(1, 2), own, SystemClock())
         offers = await workers.receivers.start(ListenOrder(("shm",), "127.0.0.1", False))
         await workers.senders.connect(PeerGroup("d2", 1, Degrees(1, 2), tuple(map(tuple, offers)), BLOCKS, LAYOUT))
         incoming = workers.receivers.open(
@@ -352,7 +378,7 @@ async def test_a_closed_worker_leaves_its_ranks_to_the_next() -> None:
         outgoing = await workers.senders.open(incoming.tickets)
         await push(outgoing, (1, 2))
         await incoming.complete(await seals(incoming, outgoing))
-        assert bytes(workers.here.region.block(7)) == bytes(workers.there.region.block(1))
+        assert workers.here.block(7) == workers.there.block(1)
 
 
 async def test_waiting_for_a_failure_ends_when_nobody_waits() -> None:

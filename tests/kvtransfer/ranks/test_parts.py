@@ -17,7 +17,8 @@ from common.engine.parallel.share import shares_of
 from common.errors import HandshakeRefused, TicketRefused
 from common.types import KVLayout
 from kvtransfer.part import check_part, mask_of, runs_within
-from kvtransfer.ranks.parts import Degrees, Pair, in_units, parts_of, rank_name
+from kvtransfer.ranks.parts import Degrees, Pair, in_units, parts_of, rank_name, units_of, window_of
+from kvtransfer.window import PeerWindow, Run, part_of
 
 FEW = settings(max_examples=40, deadline=None)
 DEGREES = st.builds(Degrees, st.integers(1, 4), st.integers(1, 4))
@@ -45,17 +46,48 @@ def test_every_head_of_every_layer_travels_once_between_its_two_owners(
     num_layers: int, num_heads: int, giving: Degrees, taking: Degrees, dtype: str
 ) -> None:
     here, there = owners(num_layers, num_heads, giving), owners(num_layers, num_heads, taking)
-    parts = parts_of(layout(num_layers, num_heads, dtype), giving, taking)
-    travelled: Counter[int] = Counter()
-    for pair, part in parts.items():
-        check_part(part, num_layers * num_heads)
-        for first, count in zip(part[::2], part[1::2], strict=True):
-            for unit in range(first, first + count):
-                place = divmod(unit, num_heads)
-                assert pair == (here[place], there[place])
-                travelled[unit] += 1
-    assert travelled == Counter(range(num_layers * num_heads))
+    whole = layout(num_layers, num_heads, dtype)
+    parts = parts_of(whole, giving, taking)
+    travelled: Counter[tuple[int, int]] = Counter()
+    for pair, runs in parts.items():
+        ours, theirs = held_by(pair.giver, here), held_by(pair.taker, there)
+        check_part(part_of(runs), len(theirs))
+        assert len(theirs) == in_units(window_of(whole, taking, pair.taker)).num_layers
+        assert len(ours) == in_units(window_of(whole, giving, pair.giver)).num_layers
+        for run in runs:
+            for step in range(run.num_layers):
+                assert theirs[run.there + step] == ours[run.here + step]
+                travelled[theirs[run.there + step]] += 1
+    assert travelled == Counter(here.keys())
     assert next(iter(parts)) == Pair(0, 0)
+
+
+def held_by(rank: int, owner_of: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
+    """(layer, head) in the order of the rank's blocks."""
+    return sorted(place for place, owner in owner_of.items() if owner == rank)
+
+
+@FEW
+@given(st.integers(4, 9), st.integers(4, 9), DEGREES, st.data())
+def test_units_of_layers_are_those_of_each_rank(num_layers: int, num_heads: int, degrees: Degrees, data: st.DataObject) -> None:
+    owner_of = owners(num_layers, num_heads, degrees)
+    first = data.draw(st.integers(0, num_layers))
+    end = data.draw(st.integers(first, num_layers))
+    for rank in range(degrees.num_ranks):
+        units = range(*units_of(layout(num_layers, num_heads), degrees, rank, (first, end)))
+        held = held_by(rank, owner_of)
+        assert [held[unit] for unit in units] == [place for place in held if first <= place[0] < end]
+
+
+def test_ranks_that_hold_the_same_heads_share_one_run() -> None:
+    whole = layout(4, 4)
+    assert parts_of(whole, Degrees(2, 2), Degrees(2, 1)) == {
+        Pair(0, 0): (Run(0, 0, 4),),
+        Pair(1, 1): (Run(0, 0, 4),),
+        Pair(2, 0): (Run(4, 0, 4),),
+        Pair(3, 1): (Run(4, 0, 4),),
+    }
+    assert parts_of(whole, Degrees(2, 1), Degrees(1, 1))[Pair(1, 0)] == tuple(Run(4 * n + 2, 2 * n, 2) for n in range(4))
 
 
 @FEW
@@ -68,11 +100,13 @@ def test_ranks_hold_what_the_engine_gives_them(num_layers: int, num_heads: int, 
     for share in shares_of(cast(Any, architecture), parallel):
         held = {
             unit
-            for pair, part in parts_of(layout(num_layers, num_heads), degrees, Degrees()).items()
+            for pair, runs in parts_of(layout(num_layers, num_heads), degrees, Degrees()).items()
             if pair.giver == share.rank
-            for first, count in zip(part[::2], part[1::2], strict=True)
-            for unit in range(first, first + count)
+            for run in runs
+            for unit in range(run.there, run.there + run.num_layers)
         }
+        own = window_of(layout(num_layers, num_heads), degrees, share.rank)
+        assert own == share.layout(layout(num_layers, num_heads))
         assert held == {layer * num_heads + head for layer in share.layers for head in share.kv_heads}
 
 
@@ -97,6 +131,15 @@ def test_runs_are_what_a_range_has_of_a_part(layers: set[int], first: int, end: 
     assert mask_of(part, 12) == sum(1 << layer for layer in layers)
     found = [layer for run in runs_within(part, first, end) for layer in range(*run)]
     assert found == sorted(layers & set(range(first, end)))
+
+
+def test_layers_that_are_not_held_together_are_refused() -> None:
+    window = PeerWindow(layout(8, 1), (Run(0, 5, 2), Run(2, 9, 1), Run(4, 0, 3)))
+    assert [window.here(0, 2), window.here(1, 2), window.here(5, 7)] == [5, 6, 1]
+    for first, end in ((1, 3), (3, 4), (6, 8)):
+        with pytest.raises(TicketRefused) as refused:
+            window.here(first, end)
+        assert refused.value.param == "part"
 
 
 def test_no_part_is_all_of_it() -> None:

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
-from common.engine.parallel.messages import CopyOrder, StepOrder, StopOrder, decode, encode_copy, encode_step, encode_stop
+from common.engine.parallel.messages import (
+    CopyOrder,
+    MoveOrder,
+    StepOrder,
+    StopOrder,
+    SwapOrder,
+    decode,
+    encode_copy,
+    encode_move,
+    encode_step,
+    encode_stop,
+    encode_swap,
+)
 from common.engine.parallel.micro_batches import cut, num_micro_batches
 from common.errors import EngineFailure
 
@@ -40,7 +52,23 @@ def test_a_step_arrives_as_it_was(batch: ScheduledBatch, wanted: list[list[int]]
 
 def test_the_other_messages() -> None:
     assert decode(encode_copy(7, 9)) == CopyOrder(7, 9)
+    assert decode(encode_swap(5)) == SwapOrder(5)
     assert decode(encode_stop()) == StopOrder()
+
+
+pairs = st.lists(st.tuples(ids, ids), max_size=9)
+
+
+@given(brought_in=pairs, put_out=pairs, cut_at=st.integers(0, 10_000))
+def test_moves_arrive_as_they_were_or_not_at_all(
+    brought_in: list[tuple[int, int]], put_out: list[tuple[int, int]], cut_at: int
+) -> None:
+    message = encode_move(brought_in, put_out)
+    assert decode(message) == MoveOrder(tuple(brought_in), tuple(put_out))
+    with pytest.raises(EngineFailure):
+        decode(message[: cut_at % len(message)])
+    with pytest.raises(EngineFailure):
+        decode(np.array([5, -1, 0], dtype=np.int32).tobytes())
 
 
 @given(batch=batches, wanted=groups, cut_at=st.integers(0, 10_000), more=st.integers(1, 9))
