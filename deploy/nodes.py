@@ -47,6 +47,11 @@ def resources_of(role: Role, *, slots: bool) -> dict[str, float]:
     return {role.value: 1.0} if slots else {}
 
 
+def gpus_of(device: str, num_ranks: int) -> int:
+    """GPUs that a worker has to itself. A worker of one rank has none so: prefill and decode may share one."""
+    return num_ranks if device == "cuda" and num_ranks > 1 else 0
+
+
 def threads_of_slot(nodes: Iterable[Node], role: Role) -> int:
     """CPU threads of a worker that takes a slot of this role: its part of the smallest node that it may be placed on."""
     shares = [node.cpus / sum(node.slots.values()) for node in nodes if node.alive and node.slots[role] >= 1]

@@ -31,7 +31,7 @@ from common.types import WorkerRef
 from common.worker import WorkerSpec
 from deploy.activity import Activity, observe
 from deploy.node_keeper import NodeKeeper
-from deploy.nodes import nodes_of, resources_of, slots_of, threads_of_slot
+from deploy.nodes import gpus_of, nodes_of, resources_of, slots_of, threads_of_slot
 from deploy.process_watch import ProcessWatch
 from deploy.ray_environment import actor_environment, namespace_of
 from deploy.slots import Place, SlotBook
@@ -95,6 +95,7 @@ class RayHost:
             "namespace": self._namespace,
             # The other ranks are children of this process, on its node.
             "num_cpus": self._rooms.num_cpus_per_worker * spec.parallel.num_ranks,
+            "num_gpus": gpus_of(spec.model.engine.device, spec.parallel.num_ranks),
             "resources": resources_of(place.slot, slots=self._rooms.slots),
             "max_restarts": 0,
             "max_task_retries": 0,
@@ -113,6 +114,7 @@ class RayHost:
             what = f"free {place.slot} slot" if self._rooms.slots else "room"
             if spec.parallel.num_ranks > 1:
                 what += f" on one host for all {spec.parallel.num_ranks} ranks"  # they inherit their sockets
+                what += " and a GPU for each" if options["num_gpus"] else ""
             raise ClusterError(f"Ray found no {what} for {spec.worker_id} within {self._rooms.room_timeout_s:g} s") from error
         finally:
             if actor is not None and not placed:

@@ -30,15 +30,6 @@ class ModelConfig(Part):
         return self
 
     @model_validator(mode="after")
-    def _ranks_compute_on_cpus(self) -> ModelConfig:
-        if self.engine.device == "cuda" and max(self.prefill.num_ranks, self.decode.num_ranks) > 1:
-            raise ValueError(
-                "the ranks of a worker compute on CPUs: with tensor_parallel or pipeline_parallel above 1 engine.device has to be"
-                " cpu"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _exact_values_are_the_same_in_both_pools(self) -> ModelConfig:
         here, there = self.prefill.engine(self.engine), self.decode.engine(self.engine)
         if self.engine.exact and here.dtype != there.dtype:

@@ -141,6 +141,9 @@ def _of_ranks(plan: EnginePlan, memory: PoolMemory | None, name: str) -> Engine:
         num_blocks=plan.num_blocks,
         max_model_tokens=plan.max_model_tokens,
         library="" if plan.library is None else str(plan.library.path),
+        device=plan.device.type,
+        kernels="triton" if plan.has_triton and plan.device.type == "cuda" else "torch",
+        backend="nccl" if plan.device.type == "cuda" else "",
     )
     program = "" if memory is None else memory.rank_program
     group = RankGroup.start(order, plan.shares, memory, name=name, program=program)

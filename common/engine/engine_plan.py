@@ -47,6 +47,7 @@ class EnginePlan:
     library: Library | None  # native kernels, where it has to be settled before the start who computes
     layout: KVLayout
     numerics: Numerics
+    has_triton: bool  # they compute what is not a matrix product
     num_blocks: int  # with those before FIRST_BLOCK
     max_model_tokens: int
 
@@ -69,8 +70,9 @@ class EnginePlan:
         architecture = load_architecture(model_path)
         _check_few_bits(config, device, model_path)
         shares = _shares_of_ranks(architecture, parallel)
-        if shares and device.type != "cpu":
-            raise ConfigError(f"the ranks of a worker compute on CPUs, not on {device.type}", param="engine.device")
+        if shares and device.type == "cuda":
+            _check_ranks_on_gpus(config, parallel, weight_format)
+            announce("decode steps of several ranks are not captured: they are computed one operation at a time")
         library = _settled_library(config, architecture, device, dtype, shares)
         layout = KVLayout(
             model_digest=_digest_as_computed(model_digest, weight_format, _bits(config, parallel, library)),
@@ -83,7 +85,7 @@ class EnginePlan:
             exact=config.exact,
         )
         operations = choose_operations(config, architecture, layout, device, announce)
-        usable_blocks = _usable_blocks(config, architecture, layout, weight_format, device)
+        usable_blocks = _usable_blocks(config, architecture, layout, weight_format, device, shares)
         return cls(
             model_path=model_path,
             config=config,
@@ -97,6 +99,7 @@ class EnginePlan:
             library=library,
             layout=layout,
             numerics=numerics_of(config, operations, weight_format),
+            has_triton=operations is not None,
             num_blocks=FIRST_BLOCK + usable_blocks,
             max_model_tokens=min(
                 config.max_model_tokens or architecture.context_tokens,
@@ -107,7 +110,7 @@ class EnginePlan:
 
     @property
     def captures_steps(self) -> bool:
-        return self.device.type == "cuda" and self.config.captured_rows > 0 and not self.config.exact
+        return self.device.type == "cuda" and self.config.captured_rows > 0 and not self.config.exact and not self.shares
 
     @property
     def may_be_native(self) -> bool:
@@ -125,6 +128,21 @@ def _shares_of_ranks(architecture: ModelArchitecture, parallel: ParallelConfig |
     from common.engine.parallel.share import shares_of
 
     return shares_of(architecture, parallel)
+
+
+def _check_ranks_on_gpus(config: EngineSettings, parallel: ParallelConfig | None, weight_format: WeightFormat) -> None:
+    """Raises ConfigError unless each rank can have a GPU."""
+    num_ranks, num_gpus = 1 if parallel is None else parallel.num_ranks, torch.cuda.device_count()
+    if num_ranks > num_gpus:
+        divided = parallel is not None and parallel.tensor_parallel > 1
+        raise ConfigError(
+            f"{num_ranks} ranks need a GPU each, and this worker has {num_gpus}",
+            param="tensor_parallel" if divided else "pipeline_parallel",
+        )
+    if weight_format is not WeightFormat.MODEL:
+        raise ConfigError(
+            f"ranks on GPUs hold weights in the model's own type: {config.weights} is for one rank", param="engine.weights"
+        )
 
 
 def _settled_library(
@@ -192,22 +210,29 @@ def _usable_blocks(
     layout: KVLayout,
     weight_format: WeightFormat,
     device: torch.device,
+    shares: tuple[Share, ...],
 ) -> int:
+    """As many as every rank has room for: a block has the same number on all."""
     if device.type != "cuda" or config.device_memory_share is None:
         return num_blocks(config.kv_pool_tokens, config.block_tokens)
     from common.engine.device_steps import plan_device
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    plan = plan_device(
-        architecture,
-        layout,
-        weight_format,
-        share=config.device_memory_share,
-        total_bytes=total_bytes,
-        free_bytes=free_bytes,
-        captured_rows=config.captured_rows,
-    )
-    return plan.num_blocks - FIRST_BLOCK - 1  # and the block for padding
+    # The GPUs of ranks are taken for equal: to look at another one's memory would take some of it.
+    held = [(one.architecture(architecture), one.layout(layout)) for one in shares] or [(architecture, layout)]
+    plans = [
+        plan_device(
+            own_architecture,
+            own_layout,
+            weight_format,
+            share=config.device_memory_share,
+            total_bytes=total_bytes,
+            free_bytes=free_bytes,
+            captured_rows=config.captured_rows,
+        )
+        for own_architecture, own_layout in held
+    ]
+    return min(plan.num_blocks for plan in plans) - FIRST_BLOCK - 1  # and the block for padding
 
 
 def _device(config: EngineSettings) -> torch.device:

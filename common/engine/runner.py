@@ -38,11 +38,12 @@ from common.engine.grammar import MaskThread, NextMask
 from common.engine.heads.rows import HiddenRow, hidden_rows
 from common.engine.in_flight_step import InFlightStep, ThreadStep, has_placeholders, with_tokens_of
 from common.engine.kv_pool import KVPool
+from common.engine.layers_done import told_when_computed
 from common.engine.models import LayerDone, Model
 from common.engine.numerics import Numerics
 from common.engine.operations import Operations
 from common.engine.profile.stopwatch import Stopwatch
-from common.engine.step_input import StepBuffers, StepInput
+from common.engine.step_input import StepBuffers
 from common.engine.stopping import StepStopped
 from common.engine.to_device import to_device
 from common.engine.verification import draw, num_sampled_rows, refusal
@@ -243,28 +244,11 @@ class ModelRunner:
             None if len(rows) == len(step.token_ids) else to_device(np.array(rows, dtype=np.int64), device)
             for rows in (*wanted, *([kept] if kept else []))
         ]
-        if layer_done is None or device.type == "cpu":
-            hidden = model.forward(step, self._pool, self._attention, layer_done)
-        else:
-            hidden = self._forward_on_device(step, layer_done)
+        with told_when_computed(layer_done, device) as told:
+            hidden = model.forward(step, self._pool, self._attention, told)
         chosen = [hidden if index is None else hidden[index] for index in indexes[len(wanted) :]]
         found = (model.logits(hidden if index is None else hidden[index]) for index in indexes[: len(wanted)])
         return chain(found, chosen)
-
-    def _forward_on_device(self, step: StepInput, layer_done: LayerDone) -> torch.Tensor:
-        """The host is far ahead of the device: a layer is reported when the device is through with it, all being queued."""
-        marks: list[tuple[int, torch.cuda.Event]] = []
-
-        def mark(num_layers: int) -> None:
-            event = torch.cuda.Event()
-            event.record()
-            marks.append((num_layers, event))
-
-        hidden = self._model.forward(step, self._pool, self._attention, mark)
-        for num_layers, event in marks:
-            event.synchronize()
-            layer_done(num_layers)
-        return hidden
 
 
 class _DeviceStep:

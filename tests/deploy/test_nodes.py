@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.types import Role
-from deploy.nodes import nodes_of, resources_of, slots_of, threads_of_slot
+from deploy.nodes import gpus_of, nodes_of, resources_of, slots_of, threads_of_slot
 
 
 def listed(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -22,6 +22,11 @@ def test_a_node_is_read_as_ray_lists_it() -> None:
 def test_a_worker_takes_one_slot_of_its_role_where_there_are_slots() -> None:
     assert resources_of(Role.DECODE, slots=True) == {"decode": 1.0}
     assert resources_of(Role.DECODE, slots=False) == {}
+
+
+def test_ranks_on_gpus_have_one_each() -> None:
+    asked = {(device, ranks): gpus_of(device, ranks) for device in ("cuda", "cpu", "auto") for ranks in (1, 4)}
+    assert {case: gpus for case, gpus in asked.items() if gpus} == {("cuda", 4): 4}
 
 
 def test_slots_are_those_of_the_nodes_that_are_alive() -> None:

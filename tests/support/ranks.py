@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -71,8 +72,15 @@ class ThreadGroup:
 
 @contextmanager
 def thread_group(
-    path: Path, parallel: ParallelConfig, config: EngineConfig, *, library: str = "", max_model_tokens: int = 512
+    path: Path,
+    parallel: ParallelConfig,
+    config: EngineConfig,
+    *,
+    library: str = "",
+    max_model_tokens: int = 512,
+    backend: str = "",
 ) -> Iterator[ThreadGroup]:
+    """`backend` of torch.distributed; "" = sockets."""
     whole = load_architecture(path)
     shares = shares_of(whole, parallel)
     dtype = ROUNDED + config.dtype if config.kv_dtype == "int8" else config.dtype
@@ -88,13 +96,19 @@ def thread_group(
         num_blocks=total_blocks,
         max_model_tokens=max_model_tokens,
         library=library,
+        backend=backend,
+        rendezvous=f"{mkdtemp()}/rendezvous" if backend else "",
     )
     links = _connect(shares)
     built = [build_share(order.for_rank(rank), None, links[rank]) for rank in range(len(shares))]
     with ThreadPoolExecutor(len(shares)) as pool:
         try:
+            for future in [pool.submit(one.connect) for one in built]:
+                future.result(TIMEOUT_S)
             yield ThreadGroup(built, layout, pool)
         finally:
+            for one in built:
+                one.abort()
             _close(links)
 
 

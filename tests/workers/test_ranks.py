@@ -13,8 +13,10 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ import torch
 
 from common.config import DecodeConfig, EngineConfig, PrefillConfig
 from common.engine.heads.heads import load_heads
+from common.engine.parallel.group import RankGroup
+from common.engine.parallel.model import ShareOrder
 from common.errors import ConfigError, HandoffError, PdserveError, RankLost
 from common.model_store import resolve
 from common.types import Request, WorkerRef
@@ -192,6 +196,50 @@ async def test_tokens_are_those_of_one_process(
         info = await workers.info(workers.decode_ref.address)
         assert (info.tensor_parallel, info.pipeline_parallel, len(info.rank_pids)) == (*decode, decode[0] * decode[1] - 1)
         await workers.assert_nothing_leaks()
+
+
+def by_gloo(patch: pytest.MonkeyPatch) -> None:
+    """Ranks exchange sums and rows as those on GPUs do, but for who carries them."""
+    start = RankGroup.start
+
+    def start_by_gloo(order: ShareOrder, *arguments: Any, **options: Any) -> RankGroup:
+        return start(replace(order, backend="gloo"), *arguments, **options)
+
+    patch.setattr(RankGroup, "start", start_by_gloo)
+
+
+def rendezvous_folders() -> set[Path]:
+    return set(Path(gettempdir()).glob("pdserve-ranks-*"))
+
+
+async def test_ranks_that_exchange_as_gpus_do_say_the_same(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit what ranks say that exchange over sockets: the order of sums is ours. They meet in a folder, which goes with
+    them."""
+    expected = await reference(model_path, exact=True, tensor=2)
+    by_gloo(monkeypatch)
+    before = rendezvous_folders()
+    async with groups(model_path, (2, 2), (2, 1), exact=True, chunk_tokens=64) as workers:
+        assert len(rendezvous_folders() - before) == 2
+        assert_same(await answers(workers, together=True), expected, bitwise=True)
+        await workers.assert_nothing_leaks()
+    assert not rendezvous_folders() - before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_a_lost_rank_ends_a_group_that_exchanges_as_gpus_do(
+    model_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    by_gloo(monkeypatch)
+    async with groups(model_path, (2, 2), local=True, rank_timeout_s=4.0) as workers:
+        pids = list((await workers.info(workers.decode_ref.address)).rank_pids)
+        call = asyncio.ensure_future(workers.generate(request([5, 6, 7], max_tokens=1800)))
+        while workers.decode._scheduler.totals.generated_tokens < 5:
+            await asyncio.sleep(0.002)
+        os.kill(pids[-1], number)
+        with pytest.raises(RankLost):
+            await call
+        await until_lost(workers.decode, pids)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@
 
 Each step is described once, by rank 0, to all (`messages`); between ranks go partial sums within a stage (`sums`), hidden rows
 from stage to stage, and logits to rank 0. All of that travels over sockets that the ranks were born with (`links`): they have no
-address, nobody else can connect, and the end of a process is seen at once. `group` starts the ranks and watches over them.
+address, nobody else can connect, and the end of a process is seen at once. Where each rank has a GPU, sums and rows go from GPU
+to GPU instead (`collective`). `group` starts the ranks and watches over them.
 
     share      who has what of a model
     model      the model of one share, by torch or by the native kernels
     stage      a share computes its part of a step
     swaps      swap space of all ranks as one
+    connections  by what a share is connected to others: sockets, or torch.distributed (`collective`)
     group      rank 0's view: one `compute` for all
 
 KV. Each rank has a pool of its own, whose blocks hold its window (its layers, its heads) of the worker's blocks, under the same
@@ -24,5 +26,5 @@ share; rank 0 says when, and nothing is gathered or reordered on the way.
 Exactness. Partial sums are added in the order of the ranks, in fp32: a result depends on the degree, and on nothing else that the
 result of one process would not depend on. Stages change no bit.
 
-What it does not do: ranks on several hosts or on GPUs, and more shards than KV heads.
+What it does not do: ranks on several hosts, captured steps on GPUs, and more shards than KV heads.
 """

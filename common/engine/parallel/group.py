@@ -23,8 +23,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from time import monotonic
 
 import torch
@@ -33,7 +36,7 @@ import common
 from common.config import ParallelConfig
 from common.engine.batch import ScheduledBatch
 from common.engine.models import LayerDone
-from common.engine.parallel.links import Link, socket_pair
+from common.engine.parallel.links import LINK_TIMEOUT_S, Link, socket_pair
 from common.engine.parallel.messages import encode_copy, encode_move, encode_step, encode_stop, encode_swap
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share
@@ -44,7 +47,6 @@ from common.errors import PdserveError, RankLost, StartupError, error_from_code
 from common.logs import get_logger
 
 PULSE_S = 0.5
-LINK_TIMEOUT_S = 120.0  # for one message of a rank that gives signs of life: beyond it the ranks wait for each other in a circle
 _START_TIMEOUT_S = 900.0
 _FIRST_SIGN_S = 60.0  # a process that starts says nothing while it loads its libraries
 _STOP_PATIENCE_S = 5.0
@@ -73,6 +75,7 @@ class RankGroup:
         self._results: tuple[tuple[Share, Link], ...] = ()
         self._later_layers: tuple[tuple[int, Link], ...] = ()  # those of later stages, and who tells of them
         self._vocab_size = 0
+        self._folder = ""  # of the rendezvous, if there is one
 
     @classmethod
     def start(
@@ -82,6 +85,9 @@ class RankGroup:
         is for the pool of rank 0, if it is given.
         `program` is a module that calls `rank_process.main` with what other ranks are to run beside their share; "" = nothing."""
         group = cls(order.parallel, order.engine.rank_timeout_s, program or _PROGRAM)
+        if order.backend:
+            group._folder = mkdtemp(prefix="pdserve-ranks-")  # only this user can enter it
+            order = replace(order, rendezvous=str(Path(group._folder) / "rendezvous"))
         group._keeper = threading.Thread(target=group._keep, name="ranks", daemon=True)
         group._keeper.start()
         try:
@@ -94,10 +100,9 @@ class RankGroup:
             deadline_s = monotonic() + _START_TIMEOUT_S
             for control in group._controls.values():
                 control.timeout_s = max(1.0, deadline_s - monotonic())
-                reply = json.loads(control.receive())
+                group._take_reply(control)
                 control.timeout_s = LINK_TIMEOUT_S
-                if reply:
-                    raise error_from_code(reply["error"], reply["message"], param=reply["param"])
+            group._connect()
         except PdserveError as error:
             lost = group._error
             group.close()
@@ -117,6 +122,19 @@ class RankGroup:
         group._vocab_size = max(share.vocab.stop for share in shares)
         _log.info("all ranks are ready", ranks=len(shares), pids=group.pids)
         return group
+
+    def _take_reply(self, control: Link) -> None:
+        reply = json.loads(control.receive())
+        if reply:
+            raise error_from_code(reply["error"], reply["message"], param=reply["param"])
+
+    def _connect(self) -> None:
+        """All are there."""
+        for control in self._controls.values():
+            control.send(b"")
+        self.mine.connect()
+        for control in self._controls.values():
+            self._take_reply(control)
 
     @property
     def pids(self) -> list[int]:
@@ -172,6 +190,7 @@ class RankGroup:
                 return chain((self._logits(hidden, wanted[0]),), rest, rows)
             for _, control in self._results:
                 control.receive_into(memoryview(bytearray()))
+            self.mine.settle()
             return iter(())
         except PdserveError as error:
             self._lose(error)
@@ -214,6 +233,10 @@ class RankGroup:
         self._wiring.close()
         self._news.close()
         self._wake.close()
+        if self._mine is not None and self._error is None:
+            self._mine.close()
+        if self._folder:
+            rmtree(self._folder, ignore_errors=True)
 
     def _tell_all(self, message: bytes) -> None:
         try:
@@ -232,7 +255,7 @@ class RankGroup:
             part = torch.empty(len(rows), len(share.vocab))
             control.receive_into(as_bytes(part))
             logits[:, share.vocab.start : share.vocab.stop] = part
-        return logits
+        return logits.to(self.mine.pool.device)
 
     def _rows(self, hidden: torch.Tensor | None, kept: Sequence[int]) -> torch.Tensor:
         if hidden is not None:
@@ -240,7 +263,7 @@ class RankGroup:
         control = next(control for share, control in self._results if share.shard == 0)
         rows = self.mine.no_rows(len(kept))
         control.receive_into(as_bytes(rows))
-        return rows
+        return rows.to(self.mine.pool.device)
 
     def _raise_if_lost(self) -> None:
         if self._error is not None:
@@ -314,6 +337,8 @@ class RankGroup:
         self._wake_keeper()
         if on_lost is not None:
             on_lost(error)
+        if self._mine is not None:
+            self._mine.abort()
 
     def _wake_keeper(self) -> None:
         try:

@@ -22,6 +22,7 @@ from common.errors import EngineFailure, RankLost
 _HEADER = struct.Struct("<IIQ")
 _MAGIC = 0x50445253
 _BUFFER_BYTES = 4 * 1024 * 1024
+LINK_TIMEOUT_S = 120.0  # for one message of a rank that gives signs of life: beyond it the ranks wait for each other in a circle
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024 * 1024
 
 

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from common.config import LoggingConfig
 from common.engine.device_memory import DeviceAllocation
-from common.engine.parallel.group import LINK_TIMEOUT_S, PULSE_S
-from common.engine.parallel.links import Link
+from common.engine.parallel.group import PULSE_S
+from common.engine.parallel.links import LINK_TIMEOUT_S, Link
 from common.engine.parallel.messages import CopyOrder, MoveOrder, StepOrder, StopOrder, SwapOrder, decode
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.stage import StageShare
@@ -65,16 +65,26 @@ def main(beside: Beside | None = None) -> int:
         configure_logging(LoggingConfig(), process=f"{setup['name']} rank {setup['order']['rank']}")
         threading.Thread(target=_live, args=(socket.socket(fileno=setup["life"]),), name="life", daemon=True).start()
         share = _build(setup, beside)
+        _say_ready(control)
+        control.wait()  # for the last of them, which may take longer than a message
+        control.receive()
+        share.connect()
+        _say_ready(control)
     except PdserveError as error:
-        control.send(json.dumps({"error": error.code, "message": error.message, "param": error.param}).encode())
+        with suppress(RankLost):  # rank 0 may be gone
+            control.send(json.dumps({"error": error.code, "message": error.message, "param": error.param}).encode())
         return 1
-    control.send(json.dumps({}).encode())
     try:
         _serve(control, share)
+        share.close()
     except RankLost as error:
         _log.error("the group of this rank is gone", reason=error.message)
         return 1
     return 0
+
+
+def _say_ready(control: Link) -> None:
+    control.send(json.dumps({}).encode())
 
 
 def _build(setup: dict[str, Any], beside: Beside | None) -> StageShare:
@@ -101,10 +111,11 @@ def _serve(control: Link, share: StageShare) -> None:
                 if hidden is None:
                     continue
                 for rows in wanted:
-                    control.send(as_bytes(share.logits(hidden, rows)))
+                    control.send(as_bytes(share.logits(hidden, rows).cpu()))
                 if kept and share.share.shard == 0:
-                    control.send(as_bytes(share.rows(hidden, kept)))
+                    control.send(as_bytes(share.rows(hidden, kept).cpu()))
                 if not wanted:
+                    share.settle()
                     control.send(b"")  # that all is computed
             case CopyOrder(source, destination):
                 share.copy_block(source, destination)

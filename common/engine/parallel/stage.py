@@ -17,11 +17,11 @@ from common.engine.attention import AttentionBackend
 from common.engine.batch import ScheduledBatch
 from common.engine.device_memory import DeviceAllocation
 from common.engine.kv_pool import KVPool
+from common.engine.layers_done import told_when_computed
 from common.engine.models import LayerDone, Model
-from common.engine.parallel.links import Link
+from common.engine.parallel.connections import Connections
 from common.engine.parallel.micro_batches import cut, num_micro_batches
 from common.engine.parallel.share import Share
-from common.engine.parallel.sums import as_bytes
 from common.engine.step_input import StepBuffers
 from common.engine.swap_region import SwapRegion
 from common.errors import EngineFailure
@@ -33,8 +33,7 @@ class Pipeline:
 
     num_stages: int
     least_tokens: int  # of a micro-batch
-    previous: Link | None
-    following: Link | None
+    connections: Connections
     row_width: int  # of hidden rows on their way
     row_dtype: torch.dtype
 
@@ -73,16 +72,33 @@ class StageShare:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Of this share's part of the vocabulary: fp32 [rows, part]."""
-        return self.model.logits(hidden[torch.tensor(rows)]).contiguous()
+        return self.model.logits(hidden[torch.tensor(rows, device=hidden.device)]).contiguous()
 
     @torch.inference_mode()
     def rows(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Some of the hidden rows, which all shards of a stage have whole."""
-        return hidden[torch.tensor(rows)].contiguous()
+        return hidden[torch.tensor(rows, device=hidden.device)].contiguous()
 
     def no_rows(self, count: int) -> torch.Tensor:
-        """Memory for so many hidden rows."""
+        """Memory of the host for so many hidden rows."""
         return torch.empty(count, self._pipeline.row_width, dtype=self._pipeline.row_dtype)
+
+    def settle(self) -> None:
+        """Until nothing of this share is computed any more: on a GPU all is only queued."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+
+    def connect(self) -> None:
+        """As `Connections.connect`."""
+        self._pipeline.connections.connect()
+
+    def abort(self) -> None:
+        """As `Connections.abort`."""
+        self._pipeline.connections.abort()
+
+    def close(self) -> None:
+        """As `Connections.close`."""
+        self._pipeline.connections.close()
 
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
@@ -99,16 +115,17 @@ class StageShare:
         self._swap_region.move(brought_in, put_out)
 
     def _compute(self, part: ScheduledBatch, layer_done: LayerDone | None) -> torch.Tensor | None:
-        pipeline = self._pipeline
+        pipeline, connections = self._pipeline, self._pipeline.connections
         rows = None
-        if pipeline.previous is not None:
-            rows = torch.empty(part.num_tokens, pipeline.row_width, dtype=pipeline.row_dtype)
-            pipeline.previous.receive_into(as_bytes(rows))
+        if connections.previous is not None:
+            rows = torch.empty(part.num_tokens, pipeline.row_width, dtype=pipeline.row_dtype, device=self.pool.device)
+            connections.previous.receive(rows)
         step = self._buffers.fill(part)
         for block, filled in step.entered:
             self.pool.clear_tail(block, filled)
-        hidden = self.model.forward(step, self.pool, self._attention, layer_done, rows)
-        if pipeline.following is None:
+        with told_when_computed(layer_done, self.pool.device) as queued:
+            hidden = self.model.forward(step, self.pool, self._attention, queued, rows)
+        if connections.following is None:
             return hidden
-        pipeline.following.send(as_bytes(hidden.contiguous()))
+        connections.following.send(hidden)
         return None

@@ -40,12 +40,17 @@ class SocketSum:
         into = {link: as_bytes(tensor) for link, tensor in zip(self._others, theirs, strict=True)}
         swap(self._others, as_bytes(mine), into)
         theirs.insert(self._shard, mine)
-        total = theirs[0].float()
-        if total is theirs[0]:
-            total = total.clone()  # of fp32, `float` is no copy
-        for part in theirs[1:]:
-            total.add_(part)
-        return total.to(partial.dtype)
+        return add_in_order(theirs, partial.dtype)
+
+
+def add_in_order(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Their sum from left to right, in fp32, rounded once."""
+    total = parts[0].float()
+    if total is parts[0]:
+        total = total.clone()  # of fp32, `float` is no copy
+    for part in parts[1:]:
+        total.add_(part)
+    return total.to(dtype)
 
 
 class SharedNumerics:

@@ -1,5 +1,5 @@
 """Groups of ranks hand over to each other: real senders and receivers over real sockets, each rank's in a thread of its own, with
-orders as a rank in another process gets them.
+orders as a rank in another process gets them. Pools of a device are those of `support.device_pools`.
 
 The oracle deals single elements to ranks by plain loops. Processes are killed in `tests/workers/test_ranks.py`.
 """
@@ -31,6 +31,7 @@ from kvtransfer.ranks.rank_senders import GroupOutgoing, PeerGroup, RankSenders
 from kvtransfer.region import BlockRegion
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
+from support.device_pools import VisibleRegion
 
 LAYOUT = KVLayout("model", "tokenizer", 3, 3, 4, 4, "float32", True)  # 3 layers on 2 stages, 3 heads on 2 shards
 UNITS = 9
@@ -44,14 +45,12 @@ PATIENCE_S = 60.0
 class Group:
     """The ranks of one worker: rank 0 here, the others in threads, each with a pool of what it owns."""
 
-    def __init__(self, degrees: Degrees, layout: KVLayout = LAYOUT) -> None:
+    def __init__(self, degrees: Degrees, layout: KVLayout = LAYOUT, *, on_device: bool = False) -> None:
         self.degrees = degrees
         self.layout = layout
         self.unit_bytes = layout.block_bytes // UNITS
-        self.regions = [
-            BlockRegion.create_shared(len(units_of_rank(rank, degrees)) * self.unit_bytes, BLOCKS)
-            for rank in range(degrees.num_ranks)
-        ]
+        make = VisibleRegion if on_device else BlockRegion.create_shared
+        self.regions = [make(len(units_of_rank(rank, degrees)) * self.unit_bytes, BLOCKS) for rank in range(degrees.num_ranks)]
         self.ends: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
         for region in self.regions[1:]:
@@ -95,11 +94,11 @@ class Group:
 
 
 class Workers:
-    def __init__(self, giving: Degrees, taking: Degrees, source_layout: KVLayout = LAYOUT) -> None:
+    def __init__(self, giving: Degrees, taking: Degrees, source_layout: KVLayout = LAYOUT, *, on_device: bool = False) -> None:
         clock = SystemClock()
         self.taking = taking
         self.giving = giving
-        self.here, self.there = Group(giving, source_layout), Group(taking)
+        self.here, self.there = Group(giving, source_layout, on_device=on_device), Group(taking, on_device=on_device)
         self.here.fill(7)
         self.senders = RankSenders(self.here.ranks, giving, Introduction("p", 5, SECRET, source_layout, LEASE_S), clock)
         self.receivers = RankReceivers(self.there.ranks, taking, Introduction("d", 3, SECRET, LAYOUT, LEASE_S), clock)
@@ -130,7 +129,7 @@ class Workers:
 @asynccontextmanager
 async def running(giving: Degrees, taking: Degrees, kind: str, source_layout: KVLayout = LAYOUT) -> AsyncIterator[Workers]:
     descriptors = len(os.listdir("/proc/self/fd"))
-    workers = Workers(giving, taking, source_layout)
+    workers = Workers(giving, taking, source_layout, on_device=kind == "cuda_ipc")
     try:
         async with asyncio.timeout(PATIENCE_S):
             await workers.connect(kind)
@@ -190,6 +189,8 @@ async def seals(incoming: GroupIncoming, outgoing: GroupOutgoing) -> dict[bytes,
         ((1, 1), (2, 1), "shm"),
         ((3, 1), (2, 2), "shm"),
         ((2, 2), (3, 1), "tcp"),
+        ((2, 2), (2, 1), "cuda_ipc"),
+        ((1, 1), (3, 2), "cuda_ipc"),
     ],
     ids=str,
 )
