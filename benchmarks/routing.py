@@ -1,7 +1,8 @@
 """How well the predictor of model routing spends a dear model, on recorded outcomes of a weak and a strong model.
 
-    python -m benchmarks.routing --outcomes FILE [--json OUT]           figures, five-fold and with whole domains left out
+    python -m benchmarks.routing --outcomes FILE [--splits 5] [--json OUT]      figures, five-fold and with whole domains left out
     python -m benchmarks.routing --outcomes FILE --train OUT [--names small,large]      a file for `routing.predictor`
+    ... --embedder minilm [--vectors FILE]      with similar questions beside the words; FILE keeps vectors for the next run
 
 FILE is a CSV, perhaps gzipped, with the columns prompt, weak_ok, strong_ok, domain. A router gives each prompt a score; the
 prompts with the highest scores go to the strong model.
@@ -9,11 +10,12 @@ prompts with the highest scores go to the strong model.
     PGR(share)  = (accuracy - weak) / (strong - weak)         APGR = area under it over the share; random is 0.5
     CPT(x)      = least share that reaches PGR x
 
-Baselines: random; length; hard-first (the same TF-IDF, ranked by how likely the weak model fails); and, when the questions
-change, a threshold that was fixed on the training prompts, as routers with a calibrated threshold use it, against our controller.
-What is learned is two logistics, one per model, on hashed TF-IDF and facts of the text; the score is the gain of the strong
-model. Domains are used for nothing but the split. In-domain figures promise nothing for questions of another kind; left-out ones
-say more.
+Baselines: random; length; hard-first (the words, ranked by how likely the weak model fails); and, when the questions change, a
+threshold that was fixed on the training prompts, as routers with a calibrated threshold use it, against our controller. What is
+learned (`benchmarks/routing_training.py`) sees prompts and outcomes; the score is the gain of the strong model. Domains are used
+for nothing but the split, and every choice that the training makes is made within the training part. How domains fall into folds
+matters as much as most improvements: figures are means over several divisions, with the least and the most. In-domain figures
+promise nothing for questions of another kind; left-out ones say more.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import csv
 import gzip
 import io
 import json
-import math
 import random
 import statistics
 import sys
@@ -35,17 +36,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.routing_training import FACTS, RIDGES, Texts, fit_words, foreseen, scores_of, train
+from benchmarks.semantic.vectors import KeptVectors
 from common.config import RouteAlias
 from router.models.policy import error_of
-from router.models.predictor import NUM_FACTS, Logistic, Predictor, facts, features
+from router.models.predictor import Predictor
 from router.models.share import ShareController
+from router.semantic.onnx_embedder import OnnxEmbedder
+from router.semantic.reading import read as read_words
 
 FOLDS = 5
-BUCKETS = 32_768
-EPOCHS = 12
 TARGETS = (0.2, 0.5)
 RESAMPLES = 200
 Floats = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ class Outcomes:
             [self.prompts[row] for row in rows], self.weak[rows], self.strong[rows], [self.domains[row] for row in rows]
         )
 
+    def of_models(self) -> Floats:
+        return np.stack([self.weak, self.strong], axis=1)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of the prompts of the outcomes, in their order."""
+
+    texts: Texts
+    vectors: Vectors | None
+    embedder: str  # its revision
+
+    def part(self, rows: Sequence[int]) -> Known:
+        return Known(self.texts.part(rows), None if self.vectors is None else self.vectors[list(rows)], self.embedder)
+
 
 def read(path: Path) -> Outcomes:
     data = path.read_bytes()
@@ -68,58 +87,6 @@ def read(path: Path) -> Outcomes:
     rows = list(csv.DictReader(io.StringIO(text.decode("utf-8"))))
     weak, strong = (np.array([float(row[name]) for row in rows]) for name in ("weak_ok", "strong_ok"))
     return Outcomes([row["prompt"] for row in rows], weak, strong, [row["domain"] for row in rows])
-
-
-class Matrix:
-    """Rows of hashed TF-IDF, sparse, beside the facts of their texts."""
-
-    def __init__(self, prompts: Sequence[str], idf: Floats | None = None) -> None:
-        counted = [features(prompt, BUCKETS) for prompt in prompts]
-        if idf is None:
-            seen = np.bincount(np.concatenate([np.fromiter(row, np.int64, len(row)) for row in counted]), minlength=BUCKETS)
-            idf = np.log((1.0 + len(prompts)) / (1.0 + seen)) + 1.0
-        self.idf = idf
-        self.columns = [np.fromiter(row.keys(), np.int64, len(row)) for row in counted]
-        self.values = [
-            np.fromiter(row.values(), np.float64, len(row)) * idf[cols] for row, cols in zip(counted, self.columns, strict=True)
-        ]
-        self.values = [row / (math.sqrt(float(row @ row)) or 1.0) for row in self.values]
-        self.facts = np.array([facts(prompt) for prompt in prompts])
-        self.starts = np.cumsum([0, *(len(row) for row in self.columns)])
-        self.flat_columns, self.flat_values = np.concatenate(self.columns), np.concatenate(self.values)
-        self.flat_rows = np.repeat(np.arange(len(prompts)), [len(row) for row in self.columns])
-
-    def scores(self, model: Logistic) -> Floats:
-        terms = self.flat_values * np.asarray(model.of_buckets)[self.flat_columns]
-        sparse = np.bincount(self.flat_rows, terms, minlength=len(self.columns))
-        return np.asarray(sparse + self.facts @ np.asarray(model.of_facts) + model.bias)
-
-
-def fit(matrix: Matrix, labels: Floats, *, l2: float) -> Logistic:
-    """Full-batch gradient descent with momentum (a quarter of the Hessian bounds the step); deterministic."""
-    count = len(labels)
-    weights, slope = np.zeros(BUCKETS), np.zeros(BUCKETS)
-    centre = matrix.facts.mean(axis=0)
-    dense, dense_slope = np.zeros(NUM_FACTS), np.zeros(NUM_FACTS)
-    mean = float(labels.mean())
-    bias = math.log((mean + 1e-6) / (1.0 - mean + 1e-6))
-    for step in range(EPOCHS * 20):
-        sparse = np.bincount(matrix.flat_rows, matrix.flat_values * weights[matrix.flat_columns], minlength=count)
-        wrong = 1.0 / (1.0 + np.exp(-(sparse + (matrix.facts - centre) @ dense + bias))) - labels
-        gradient = np.bincount(matrix.flat_columns, matrix.flat_values * wrong[matrix.flat_rows], minlength=BUCKETS)
-        momentum = step / (step + 3.0)
-        slope = momentum * slope - (gradient + l2 * weights) * (4.0 / (count * 0.05 + 4 * l2))
-        weights = weights + slope
-        dense_slope = momentum * dense_slope - (((matrix.facts - centre).T @ wrong) + l2 * dense) * (1.0 / count)
-        dense = dense + dense_slope
-        bias -= float(wrong.mean())
-    return Logistic(bias - float(centre @ dense), dense.tolist(), weights.tolist())
-
-
-def train(outcomes: Outcomes, names: tuple[str, str], l2: float) -> tuple[Predictor, Matrix]:
-    matrix = Matrix(outcomes.prompts)
-    weak, strong = (fit(matrix, labels, l2=l2) for labels in (outcomes.weak, outcomes.strong))
-    return Predictor(matrix.idf.tolist(), {names[0]: weak, names[1]: strong}), matrix
 
 
 def curve(score: Floats, outcomes: Outcomes) -> tuple[float, dict[float, float]]:
@@ -132,19 +99,32 @@ def curve(score: Floats, outcomes: Outcomes) -> tuple[float, dict[float, float]]
     return float(np.trapezoid(pgr, shares)), cpt
 
 
-def held_out(outcomes: Outcomes, folds: Sequence[Sequence[int]], l2: float) -> dict[str, Floats]:
+def held_out(outcomes: Outcomes, known: Known, folds: Sequence[Sequence[int]]) -> dict[str, Floats]:
     """Scores of every prompt by routers that were not trained on its fold."""
-    scores = {name: np.zeros(len(outcomes.prompts)) for name in ("gain", "hard-first", "told domain")}
+    scores: dict[str, Floats] = {}
     for fold in folds:
-        inside = set(fold)
-        rest = [row for row in range(len(outcomes.prompts)) if row not in inside]
-        scores["told domain"][list(fold)] = gain_of_domains(outcomes, fold, rest)
-        predictor, trained = train(outcomes.part(rest), ("weak", "strong"), l2)
-        matrix = Matrix([outcomes.prompts[row] for row in fold], trained.idf)
-        weak, strong = (1 / (1 + np.exp(-matrix.scores(predictor.parts[name]))) for name in ("weak", "strong"))
-        scores["gain"][list(fold)] = strong - weak
-        scores["hard-first"][list(fold)] = 1 - weak
+        rest = sorted(set(range(len(outcomes.prompts))) - set(fold))
+        said = gains(trained(outcomes, known, rest), known, fold)
+        said["told domain"] = np.array(gain_of_domains(outcomes, fold, rest))
+        for name, values in said.items():
+            scores.setdefault(name, np.zeros(len(outcomes.prompts)))[list(fold)] = values
     return scores
+
+
+def trained(outcomes: Outcomes, known: Known, rows: Sequence[int], names: Sequence[str] = ("weak", "strong")) -> Predictor:
+    vectors = None if known.vectors is None else known.vectors[list(rows)]
+    return train(names, known.texts.part(rows), outcomes.of_models()[list(rows)], vectors, known.embedder)
+
+
+def gains(predictor: Predictor, known: Known, rows: Sequence[int]) -> dict[str, Floats]:
+    """Of the strong model, as the words say and as the whole predictor says; and how likely the weak one fails."""
+    alone = scores_of(predictor.words, known.texts.part(rows))
+    found = {"hard-first": -alone[:, 0], "words": alone[:, 1] - alone[:, 0]}
+    if predictor.neighbours is not None and known.vectors is not None:
+        shifts = np.stack([predictor.neighbours.shift(known.vectors[row]) for row in rows])
+        both = predictor.neighbours.with_words(alone.astype(np.float32), shifts)
+        found["words and similar"] = (both[:, 1] - both[:, 0]).astype(np.float64)
+    return found
 
 
 def gain_of_domains(outcomes: Outcomes, fold: Sequence[int], rest: Sequence[int]) -> list[float]:
@@ -164,29 +144,37 @@ def spread(score: Floats, outcomes: Outcomes) -> float:
     return statistics.pstdev(curve(score[rows], outcomes.part(rows.tolist()))[0] for rows in drawn)
 
 
-def by_rows(count: int) -> list[list[int]]:
+def by_rows(count: int, seed: int) -> list[list[int]]:
     rows = list(range(count))
-    random.Random(0).shuffle(rows)
+    random.Random(seed).shuffle(rows)
     return [rows[fold::FOLDS] for fold in range(FOLDS)]
 
 
-def by_domains(outcomes: Outcomes) -> list[list[int]]:
+def by_domains(outcomes: Outcomes, seed: int) -> list[list[int]]:
     names = sorted(set(outcomes.domains))
-    random.Random(0).shuffle(names)
+    random.Random(seed).shuffle(names)
     fold_of = {name: place % FOLDS for place, name in enumerate(names)}
     return [[row for row, name in enumerate(outcomes.domains) if fold_of[name] == fold] for fold in range(FOLDS)]
 
 
-def report(outcomes: Outcomes, folds: Sequence[Sequence[int]], l2: float) -> dict[str, dict[str, float]]:
-    scores = held_out(outcomes, folds, l2)
+def report(outcomes: Outcomes, known: Known, divisions: Sequence[Sequence[Sequence[int]]]) -> dict[str, dict[str, float]]:
+    """By router the means over the divisions into folds, and of the area the least and the most."""
     noise = np.random.default_rng(0).random(len(outcomes.prompts))
-    ranked: dict[str, Floats] = {"random": noise, "length": np.array([float(len(prompt)) for prompt in outcomes.prompts])}
-    ranked |= {name: scores[name] for name in ("told domain", "hard-first", "gain")}
+    same = {"random": noise, "length": np.array([float(len(prompt)) for prompt in outcomes.prompts])}
+    areas: dict[str, list[float]] = {}
+    parts: dict[str, list[dict[float, float]]] = {}
+    last: dict[str, Floats] = {}
+    for folds in divisions:
+        last = same | held_out(outcomes, known, folds)
+        for name, score in last.items():
+            apgr, cpt = curve(score, outcomes)
+            areas.setdefault(name, []).append(apgr)
+            parts.setdefault(name, []).append(cpt)
     found = {}
-    for name, score in ranked.items():
-        apgr, cpt = curve(score, outcomes)
-        found[name] = {"apgr": apgr, **{f"cpt{int(100 * level)}": share for level, share in cpt.items()}}
-    found["gain"]["apgr_spread"] = spread(scores["gain"], outcomes)
+    for name, values in areas.items():
+        found[name] = {"apgr": statistics.fmean(values), "least": min(values), "most": max(values)}
+        found[name] |= {f"cpt{int(100 * level)}": statistics.fmean(cpt[level] for cpt in parts[name]) for level in parts[name][0]}
+        found[name]["spread"] = spread(last[name], outcomes)
     return found
 
 
@@ -203,17 +191,14 @@ def halves(outcomes: Outcomes) -> dict[str, tuple[list[str], list[str]]]:
     return found
 
 
-def shift(outcomes: Outcomes, known: Sequence[str], new: Sequence[str], l2: float) -> list[dict[str, float]]:
-    """The known domains train, the new ones come, one after the other: the share of the strong model, fixed and held."""
-    before = [row for row, name in enumerate(outcomes.domains) if name in known]
+def shift(outcomes: Outcomes, known: Known, old: Sequence[str], new: Sequence[str]) -> list[dict[str, float]]:
+    """The old domains train, the new ones come, one after the other: the share of the strong model, fixed and held. By words."""
+    before = [row for row, name in enumerate(outcomes.domains) if name in old]
     after = [row for domain in new for row, name in enumerate(outcomes.domains) if name == domain]
-    predictor, matrix = train(outcomes.part(before), ("weak", "strong"), l2)
-
-    def gains(given: Matrix) -> Floats:
-        weak, strong = (1 / (1 + np.exp(-given.scores(predictor.parts[name]))) for name in ("weak", "strong"))
-        return np.asarray(strong - weak)
-
-    seen, coming = gains(matrix), gains(Matrix([outcomes.prompts[row] for row in after], matrix.idf))
+    part, labels = known.texts.part(before), outcomes.of_models()[before]
+    way = (RIDGES[0], FACTS[0])
+    seen = foreseen(part, labels, *way) @ (-1.0, 1.0)
+    coming = scores_of(fit_words(part, labels, *way), known.texts.part(after)) @ (-1.0, 1.0)
     found = []
     for target in TARGETS:
         bar = float(np.quantile(seen, 1 - target))
@@ -228,13 +213,32 @@ def shift(outcomes: Outcomes, known: Sequence[str], new: Sequence[str], l2: floa
     return found
 
 
-def decision_ms(predictor: Predictor, prompts: Sequence[str]) -> dict[str, float]:
-    times = []
-    for prompt in prompts[:2000]:
-        started_s = time.perf_counter()
-        predictor.probabilities(prompt)
-        times.append((time.perf_counter() - started_s) * 1e3)
-    return {"p50": statistics.median(times), "p99": float(np.quantile(times, 0.99))}
+def decision_ms(predictor: Predictor, outcomes: Outcomes, known: Known) -> dict[str, float]:
+    """Of the words, and of the neighbours once there is a vector."""
+    rows = range(min(2000, len(outcomes.prompts)))
+    found: dict[str, float] = {}
+    calls: dict[str, Callable[[int], object]] = {"words": lambda row: predictor.probabilities(outcomes.prompts[row])}
+    neighbours, vectors = predictor.neighbours, known.vectors
+    if neighbours is not None and vectors is not None:
+        calls["neighbours"] = lambda row: neighbours.shift(vectors[row])
+    for name, call in calls.items():
+        times = []
+        for row in rows:
+            started_s = time.perf_counter()
+            call(row)
+            times.append((time.perf_counter() - started_s) * 1e3)
+        found |= {f"{name}_p50_ms": statistics.median(times), f"{name}_p99_ms": float(np.quantile(times, 0.99))}
+    return found
+
+
+def known_of(outcomes: Outcomes, embedder: str, file: Path | None) -> Known:
+    texts = Texts.of(outcomes.prompts)
+    if embedder == "none":
+        return Known(texts, None, "")
+    kept = KeptVectors(OnnxEmbedder.stored(), file)
+    vectors = np.stack([kept.embed(prompt, read_words(prompt)) for prompt in outcomes.prompts])
+    kept.save()
+    return Known(texts, vectors, kept.revision)
 
 
 def main() -> None:
@@ -245,12 +249,15 @@ def main() -> None:
     parser.add_argument(
         "--names", default="weak,strong", help="with --train: what weak and strong are called in the configuration"
     )
-    parser.add_argument("--l2", type=float, default=1.0)
+    parser.add_argument("--splits", type=int, default=1, help="divisions into folds that figures are means of")
+    parser.add_argument("--embedder", choices=("none", "minilm"), default="none")
+    parser.add_argument("--vectors", type=Path, help="an .npz that keeps vectors from run to run")
     options = parser.parse_args()
     outcomes = read(options.outcomes)
+    known = known_of(outcomes, options.embedder, options.vectors)
+    everything = range(len(outcomes.prompts))
     if options.train is not None:
-        weak, strong = options.names.split(",")
-        predictor, _ = train(outcomes, (weak, strong), options.l2)
+        predictor = trained(outcomes, known, everything, options.names.split(","))
         options.train.write_text(json.dumps(predictor.as_json()))
         print(f"{len(outcomes.prompts)} outcomes -> {options.train}, {options.train.stat().st_size / 1e6:.1f} MB")
         return
@@ -260,28 +267,29 @@ def main() -> None:
     }
     found: dict[str, object] = {}
     for group, belongs in groups.items():
-        part = outcomes.part([row for row, name in enumerate(outcomes.domains) if belongs(name)])
-        if not part.prompts:
+        rows = [row for row, name in enumerate(outcomes.domains) if belongs(name)]
+        if not rows:
             continue
-        splits = {"in-domain": by_rows(len(part.prompts))}
+        part, known_part = outcomes.part(rows), known.part(rows)
+        splits = {"in-domain": [by_rows(len(rows), seed) for seed in range(options.splits)]}
         if len(set(part.domains)) >= FOLDS:
-            splits["domains left out"] = by_domains(part)
-        for split, folds in splits.items():
-            figures = report(part, folds, options.l2)
+            splits["domains left out"] = [by_domains(part, seed) for seed in range(options.splits)]
+        for split, divisions in splits.items():
+            figures = report(part, known_part, divisions)
             found[f"{group}, {split}"] = figures
-            print(
-                f"\n{group}, {split}: {len(part.prompts)} prompts, weak {part.weak.mean():.3f}, strong {part.strong.mean():.3f}"
-            )
+            print(f"\n{group}, {split}: {len(rows)} prompts, weak {part.weak.mean():.3f}, strong {part.strong.mean():.3f}")
             for router, values in figures.items():
-                print(f"  {router:12}" + "".join(f"  {name} {value:.3f}" for name, value in values.items()))
+                print(f"  {router:18}" + "".join(f"  {name} {value:.3f}" for name, value in values.items()), flush=True)
     print("\nshare of the strong model when the questions change")
-    for change, (known, new) in halves(outcomes).items():
-        found[f"share, then {change}"] = moved = shift(outcomes, known, new, options.l2)
+    for change, (old, new) in halves(outcomes).items():
+        found[f"share, then {change}"] = moved = shift(outcomes, known, old, new)
         for row in moved:
             print(f"  {change:14}" + "".join(f"  {name} {value:.3f}" for name, value in row.items()))
-    predictor, _ = train(outcomes.part(range(min(2000, len(outcomes.prompts)))), ("weak", "strong"), options.l2)
-    found["decision_ms"] = taken = decision_ms(predictor, outcomes.prompts)
-    print(f"\nprediction of one prompt: median {taken['p50']:.3f} ms, p99 {taken['p99']:.3f} ms")
+    predictor = trained(outcomes, known, everything)
+    found["decision"] = taken = decision_ms(predictor, outcomes, known)
+    found["megabytes"] = len(json.dumps(predictor.as_json())) / 1e6
+    print("\nprediction of one prompt:" + "".join(f"  {name} {value:.3f}" for name, value in taken.items()))
+    print(f"a predictor of all: {found['megabytes']:.1f} MB")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

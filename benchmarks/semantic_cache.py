@@ -33,55 +33,21 @@ import numpy as np
 from benchmarks.semantic.edits import edited_pairs
 from benchmarks.semantic.pairs import Questions, load, split, stream
 from benchmarks.semantic.policies import Asked, Ours, Outcome, PerEntryLogistic, Policy, Static
+from benchmarks.semantic.vectors import KeptVectors
 from common.config import SemanticCacheConfig
 from router.semantic.decider import Decider
-from router.semantic.embedder import Embedder, HashedEmbedder, Vector
+from router.semantic.embedder import Embedder, HashedEmbedder
 from router.semantic.library import Library
 from router.semantic.making import make_embedder
 from router.semantic.matching import Known, Matcher
 from router.semantic.prior import Prior, PriorFile, shipped, word_weights
-from router.semantic.reading import Reading, read
+from router.semantic.reading import read
 
 _TRAIN_SHARE = 0.35
 _BOUNDS = (0.01, 0.02, 0.05, 0.10, 0.12, 0.13, 0.15, 0.20)
 _STATIC = (0.70, 0.80, 0.85, 0.90, 0.95, 0.97, 0.99)
 _DELTAS = (0.01, 0.02, 0.05)
 _HELD_OUT = 0.3  # of the training classes, for the prior's trials
-
-
-class KeptVectors:
-    """An embedder that remembers: policies and seeds ask for the same texts. `file` keeps them for the next run."""
-
-    def __init__(self, embedder: Embedder, file: Path | None) -> None:
-        self._embedder = embedder
-        self._file = file
-        self._vectors: dict[str, Vector] = {}
-        if file is not None and file.is_file():
-            with np.load(file, allow_pickle=False) as kept:
-                self._vectors = dict(zip(kept["texts"].tolist(), kept["vectors"].astype(np.float32), strict=True))
-        self._loaded = len(self._vectors)
-
-    @property
-    def revision(self) -> str:
-        return self._embedder.revision
-
-    @property
-    def dimensions(self) -> int:
-        return self._embedder.dimensions
-
-    @property
-    def quick(self) -> bool:
-        return self._embedder.quick
-
-    def embed(self, text: str, reading: Reading) -> Vector:
-        vector = self._vectors.get(text)
-        if vector is None:
-            vector = self._vectors[text] = self._embedder.embed(text, reading)
-        return vector
-
-    def save(self) -> None:
-        if self._file is not None and len(self._vectors) > self._loaded:
-            np.savez(self._file, texts=np.array(list(self._vectors)), vectors=np.array(list(self._vectors.values()), np.float16))
 
 
 def asked_questions(questions: Questions, order: list[int], embedder: Embedder) -> list[Asked]:

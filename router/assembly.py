@@ -67,6 +67,7 @@ class Router:
         ending.push_async_callback(self.tracer.close)
         ending.push_async_callback(self.store.close)
         ending.push_async_callback(self.front.examination.close)
+        ending.push_async_callback(self.front.models.close)
         ending.push_async_callback(self.dispatcher.close)
         run(self.store.run(), "store")
         run(self.limits.run(), "shared limits")

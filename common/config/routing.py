@@ -76,11 +76,21 @@ class RoutingConfig(Part):
     rules: tuple[RouteRule, ...] = Field((), description="For all these names; the first that holds decides.")
     prices: dict[str, ModelPrice] = Field({}, description="By model.")
     predictor: str | None = Field(None, description="File of the predictor, as written by benchmarks/routing.py --train.")
+    embedder: Literal["none", "minilm"] = Field(
+        "none",
+        description="none: the words of a text predict. minilm: similar questions as well, if the predictor was trained so;"
+        " a small model on the CPU; needs pdserve[embed].",
+    )
+    embedder_budget_s: float = Field(
+        0.1, gt=0, le=10, description="Longest time that a call may wait for the embedder; after it the words predict alone."
+    )
 
     @model_validator(mode="after")
     def _predictor_is_there(self) -> RoutingConfig:
         if self.predictor is None and any(alias.policy == "predicted" for alias in self.aliases.values()):
             raise ValueError("policy: predicted needs routing.predictor")
+        if self.predictor is None and self.embedder != "none":
+            raise ValueError("embedder belongs to routing.predictor")
         return self
 
     @property

@@ -58,6 +58,11 @@ class Config(Part):
             raise ValueError("head.redis and cache.redis.url exclude each other")
         return self
 
+    @property
+    def wants_minilm(self) -> bool:
+        """Whether a router of this configuration needs the embedder's model."""
+        return (self.cache.semantic.enabled and self.cache.semantic.embedder == "minilm") or self.routing.embedder == "minilm"
+
     def model_named(self, name: str) -> ModelConfig:
         for model in self.models:
             if name == model.name or name in model.aliases:

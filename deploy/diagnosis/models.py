@@ -20,11 +20,11 @@ def check_models(config: Config, home: Path) -> Iterator[Finding]:
             yield _model(f"{model.name}, draft", model.decode.speculation.draft_model, home)
         if model.decode.speculation.method == "medusa":
             yield _heads(f"{model.name}, heads", model.source, model.decode.speculation.heads, home)
-    if config.cache.semantic.enabled and config.cache.semantic.embedder == "minilm":
+    if config.wants_minilm:
         try:
             yield Finding(_AREA, "embedder", str(embedder_folder("minilm", home=home)))
         except ModelLoadError as error:
-            yield Finding(_AREA, "embedder", error.message, Severity.FAILURE, "the semantic cache cannot compare questions")
+            yield Finding(_AREA, "embedder", error.message, Severity.FAILURE, "questions cannot be compared")
 
 
 def _heads(name: str, source: str, given: str, home: Path) -> Finding:

@@ -66,7 +66,7 @@ def extras_of(config: Config) -> set[str]:
         found.add("redis")
     if config.transfer.transports == ("nixl",):
         found.add("nixl")
-    if config.cache.semantic.enabled and config.cache.semantic.embedder == "minilm":
+    if config.wants_minilm:
         found.add("embed")
     if config.tracing.otlp_endpoint is not None:
         found.add("otel")

@@ -29,6 +29,7 @@ class Decision:
     candidates: tuple[Candidate, ...]  # the first answers; the others take its place, in this order, if it cannot
     refused: tuple[Refused, ...] = ()
     predicted: tuple[tuple[str, float], ...] = ()  # probability of a good answer, by model
+    predicted_by: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -37,4 +38,5 @@ class Decision:
             "candidates": [{"model": candidate.model, "reason": candidate.reason} for candidate in self.candidates],
             "refused": [{"model": refused.model, "reason": refused.reason} for refused in self.refused],
             "predicted": {model: round(probability, 4) for model, probability in self.predicted},
+            "predicted_by": self.predicted_by or None,
         }

@@ -26,7 +26,12 @@ def relative_costs(models: Sequence[str], prices: Mapping[str, ModelPrice]) -> d
 
 
 def candidates_of(
-    alias: RouteAlias, facts: Facts, costs: Mapping[str, float], predicted: Mapping[str, float], bar: float
+    alias: RouteAlias,
+    facts: Facts,
+    costs: Mapping[str, float],
+    predicted: Mapping[str, float],
+    bar: float,
+    predicted_by: str = "",
 ) -> list[Candidate]:
     """Without the fallbacks of the name."""
     if alias.weights:
@@ -42,7 +47,8 @@ def candidates_of(
             value = {model: predicted[model] - bar * costs[model] for model in alias.candidates}
             order = tuple(sorted(alias.candidates, key=lambda model: (-value[model], costs[model])))
             return [
-                Candidate(model, f"predicted {predicted[model]:.3f}, cost {costs[model]:g}, bar {bar:.3f}") for model in order
+                Candidate(model, f"predicted {predicted[model]:.3f} by {predicted_by}, cost {costs[model]:g}, bar {bar:.3f}")
+                for model in order
             ]
 
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from common.config import RouteAlias, RouteRule, RoutingConfig
 from common.errors import InvalidRequest, NoWorkerAvailable, PdserveError
 from router.models.decision import Candidate, Decision, Refused
 from router.models.facts import Facts
 from router.models.policy import candidates_of, error_of, relative_costs
-from router.models.predictor import Predictor
 from router.models.share import ShareController
 from router.validate import ValidCall
+
+if TYPE_CHECKING:
+    from router.models.predicting import Predicting
 
 _REMEMBERED = 4096  # conversations
 
@@ -43,13 +46,18 @@ class ModelRouter:
             name: relative_costs(alias.candidates, config.prices) for name, alias in config.aliases.items() if alias.candidates
         }
         self._controllers = {name: ShareController() for name, alias in config.aliases.items() if alias.policy == "predicted"}
-        self._predictor = _load_predictor(config)
+        self._predicting = _make_predicting(config)
         self._remembered: OrderedDict[str, str] = OrderedDict()  # conversation -> model, of predicted choices
 
     @property
     def names(self) -> Mapping[str, tuple[str, ...]]:
         """The names that stand for several models, with these."""
         return {name: alias.models for name, alias in self._config.aliases.items()}
+
+    async def close(self) -> None:
+        """Waits for what is being predicted."""
+        if self._predicting is not None:
+            await self._predicting.close()
 
     def stand_in(self, name: str) -> str:
         """Of a name's models the one that is meant where there is no call to decide about, such as a text to tokenise: the first
@@ -88,7 +96,7 @@ class ModelRouter:
                 refused.append(found)
             else:
                 fit.append(candidate)
-        return Decision(facts.asked, tuple(fit), tuple(refused), decision.predicted)
+        return replace(decision, candidates=tuple(fit), refused=tuple(refused))
 
     async def _decide(self, facts: Facts, alias: RouteAlias, validate: Validate) -> Decision:
         refused: list[Refused] = []
@@ -98,21 +106,24 @@ class ModelRouter:
             if reason is not None:
                 chosen.append(Candidate(rule.use, f"rule {number}: {reason}"))
                 break
-        predicted: dict[str, float] = {}
-        if alias.policy == "predicted" and self._predictor is not None:
-            predicted = self._predictor.probabilities(facts.text)
+        predicted: Mapping[str, float] = {}
+        predicted_by = ""
+        if alias.policy == "predicted" and self._predicting is not None:
             kept = self._remembered.get(_conversation(facts))
+            # Where the model stays, nothing hangs on the prediction: the embedder is spared.
+            prediction = self._predicting.by_words(facts.text) if kept is not None else await self._predicting.of(facts.text)
+            predicted, predicted_by = prediction.probabilities, prediction.by
             if kept is not None:
                 chosen.append(Candidate(kept, "as before in this conversation"))
         controller = self._controllers.get(facts.asked)
         bar = controller.bar if controller is not None else 0.0
-        chosen += candidates_of(alias, facts, self._costs.get(facts.asked, {}), predicted, bar)
+        chosen += candidates_of(alias, facts, self._costs.get(facts.asked, {}), predicted, bar, predicted_by)
         chosen += [Candidate(model, f"fallback {place}") for place, model in enumerate(alias.fallback, 1)]
         first: dict[str, Candidate] = {}
         for candidate in chosen:
             first.setdefault(candidate.model, candidate)
         shown = tuple((model, predicted[model]) for model in alias.candidates if model in predicted)
-        return Decision(facts.asked, tuple(first.values()), tuple(refused), shown)
+        return Decision(facts.asked, tuple(first.values()), tuple(refused), shown, predicted_by)
 
     async def _why(self, rule: RouteRule, facts: Facts, validate: Validate, refused: list[Refused]) -> str | None:
         """Why a rule holds; None if it does not. Tokens are counted as the model counts them that the rule would use."""
@@ -173,8 +184,7 @@ class Route:
         for position, candidate in enumerate(decision.candidates):
             found = await _examine(candidate.model, serves, validate)
             if not isinstance(found, Refused):
-                known = Decision(decision.asked, decision.candidates, tuple(refused), decision.predicted)
-                return cls(known, found, is_ready, validate, position)
+                return cls(replace(decision, refused=tuple(refused)), found, is_ready, validate, position)
             refused.append(found)
         errors = [one.error for one in refused if one.error is not None]
         # What the client can mend comes first; that nobody is up is only worth saying if it is all there is to say.
@@ -228,9 +238,10 @@ def _conversation(facts: Facts) -> str:
     return f"{facts.asked}\0{facts.conversation}"
 
 
-def _load_predictor(config: RoutingConfig) -> Predictor | None:
-    """Raises ConfigError."""
+def _make_predicting(config: RoutingConfig) -> Predicting | None:
+    """Raises ConfigError and ModelLoadError. Without a predictor nothing is imported."""
     if config.predictor is None:
         return None
-    wanted = [model for alias in config.aliases.values() if alias.policy == "predicted" for model in alias.candidates]
-    return Predictor.load(Path(config.predictor).expanduser(), wanted)
+    from router.models.predicting import make_predicting
+
+    return make_predicting(config)

@@ -6,21 +6,19 @@ same, so that the answer to the question can still be learned under it.
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 from router.semantic.embedder import Embedder, Vector
+from router.semantic.off_loop import OffLoop, finished, until_done
 from router.semantic.reading import Reading
-
-_MAX_WAITING = 8
 
 
 class Embedding:
     def __init__(self, embedder: Embedder, *, budget_s: float) -> None:
         self._embedder = embedder
         self._budget_s = budget_s
-        self._thread = None if embedder.quick else ThreadPoolExecutor(1, thread_name_prefix="embed")
-        self._waiting = 0
+        self._thread = None if embedder.quick else OffLoop("embed")
 
     def start(self, text: str, reading: Reading) -> Future[Vector] | None:
         """None: too many wait already."""
@@ -28,12 +26,7 @@ class Embedding:
             done: Future[Vector] = Future()
             done.set_result(self._embedder.embed(text, reading))
             return done
-        if self._waiting >= _MAX_WAITING:
-            return None
-        self._waiting += 1
-        future = self._thread.submit(self._embedder.embed, text, reading)
-        future.add_done_callback(self._done)
-        return future
+        return self._thread.start(partial(self._embedder.embed, text, reading))
 
     async def vector(self, future: Future[Vector]) -> Vector | None:
         """None: the budget is spent, or the embedder failed."""
@@ -43,18 +36,4 @@ class Embedding:
 
     def close(self) -> None:
         if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _done(self, future: Future[Vector]) -> None:
-        self._waiting -= 1
-
-
-async def until_done(future: Future[Vector], timeout_s: float | None) -> None:
-    """Never raises what the embedder raised: `finished` gives None then."""
-    waiter = asyncio.wrap_future(future)
-    waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-    await asyncio.wait((waiter,), timeout=timeout_s)
-
-
-def finished(future: Future[Vector]) -> Vector | None:
-    return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
+            self._thread.close()

@@ -39,10 +39,11 @@ from router.sampling_class import SamplingClass
 from router.semantic.decider import Decider, LabelSource, Seen, Verdict
 from router.semantic.eligibility import ineligible, ineligible_at_once
 from router.semantic.embedder import Embedder, Vector
-from router.semantic.embedding import Embedding, finished, until_done
+from router.semantic.embedding import Embedding
 from router.semantic.judge import Judge
 from router.semantic.library import Library
 from router.semantic.matching import Known, Match, Matcher, Matches
+from router.semantic.off_loop import finished, until_done
 from router.semantic.reading import Reading, read
 from router.semantic.wider_index import WiderIndex
 from router.store.base import Change, Deleted, Inserted, Invalidated, Reset, Store

@@ -17,8 +17,9 @@ from common.model_store import embedder_folder
 from router.semantic.embedder import Vector
 from router.semantic.reading import Reading
 
+REVISION = "minilm-1"
+DIMENSIONS = 384
 _MAX_TOKENS = 128
-_DIMENSIONS = 384
 
 
 class OnnxEmbedder:
@@ -49,11 +50,11 @@ class OnnxEmbedder:
 
     @property
     def revision(self) -> str:
-        return "minilm-1"
+        return REVISION
 
     @property
     def dimensions(self) -> int:
-        return _DIMENSIONS
+        return DIMENSIONS
 
     @property
     def quick(self) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.routing import Matrix, Outcomes, curve, gain_of_domains, read, spread, train
+from benchmarks.routing import Known, Outcomes, curve, gain_of_domains, gains, held_out, read, spread, trained
+from benchmarks.routing_training import FACTS, RIDGES, SHARPNESS, Scaled, Texts, fit_pull, fit_words, foreseen, scores_of
 from router.models.predictor import Predictor
 
 
@@ -22,6 +23,10 @@ def made_up(count: int) -> Outcomes:
     weak = np.array([float(kind == "chat") for kind in kinds])
     strong = np.array([float(kind != "riddle") for kind in kinds])
     return Outcomes(prompts, weak, strong, kinds)
+
+
+def known_of(outcomes: Outcomes, vectors: np.ndarray | None = None) -> Known:
+    return Known(Texts.of(outcomes.prompts), vectors, "some-1")
 
 
 def test_outcomes_are_read_from_plain_and_gzipped_files(tmp_path: Path) -> None:
@@ -45,16 +50,76 @@ def test_the_curve_of_a_perfect_a_useless_and_a_perverse_order() -> None:
     assert curve(np.random.default_rng(0).random(300), outcomes)[0] == pytest.approx(0.5, abs=0.1)
 
 
-def test_what_is_learned_is_the_gain_and_the_router_reads_the_same(tmp_path: Path) -> None:
+def test_what_is_learned_is_the_gain_and_the_router_reads_the_same() -> None:
     outcomes = made_up(300)
-    predictor, matrix = train(outcomes, ("small", "large"), 0.3)
+    known = known_of(outcomes)
+    predictor = trained(outcomes, known, range(300), ("small", "large"))
     assert isinstance(predictor, Predictor)
     for prompt in ("proof a 5", "riddle b 7", "chat c 9"):
         found = predictor.probabilities(prompt)
         assert (found["large"] - found["small"] > 0.5) == prompt.startswith("proof")
-    rows = Matrix(outcomes.prompts[:5], matrix.idf)
-    scores = 1 / (1 + np.exp(-rows.scores(predictor.parts["small"])))
-    assert scores == pytest.approx([predictor.probabilities(prompt)["small"] for prompt in outcomes.prompts[:5]], abs=1e-9)
+    all_at_once = np.clip(scores_of(predictor.words, known.texts), 0.01, 0.99)
+    one_by_one = [list(predictor.probabilities(prompt).values()) for prompt in outcomes.prompts]
+    assert all_at_once == pytest.approx(np.array(one_by_one), abs=1e-5)
+
+
+def test_a_ridge_is_what_the_normal_equations_say() -> None:
+    outcomes = made_up(80)
+    scaled = Scaled(Texts.of(outcomes.prompts), 0.1)
+    width = len(scaled.kept) + scaled.facts.shape[1]
+    dense = scaled.forward(np.eye(width))
+    assert np.linalg.norm(dense[:, : len(scaled.kept)], axis=1) == pytest.approx(1.0)
+    target = outcomes.of_models() - outcomes.of_models().mean(axis=0)
+    exact = np.linalg.solve(dense.T @ dense + 3.0 * np.eye(width), dense.T @ target)
+    assert scaled.ridge(target, 3.0) == pytest.approx(exact, abs=1e-4)
+
+
+def test_nobody_foresees_what_only_its_own_prompt_says() -> None:
+    """Each prompt has words of its own, twice, so they are known words; its outcome is a coin. Learnt, it would be foreseen."""
+    dice = random.Random(3)
+    prompts = [f"word{number} word{number}" for number in range(200)]
+    coin = np.array([[float(dice.random() < 0.5)] for _ in prompts])
+    texts = Texts.of([f"{prompt} common" for prompt in prompts])
+    said = foreseen(texts, coin, RIDGES[0], FACTS[0])[:, 0]
+    assert abs(float(np.corrcoef(said, coin[:, 0])[0, 1])) < 0.2
+
+
+def test_similar_questions_tell_what_words_do_not() -> None:
+    """What words prompts share says nothing, but their vectors show what they are about."""
+    dice = np.random.default_rng(0)
+    count = 240
+    about = dice.integers(0, 3, count)
+    vectors = np.eye(4, dtype=np.float32)[about] + dice.normal(0, 0.05, (count, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    prompts = ["what is " + "".join(chr(97 + int(letter)) for letter in dice.integers(0, 26, 9)) for _ in range(count)]
+    outcomes = Outcomes(prompts, (about == 0).astype(float), (about != 1).astype(float), ["one"] * count)
+    known = known_of(outcomes, vectors)
+    said = gains(trained(outcomes, known, range(160)), known, range(160, count))
+    part = outcomes.part(range(160, count))
+    best = curve(part.strong - part.weak, part)[0]
+    assert curve(said["words and similar"], part)[0] > best - 0.01
+    assert curve(said["words"], part)[0] < 0.65
+    folds = [list(range(fold, count, 5)) for fold in range(5)]
+    assert curve(held_out(outcomes, known, folds)["words and similar"], outcomes)[0] > best - 0.02
+
+
+def test_the_strength_of_a_ridge_is_found_among_the_training_prompts() -> None:
+    """A word that settles everything wants the weakest ridge."""
+    outcomes = made_up(300)
+    known = known_of(outcomes)
+    chosen = trained(outcomes, known, range(300)).words.of_runs
+    tried = [fit_words(known.texts, outcomes.of_models(), RIDGES[0], facts_weight).of_runs for facts_weight in FACTS]
+    assert any(np.array_equal(chosen, one) for one in tried)
+
+
+def test_the_pull_of_known_questions_solves_the_kernel_ridge() -> None:
+    dice = np.random.default_rng(1)
+    vectors = dice.normal(size=(40, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    outcomes = (dice.random((40, 2)) < 0.5).astype(float)
+    kernel = np.array([[np.exp(SHARPNESS * (float(one @ other) - 1)) for other in vectors] for one in vectors])
+    exact = np.linalg.solve(kernel + 3.0 * np.eye(40), outcomes - outcomes.mean(axis=0))
+    assert fit_pull(vectors, outcomes, 3.0) == pytest.approx(exact, abs=1e-3)
 
 
 def test_a_told_domain_says_its_mean_gain_among_the_others() -> None:

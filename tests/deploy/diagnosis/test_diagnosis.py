@@ -131,6 +131,8 @@ def test_packages_that_are_missing_or_old_are_named(monkeypatch: pytest.MonkeyPa
     assert "redis" not in plain, "nobody needs it here"
     config = Config.model_validate({"models": [{"name": "m", "source": "m"}], "cache": {"redis": {"url": "redis://x"}}})
     assert extras_of(config) == {"redis"}
+    routed = {"predictor": "p.json", "embedder": "minilm"}
+    assert extras_of(Config.model_validate({"models": [{"name": "m", "source": "s"}], "routing": routed})) == {"embed"}
     assert by_what(check_software(config))["redis"].severity is Severity.FAILURE
 
 

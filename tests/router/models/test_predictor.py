@@ -1,76 +1,155 @@
 from __future__ import annotations
 
+import base64
 import json
-from array import array
+import math
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import ConfigError
-from router.models.predictor import NUM_FACTS, Logistic, Predictor, facts, features
+from router.models.predictor import MAX_FILE_BYTES, Neighbours, Predictor, Words
+from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
-BUCKETS = 64
+
+def number(run: str) -> int:
+    return zlib.crc32(run.encode())
 
 
-def predictor() -> Predictor:
-    """Model "words" likes one word, model "digits" likes digits."""
-    liked = [0.0] * BUCKETS
-    (bucket,) = features("theorem", BUCKETS)
-    liked[bucket] = 3.0
-    of_digits = [0.0] * NUM_FACTS
-    of_digits[2] = 5.0
-    nothing = [0.0] * BUCKETS
-    return Predictor(
-        [1.0] * BUCKETS, {"words": Logistic(-1.0, [0.0] * NUM_FACTS, liked), "digits": Logistic(0.0, of_digits, nothing)}
+def predictor(*, with_neighbours: bool = True) -> Predictor:
+    """Model "words" likes one word and a pair, model "digits" likes digits; two questions are known."""
+    known = sorted(
+        (number(run), idf, liked) for run, idf, liked in (("theorem", 2.0, 0.3), ("a theorem", 1.0, 0.1), ("a", 1.0, 0.0))
     )
+    of_facts = np.zeros((NUM_FACTS, 2), np.float32)
+    of_facts[2, 1] = 0.5
+    words = Words(
+        np.array([one[0] for one in known], np.uint32),
+        np.array([one[1] for one in known], np.float32),
+        np.array([[one[2], 0.0] for one in known], np.float32),
+        of_facts,
+        np.array([0.5, 0.25], np.float32),
+    )
+    vectors = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    pull = np.array([[-0.4, 0.2], [0.1, 0.0]], np.float32)
+    neighbours = Neighbours("some-1", vectors, pull, 10.0, 0.5, np.array([0.6, 0.4], np.float32))
+    return Predictor(("words", "digits"), words, neighbours if with_neighbours else None)
 
 
-def test_probabilities_are_logistics_of_words_and_facts() -> None:
+def test_words_are_counted_alone_in_pairs_and_in_threes() -> None:
+    found = runs(words_of("A b, a B"))
+    once = {number(run) for run in (",", "b ,", ", a", "a b ,", "b , a", ", a b")}
+    twice = {number(run) for run in ("a", "b", "a b")}
+    assert found == {**dict.fromkeys(once, 1.0), **dict.fromkeys(twice, pytest.approx(1 + math.log(2)))}
+    assert runs([]) == {}
+
+
+def test_probabilities_are_sums_over_known_words_and_facts() -> None:
     ours = predictor()
-    assert ours.probabilities("theorem")["words"] == pytest.approx(1 / (1 + 2.718281828**-2.0))
-    assert ours.probabilities("")["words"] == pytest.approx(1 / (1 + 2.718281828**1.0))
-    assert ours.probabilities("12345678")["digits"] > ours.probabilities("abcdefgh")["digits"] == 0.5
+    length = math.sqrt(2.0**2 + 1.0**2 + 1.0**2)  # of "theorem", "a theorem" and "a"; "unheard" counts for nothing
+    assert ours.probabilities("a theorem unheard")["words"] == pytest.approx(0.5 + (2.0 * 0.3 + 1.0 * 0.1) / length)
+    assert ours.probabilities("theorem")["words"] == pytest.approx(0.8)
+    assert ours.probabilities("") == pytest.approx({"words": 0.5, "digits": 0.25})
+    assert ours.probabilities("12345678")["digits"] == pytest.approx(0.75)
+
+
+def test_similar_questions_pull_and_words_count_for_less() -> None:
+    neighbours = predictor().neighbours
+    assert neighbours is not None
+    near, far = 1.0, math.exp(-10.0)
+    shift = neighbours.shift(np.array([1.0, 0.0], np.float32))
+    assert shift == pytest.approx([near * -0.4 + far * 0.1, near * 0.2], rel=1e-4)
+    assert np.abs(neighbours.shift(np.array([-1.0, 0.0], np.float32))).max() < 1e-4  # resembles nothing
+    small = np.array([-0.1, 0.1], np.float32)
+    half_way = {"words": 0.6 + 0.5 * (0.5 - 0.6) - 0.1, "digits": 0.4 + 0.5 * (0.25 - 0.4) + 0.1}
+    assert predictor().probabilities("", small) == pytest.approx(half_way)
+    assert predictor().probabilities("", small * 100) == pytest.approx({"words": 0.01, "digits": 0.99})
+    assert predictor(with_neighbours=False).probabilities("", small) == pytest.approx({"words": 0.5, "digits": 0.25})
 
 
 def test_any_text_has_facts() -> None:
     for text in ("", " ", "\n" * 100, "é日😀", "x" * 9000, "A. one\nB) two"):
-        assert len(facts(text)) == NUM_FACTS
-        assert all(0.0 <= value <= 1.5 for value in facts(text))
+        found = facts(text, words_of(text))
+        assert len(found) == NUM_FACTS
+        assert all(0.0 <= value <= 1.5 for value in found)
 
 
-def test_a_file_brings_the_same_predictor_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_neighbours", [True, False])
+def test_a_file_brings_the_same_predictor_back(tmp_path: Path, with_neighbours: bool) -> None:
     path = tmp_path / "predictor.json"
-    path.write_text(json.dumps(predictor().as_json()))
+    ours = predictor(with_neighbours=with_neighbours)
+    path.write_text(json.dumps(ours.as_json()))
     loaded = Predictor.load(path, ["words", "digits"])
-    for text in ("", "theorem 12", "what is 2 + 2"):
-        assert loaded.probabilities(text) == pytest.approx(predictor().probabilities(text))
+    for text in ("", "theorem 12", "what is 2 + 2", "a theorem"):
+        assert loaded.probabilities(text) == ours.probabilities(text)
+    assert (loaded.neighbours is not None) == with_neighbours
+    if loaded.neighbours is not None and ours.neighbours is not None:
+        vector = np.array([0.6, 0.8], np.float32)
+        assert loaded.neighbours.shift(vector) == pytest.approx(ours.neighbours.shift(vector), abs=1e-3)
+        assert loaded.neighbours.embedder == "some-1"
+
+
+def test_numbers_are_written_as_the_file_says(tmp_path: Path) -> None:
+    """Read without NumPy: little-endian, so that a file trained on one machine is read on any."""
+    written = predictor().as_json()
+    raw = base64.b64decode(written["words"]["numbers"])
+    assert list(struct.unpack("<3I", raw)) == sorted(number(run) for run in ("theorem", "a theorem", "a"))
+    assert struct.unpack("4b", base64.b64decode(written["neighbours"]["vectors"])) == (127, 0, 0, 127)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": "other"},
-        {"idf": "AAAA"},
-        {"idf": "not base64!"},
-        {"models": {"words": {"bias": "1", "facts": [], "buckets": ""}}},
+        {"schema": "pdserve-route-predictor-1"},
         {"models": []},
+        {"models": ["one"]},
+        {"models": ["same", "same"]},
+        {"words": []},
+        {"words.idf": "AAAA"},
+        {"words.numbers": "not base64!"},
+        {"words.numbers": base64.b64encode(struct.pack("<3I", 3, 2, 1)).decode()},
+        {"words.of_facts": [[0.0, 0.0]]},
+        {"words.bias": [0.0, float("nan")]},
+        {"words.bias": [0.0, 1e39]},
+        {"words.bias": ["0", "x"]},
+        {"neighbours.dimensions": 3},
+        {"neighbours.dimensions": 0},
+        {"neighbours.dimensions": True},
+        {"neighbours.embedder": None},
+        {"neighbours.mean": [0.5]},
+        {"neighbours.of_words": float("nan")},
+        {"neighbours.sharpness": -1.0},
+        {"neighbours.scale": float("inf")},
+        {"neighbours.pull": ""},
     ],
 )
 def test_what_is_no_predictor_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "predictor.json"
-    path.write_text(json.dumps({**predictor().as_json(), **change}))
-    with pytest.raises(ConfigError, match="not a predictor that can be used"):
+    data: dict[str, Any] = predictor().as_json()
+    for name, value in change.items():
+        part, _, field = name.partition(".")
+        if field:
+            data[part][field] = value
+        else:
+            data[part] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="not a predictor that can be used") as caught:
         Predictor.load(path, [])
+    assert caught.value.param == "routing.predictor"
 
 
-def test_numbers_that_are_none_and_unknown_models_are_refused(tmp_path: Path) -> None:
+def test_absent_huge_and_ignorant_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "predictor.json"
-    broken = predictor()
-    path.write_text(json.dumps(Predictor(array("f", [float("nan")] * BUCKETS), broken.parts).as_json()))
-    with pytest.raises(ConfigError, match="not finite"):
-        Predictor.load(path, [])
-    path.write_text(json.dumps(broken.as_json()))
+    path.write_text(json.dumps(predictor().as_json()))
     with pytest.raises(ConfigError, match="but not other"):
         Predictor.load(path, ["words", "other"])
-    with pytest.raises(ConfigError, match="predictor"):
+    with pytest.raises(ConfigError, match="not a predictor"):
         Predictor.load(tmp_path / "absent", [])
+    with path.open("r+b") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ConfigError, match="larger than"):
+        Predictor.load(path, [])

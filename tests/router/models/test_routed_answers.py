@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -13,13 +14,15 @@ from typing import Any
 import grpc
 import grpc.aio
 import httpx
+import numpy as np
 import pytest
 
 from common.config import RoutingConfig
 from common.errors import EngineFailure, InvalidRequest, Overloaded
 from common.wire import inference_pb2, inference_pb2_grpc
-from router.models.predictor import NUM_FACTS, Logistic, Predictor, features
+from router.models.predictor import Predictor, Words
 from router.models.routes import ModelRouter
+from router.models.text_features import NUM_FACTS
 from support.fake_cluster import CONTEXT, MODEL, FakeCluster
 from support.router_clients import http_client
 
@@ -207,6 +210,7 @@ async def test_explain_says_what_would_happen_and_does_nothing(http: httpx.Async
         "candidates": [{"model": OTHER, "reason": "fallback 1"}],
         "refused": [{"model": "absent", "reason": "its workers are not ready"}],
         "predicted": {},
+        "predicted_by": None,
     }
     plain = (await http.post("/v1/route/explain", json={"model": "small", "prompt": "hi"})).json()
     assert plain["candidates"] == [{"model": MODEL, "reason": "asked by name"}]
@@ -239,11 +243,12 @@ async def test_grpc_routes_and_falls_back_alike(two: FakeCluster) -> None:
 async def test_a_predictor_chooses_by_gain_and_a_conversation_stays(
     start_cluster: Callable[..., AbstractAsyncContextManager[FakeCluster]], tmp_path: Path
 ) -> None:
-    (bucket,) = features("prove", 256)
-    likes = [5.0 if index == bucket else 0.0 for index in range(256)]
-    models = {MODEL: Logistic(0.0, [0.0] * NUM_FACTS, [0.0] * 256), OTHER: Logistic(0.0, [0.0] * NUM_FACTS, likes)}
+    one = np.ones(1, np.float32)
+    likes = np.array([[0.0, 0.45]], np.float32)
+    of_facts = np.zeros((NUM_FACTS, 2), np.float32)
+    words = Words(np.array([zlib.crc32(b"prove")], np.uint32), one, likes, of_facts, np.full(2, 0.5, np.float32))
     path = tmp_path / "predictor.json"
-    path.write_text(json.dumps(Predictor([1.0] * 256, models).as_json()))
+    path.write_text(json.dumps(Predictor((MODEL, OTHER), words).as_json()))
     auto = {"candidates": [MODEL, OTHER], "policy": "predicted", "strong_share": 0.3}
     async with (
         start_cluster(models=(OTHER,), routing={"aliases": {"auto": auto}, "predictor": str(path)}) as cluster,
@@ -258,3 +263,5 @@ async def test_a_predictor_chooses_by_gain_and_a_conversation_stays(
             await http.post("/v1/route/explain", json={"model": "auto", "messages": [{"role": "user", "content": "x"}]})
         ).json()
         assert said["predicted"] == {MODEL: 0.5, OTHER: 0.5}
+        assert said["predicted_by"] == "words"
+        assert "predicted 0.500 by words, cost " in said["candidates"][0]["reason"]

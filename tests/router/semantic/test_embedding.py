@@ -9,8 +9,9 @@ import pytest
 
 from common.errors import ModelLoadError
 from router.semantic.embedder import HashedEmbedder, Vector
-from router.semantic.embedding import Embedding, finished
+from router.semantic.embedding import Embedding
 from router.semantic.features import NUM_FEATURES
+from router.semantic.off_loop import finished
 from router.semantic.prior import Prior, shipped, word_weights
 from router.semantic.reading import Reading, read
 

@@ -1,0 +1,194 @@
+"""How a predictor of model routing is made of recorded outcomes: a ridge on words, and one on similar questions.
+
+Words: a ridge on each model's outcomes (0 or 1), over TF-IDF of the runs of words that at least two prompts have and facts of the
+text. Similar questions: a ridge with a kernel of the vectors' cosines. Both by conjugate gradients, deterministic. How strong
+each is, how much the facts count, and how much either counts beside the other, four folds of the prompts decide, by squared
+errors of the differences between models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from router.models.predictor import Neighbours, Predictor, Words
+from router.models.text_features import NUM_FACTS, facts, runs, words_of
+
+RIDGES = (3.0, 10.0)
+FACTS = (0.0, 0.1)  # weight of the facts beside the words, which together have length 1
+KERNEL_RIDGES = (3.0, 10.0)
+SHARPNESS = 4.0
+LEAST_PROMPTS = 2  # that have a run of words
+FOLDS = 4
+STEPS = 20
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Runs of words and facts of many texts, counted once. Sparse and flat: one entry per text and run."""
+
+    rows: Rows
+    columns: Rows
+    counts: Floats
+    facts: Floats
+    numbers: npt.NDArray[np.uint32]  # of the columns
+
+    @classmethod
+    def of(cls, prompts: Sequence[str]) -> Texts:
+        read = [words_of(prompt) for prompt in prompts]
+        found = [runs(words) for words in read]
+        lengths = [len(one) for one in found]
+        flat = np.fromiter((number for one in found for number in one), np.uint32, sum(lengths))
+        counts = np.fromiter((count for one in found for count in one.values()), np.float64, sum(lengths))
+        numbers, columns = np.unique(flat, return_inverse=True)
+        known = np.array([facts(prompt, words) for prompt, words in zip(prompts, read, strict=True)])
+        return cls(np.repeat(np.arange(len(prompts)), lengths), columns, counts, known.reshape(len(prompts), NUM_FACTS), numbers)
+
+    def part(self, rows: Sequence[int]) -> Texts:
+        place = np.full(len(self.facts), -1)
+        place[list(rows)] = np.arange(len(rows))
+        kept = place[self.rows] >= 0
+        return Texts(place[self.rows[kept]], self.columns[kept], self.counts[kept], self.facts[list(rows)], self.numbers)
+
+
+class Scaled:
+    """Rows of length 1 over the runs that enough of the texts have; facts beside them, centred and scaled."""
+
+    def __init__(self, texts: Texts, facts_weight: float) -> None:
+        width = len(texts.numbers)
+        seen = np.bincount(texts.columns, minlength=width)
+        self.kept = np.flatnonzero(seen >= LEAST_PROMPTS)
+        self.idf = np.log((1.0 + len(texts.facts)) / (1.0 + seen[self.kept])) + 1.0
+        self.centre, self.scale = texts.facts.mean(axis=0), texts.facts.std(axis=0) + 1e-9
+        place = np.full(width, -1)
+        place[self.kept] = np.arange(len(self.kept))
+        known = place[texts.columns] >= 0
+        self.rows, self.columns = texts.rows[known], place[texts.columns[known]]
+        values = texts.counts[known] * self.idf[self.columns]
+        lengths = np.sqrt(np.bincount(self.rows, values * values, minlength=len(texts.facts)))
+        self.values = values / lengths[self.rows]
+        self.facts = (texts.facts - self.centre) / self.scale * facts_weight
+
+    def forward(self, weights: Floats) -> Floats:
+        """Columns are models, of the weights and of what comes out."""
+        count = len(self.facts)
+        sums = [np.bincount(self.rows, self.values * column[self.columns], minlength=count) for column in weights.T]
+        return np.asarray(np.stack(sums, axis=1) + self.facts @ weights[len(self.kept) :])
+
+    def back(self, errors: Floats) -> Floats:
+        width = len(self.kept)
+        sums = [np.bincount(self.columns, self.values * column[self.rows], minlength=width) for column in errors.T]
+        return np.concatenate((np.stack(sums, axis=1), self.facts.T @ errors))
+
+    def ridge(self, outcomes: Floats, strength: float) -> Floats:
+        """Weights, by way of the dual."""
+        return self.back(solve(lambda way: self.forward(self.back(way)), outcomes, strength))
+
+
+def solve(kernel: Callable[[Floats], Floats], outcomes: Floats, strength: float) -> Floats:
+    """alpha of (K + strength) alpha = outcomes, column by column, all at once."""
+    alpha, rest = np.zeros_like(outcomes), outcomes.copy()
+    way, size = rest.copy(), np.square(rest).sum(axis=0)
+    for _ in range(STEPS):
+        bent = kernel(way) + strength * way
+        step = size / np.maximum((way * bent).sum(axis=0), 1e-30)
+        alpha, rest = alpha + step * way, rest - step * bent
+        before, size = size, np.square(rest).sum(axis=0)
+        way = rest + size / np.maximum(before, 1e-30) * way
+    return alpha
+
+
+def fit_words(texts: Texts, outcomes: Floats, strength: float, facts_weight: float) -> Words:
+    """`outcomes` [text][model]."""
+    scaled = Scaled(texts, facts_weight)
+    means = outcomes.mean(axis=0)
+    weights = scaled.ridge(outcomes - means, strength)
+    of_facts = weights[len(scaled.kept) :] * facts_weight / scaled.scale[:, None]
+    return Words(
+        texts.numbers[scaled.kept].astype(np.uint32),
+        scaled.idf.astype(np.float32),
+        weights[: len(scaled.kept)].astype(np.float32),
+        of_facts.astype(np.float32),
+        (means - scaled.centre @ of_facts).astype(np.float32),
+    )
+
+
+def scores_of(words: Words, texts: Texts) -> Floats:
+    """What `words.scores` says of each text, all at once."""
+    places = np.minimum(np.searchsorted(words.numbers, texts.numbers), len(words.numbers) - 1)
+    is_known = words.numbers[places] == texts.numbers
+    known = is_known[texts.columns]
+    rows, columns = texts.rows[known], places[texts.columns[known]]
+    values = texts.counts[known] * words.idf[columns]
+    count = len(texts.facts)
+    lengths = np.sqrt(np.bincount(rows, values * values, minlength=count))
+    values = values / np.where(lengths == 0.0, 1.0, lengths)[rows]
+    sums = [np.bincount(rows, values * of_model[columns], minlength=count) for of_model in words.of_runs.T]
+    return np.asarray(np.stack(sums, axis=1) + texts.facts @ words.of_facts + words.bias)
+
+
+def fit_pull(vectors: Vectors, outcomes: Floats, strength: float) -> Vectors:
+    kernel = np.exp(np.float32(SHARPNESS) * (vectors @ vectors.T - 1))
+    centred = (outcomes - outcomes.mean(axis=0)).astype(np.float32)
+    return solve(lambda way: kernel @ way, centred, strength).astype(np.float32)
+
+
+def foreseen(texts: Texts, outcomes: Floats, strength: float, facts_weight: float) -> Floats:
+    """What words say of each text, learnt from the other folds."""
+    found = np.zeros_like(outcomes)
+    for out, rest in _folds(len(outcomes)):
+        words = fit_words(texts.part(rest), outcomes[rest], strength, facts_weight)
+        found[out] = scores_of(words, texts.part(out))
+    return found
+
+
+def shifts(vectors: Vectors, outcomes: Floats, strength: float) -> Floats:
+    """What similar questions say of each, learnt from the other folds."""
+    found = np.zeros_like(outcomes)
+    for out, rest in _folds(len(outcomes)):
+        pull = fit_pull(vectors[rest], outcomes[rest], strength)
+        found[out] = np.exp(np.float32(SHARPNESS) * (vectors[out] @ vectors[rest].T - 1)) @ pull
+    return found
+
+
+def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vectors | None = None, embedder: str = "") -> Predictor:
+    """`vectors` of the texts, if there are any, and the revision of the embedder that made them."""
+    differences = _differences(len(models))
+
+    def error(said: Floats) -> float:
+        return float(np.square((outcomes - said) @ differences).sum())
+
+    tried = {way: foreseen(texts, outcomes, *way) for way in itertools.product(RIDGES, FACTS)}
+    best = min(tried, key=lambda way: error(tried[way]))
+    words = fit_words(texts, outcomes, *best)
+    if vectors is None:
+        return Predictor(models, words)
+    mean = outcomes.mean(axis=0)
+    pulled = {strength: shifts(vectors, outcomes, strength) for strength in KERNEL_RIDGES}
+    strength = min(pulled, key=lambda one: error(mean + pulled[one]))
+    parts = [((part @ differences).ravel()) for part in (tried[best] - mean, pulled[strength])]
+    of_words, of_shift = np.linalg.lstsq(np.stack(parts, axis=1), ((outcomes - mean) @ differences).ravel(), rcond=None)[0]
+    pull = (fit_pull(vectors, outcomes, strength) * of_shift).astype(np.float32)
+    known = Neighbours(embedder, vectors, pull, SHARPNESS, float(of_words), mean.astype(np.float32))
+    return Predictor(models, words, known)
+
+
+def _folds(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    for fold in range(FOLDS):
+        out = sorted(order[fold::FOLDS])
+        yield out, sorted(set(order) - set(out))
+
+
+def _differences(num_models: int) -> Floats:
+    """What a choice is made by: outcomes less their mean over the models."""
+    return np.eye(num_models) - 1.0 / num_models

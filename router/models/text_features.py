@@ -1,0 +1,44 @@
+"""What model routing sees of a text: its words, pairs and triples of words, and a few facts. Pure functions of the text."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+
+_WORDS = re.compile(r"[a-z]+|[0-9]+|[^\sa-z0-9]", re.ASCII)
+_MAX_WORDS = 1024
+_LONGEST_RUN = 3  # words
+_OPTION = re.compile(r"^[A-J][.)]", re.MULTILINE)
+_QUESTIONS = ("which", "what", "how", "why", "when", "who", "where", "not", "except", "following", "true", "calculate")
+NUM_FACTS = 8 + len(_QUESTIONS)
+
+
+def words_of(text: str) -> list[str]:
+    return _WORDS.findall(text.lower())[:_MAX_WORDS]
+
+
+def runs(words: list[str]) -> dict[int, float]:
+    """How often each run of one to three words is there, damped, by its number, which is the same in every process."""
+    found: Counter[int] = Counter()
+    for length in range(1, _LONGEST_RUN + 1):
+        found.update(zlib.crc32(" ".join(words[start : start + length]).encode()) for start in range(len(words) - length + 1))
+    return {number: 1.0 + math.log(count) for number, count in found.items()}
+
+
+def facts(text: str, words: list[str]) -> tuple[float, ...]:
+    """Each about 0 to 1."""
+    length = max(1, len(text))
+    known = set(words)
+    return (
+        min(1.0, math.log1p(length) / 9.0),
+        min(1.0, math.log1p(len(words)) / 7.0),
+        sum(char.isdigit() for char in text) / length,
+        sum(not (char.isalnum() or char.isspace()) for char in text) / length,
+        sum(char.isupper() for char in text) / length,
+        min(1.0, text.count("\n") / 20.0),
+        min(1.0, len(_OPTION.findall(text)) / 10.0),
+        min(1.0, sum(map(len, words)) / max(1, len(words)) / 10.0),
+        *(float(word in known) for word in _QUESTIONS),
+    )
