@@ -2,8 +2,8 @@
 
 Words: a ridge on each model's outcomes (0 or 1), over TF-IDF of the runs of words that at least two prompts have and facts of the
 text. Similar questions: a ridge with a kernel of the vectors' cosines. Both by conjugate gradients, deterministic. How strong
-each is, how much the facts count, and how much either counts beside the other, four folds of the prompts decide, by squared
-errors of the differences between models.
+each is, how much the facts count, and how much either counts beside the other, four folds of the prompts decide: by what they
+say about the differences between models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from router.models.predictor import Neighbours, Predictor, Words
 from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
 RIDGES = (3.0, 10.0)
-FACTS = (0.0, 0.1)  # weight of the facts beside the words, which together have length 1
+FACTS = (0.0, 0.05)  # weight of the facts beside the words, which together have length 1
 KERNEL_RIDGES = (3.0, 10.0)
 SHARPNESS = 4.0
 LEAST_PROMPTS = 2  # that have a run of words
@@ -161,24 +161,42 @@ def shifts(vectors: Vectors, outcomes: Floats, strength: float) -> Floats:
 
 def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vectors | None = None, embedder: str = "") -> Predictor:
     """`vectors` of the texts, if there are any, and the revision of the embedder that made them."""
-    differences = _differences(len(models))
-
-    def error(said: Floats) -> float:
-        return float(np.square((outcomes - said) @ differences).sum())
-
-    tried = {way: foreseen(texts, outcomes, *way) for way in itertools.product(RIDGES, FACTS)}
-    best = min(tried, key=lambda way: error(tried[way]))
-    words = fit_words(texts, outcomes, *best)
+    mean = outcomes.mean(axis=0)
+    truth = differences(outcomes - mean)
+    tried = {way: differences(foreseen(texts, outcomes, *way) - mean) for way in itertools.product(RIDGES, FACTS)}
+    best = max(tried, key=lambda way: _agreement(tried[way], truth))
+    # What is learnt from few prompts is said too loudly of others; how much, the folds tell.
+    loudness = float(tried[best] @ truth / max(float(tried[best] @ tried[best]), 1e-12))
+    words = _softer(fit_words(texts, outcomes, *best), loudness, mean)
     if vectors is None:
         return Predictor(models, words)
-    mean = outcomes.mean(axis=0)
-    pulled = {strength: shifts(vectors, outcomes, strength) for strength in KERNEL_RIDGES}
-    strength = min(pulled, key=lambda one: error(mean + pulled[one]))
-    parts = [((part @ differences).ravel()) for part in (tried[best] - mean, pulled[strength])]
-    of_words, of_shift = np.linalg.lstsq(np.stack(parts, axis=1), ((outcomes - mean) @ differences).ravel(), rcond=None)[0]
+    pulled = {strength: differences(shifts(vectors, outcomes, strength)) for strength in KERNEL_RIDGES}
+    strength = max(pulled, key=lambda one: _agreement(pulled[one], truth))
+    parts = np.stack([tried[best] * loudness, pulled[strength]], axis=1)
+    of_words, of_shift = np.linalg.lstsq(parts, truth, rcond=None)[0]
     pull = (fit_pull(vectors, outcomes, strength) * of_shift).astype(np.float32)
-    known = Neighbours(embedder, vectors, pull, SHARPNESS, float(of_words), mean.astype(np.float32))
-    return Predictor(models, words, known)
+    return Predictor(models, words, Neighbours(embedder, vectors, pull, SHARPNESS, float(of_words), mean.astype(np.float32)))
+
+
+def differences(outcomes: Floats) -> Floats:
+    """What a choice is made by: outcomes less their mean over the models, in one row."""
+    return np.asarray((outcomes - outcomes.mean(axis=1, keepdims=True)).ravel())
+
+
+def _agreement(said: Floats, truth: Floats) -> float:
+    """A correlation: how loud something is said is mended later."""
+    return float(said @ truth / max(float(np.linalg.norm(said) * np.linalg.norm(truth)), 1e-12))
+
+
+def _softer(words: Words, factor: float, mean: Floats) -> Words:
+    """The same, with departures from the mean by a factor."""
+    single, centre = np.float32(factor), mean.astype(np.float32)
+    return replace(
+        words,
+        of_runs=words.of_runs * single,
+        of_facts=words.of_facts * single,
+        bias=centre + (words.bias - centre) * single,
+    )
 
 
 def _folds(count: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -187,8 +205,3 @@ def _folds(count: int) -> Iterator[tuple[list[int], list[int]]]:
     for fold in range(FOLDS):
         out = sorted(order[fold::FOLDS])
         yield out, sorted(set(order) - set(out))
-
-
-def _differences(num_models: int) -> Floats:
-    """What a choice is made by: outcomes less their mean over the models."""
-    return np.eye(num_models) - 1.0 / num_models
