@@ -179,7 +179,7 @@ async def assert_bytes_went_rank_to_rank(workers: Workers, giving: tuple[int, in
 
 @pytest.mark.parametrize(
     ("decode", "prefill", "transport"),
-    [((2, 1), (1, 2), "tcp"), ((1, 1), (2, 1), "shm"), ((2, 2), (1, 1), "shm")],
+    [((2, 1), (1, 2), "tcp"), ((1, 1), (2, 1), "shm"), ((2, 2), (1, 1), "shm"), ((2, 1), (1, 2), "nixl")],
     ids=str,
 )
 async def test_tokens_are_those_of_one_process(
@@ -187,6 +187,8 @@ async def test_tokens_are_those_of_one_process(
 ) -> None:
     """Remote prefill between groups of all kinds: whatever a rank has computed is what another degree's ranks go on with, and it
     went there directly."""
+    if transport == "nixl":
+        pytest.importorskip("nixl_cu13")
     expected = await reference(model_path, exact=False)
     async with groups(model_path, decode, prefill, transport=transport) as workers:
         found = await answers(workers, together=False)

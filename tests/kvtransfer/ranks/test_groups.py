@@ -189,6 +189,8 @@ async def seals(incoming: GroupIncoming, outgoing: GroupOutgoing) -> dict[bytes,
         ((1, 1), (2, 1), "shm"),
         ((3, 1), (2, 2), "shm"),
         ((2, 2), (3, 1), "tcp"),
+        ((2, 2), (3, 1), "nixl"),
+        ((1, 2), (2, 1), "nixl"),
         ((2, 2), (2, 1), "cuda_ipc"),
         ((1, 1), (3, 2), "cuda_ipc"),
     ],
@@ -197,6 +199,8 @@ async def seals(incoming: GroupIncoming, outgoing: GroupOutgoing) -> dict[bytes,
 async def test_each_rank_gives_what_it_owns_to_the_ranks_that_want_it(
     giving: tuple[int, int], taking: tuple[int, int], kind: str
 ) -> None:
+    if kind == "nixl":
+        pytest.importorskip("nixl_cu13")
     here, there = Degrees(*giving), Degrees(*taking)
     sources, destinations = (9, 2, 5), (4, 11, 3)
     async with running(here, there, kind) as workers:
