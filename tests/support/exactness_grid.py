@@ -29,7 +29,7 @@ from support.tiny_models import make_tiny_model
 from support.workers import Answer, Workers, patient, request, running_workers
 
 NEW_TOKENS = 24
-_TURNS = 4  # at most, until all that is to be tested has happened
+_TURNS = 12  # at most, until all that is to be tested has happened
 SMALL_POOL_TOKENS = 272  # holds the longest request, and not all of them
 
 DEGREES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2)}  # shards x stages
