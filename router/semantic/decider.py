@@ -8,14 +8,19 @@ Of a class:
 
     UNPROVEN ──shown──> PROVEN <──shown again / not any more──> OFF
         └──────── enough hits, and not shown ─────────────────> OFF
+                        PROVEN <──calm / doubt──> DOUBTED ────> OFF
 
     UNPROVEN    the prior's threshold with a margin, a cap on hits, and each hit is verified
     PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most
                 `max_wrong_hits` of what it lets through is wrong
+    DOUBTED     no hits for a while: labels go against what was thought, and what would have been a hit is a label now
     OFF         no hits; labels of answers that are computed anyway go on coming, and may show the bound again
 
 The scores that a threshold is chosen by come from models that have not seen the label they score. Between two refits a class
-whose served labels alone contradict the bound goes OFF at once.
+whose served labels alone contradict the bound goes OFF at once. So does one whose answers have changed (`change.py`), and labels
+from before are forgotten then, for they would outvote those that come. Labels of hits are too few to notice a change; those of
+what is computed anyway notice it, and as doubt grows more hits are verified. What is given until then may be wrong more often
+than the bound says.
 
 Plain data, no clock, no lock: one loop. `refit` is the only slow part and may run elsewhere, on a copy (`Evidence`).
 """
@@ -33,6 +38,7 @@ from numpy.typing import NDArray
 
 from common.metrics import SemanticClass
 from router.semantic.bound import Standing, lower_bound, lowest_threshold
+from router.semantic.change import Calibration, Surprise, calibrated
 from router.semantic.logistic import fit, sigmoid
 from router.semantic.prior import Prior
 
@@ -48,6 +54,7 @@ _FOLDS = 3
 _PULL = 2.0  # towards the prior's coefficients; without a prior towards none
 _PULL_ODDS = 20.0
 _VERIFIED_SHARE = 0.25  # while the labels of what is served are few
+_VERIFIED_IN_DOUBT = 0.25  # where one doubts; the less the doubt, the fewer
 _ENOUGH_FOR = 8.0  # divided by the bound: so many labels at or above the threshold are enough
 _LABELS_PER_STRATUM = 25
 _FEW_WRONG = 5  # served answers: fewer contradict no bound
@@ -58,6 +65,7 @@ _WORST_SINGLE = 4.0  # times the bound: no single answer is served whose chance 
 class ClassState(enum.Enum):
     UNPROVEN = "unproven"
     PROVEN = "proven"
+    DOUBTED = "doubted"
     OFF = "off"
 
 
@@ -82,6 +90,8 @@ class Seen:
     row: Floats
     fold: int
     served: bool
+    number: int  # counts up
+    chance: float | None  # that it is right, as was thought; None: not to be held against its label
     right: bool | None = None
 
 
@@ -94,6 +104,10 @@ class _Class:
     num_questions: int = 0
     num_hits: int = 0
     served_labels: deque[bool] = field(default_factory=lambda: deque(maxlen=400))
+    calibration: Calibration | None = None
+    surprise: Surprise = field(default_factory=Surprise)
+    last_calm: int = 0  # the number of what was seen when there was no doubt
+    refit_is_late: bool = False  # the class went off after the refit began
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +126,7 @@ class Evidence:
 class Fitted:
     coefficients: Floats
     standings: dict[str, Standing | None]
+    calibrations: dict[str, Calibration]  # of classes with labels
     served_sizes: dict[str, int]  # labels of answers that were served
 
 
@@ -125,6 +140,7 @@ class Decider:
         self._classes: dict[str, _Class] = {}
         self._window: deque[Seen] = deque(maxlen=_WINDOW)
         self._since_refit = 0
+        self._num_seen = 0
         self._towards: Floats | None = None
         self._coefficients: Floats | None = None
 
@@ -141,7 +157,15 @@ class Decider:
         if row is None:
             return Verdict.WITHHOLD, None
         verdict = self._verdict(this, chance)
-        seen = Seen(kind, row, self._dice.randrange(_FOLDS), served=verdict is not Verdict.WITHHOLD)
+        self._num_seen += 1
+        seen = Seen(
+            kind,
+            row,
+            self._dice.randrange(_FOLDS),
+            served=verdict is not Verdict.WITHHOLD,
+            number=self._num_seen,
+            chance=_to_be_told(this, verdict, chance),
+        )
         self._window.append(seen)
         return verdict, seen
 
@@ -151,15 +175,19 @@ class Decider:
         if seen.right is None:
             this.num_labels += 1
             self._since_refit += 1
+            self._check_change(this, seen, right=right)
         seen.right = right
         if seen.served:
             this.served_labels.append(right)
             self._check_served(this)
-        return self._since_refit >= (_FIRST_REFIT if self._coefficients is None else _REFIT_EVERY)
+        due = self._since_refit >= (_FIRST_REFIT if self._coefficients is None else _REFIT_EVERY)
+        return due and len(self._window) > 0  # labels that come late may tell of a change after which nothing was asked
 
     def evidence(self) -> Evidence:
         """Begins a refit: `take(refit(evidence()))`."""
         self._since_refit = 0
+        for this in self._classes.values():
+            this.refit_is_late = False
         window = tuple(self._window)
         width = len(window[0].row)
         towards = np.zeros(width)
@@ -187,6 +215,7 @@ class Decider:
             scores[mine] = sigmoid(rows[mine] @ _fit(rows[others], right[others], evidence.start, pull, whole))
         kinds = np.array(evidence.kinds)
         standings: dict[str, Standing | None] = {}
+        calibrations: dict[str, Calibration] = {}
         served_sizes: dict[str, int] = {}
         for kind in set(evidence.kinds):
             mine = kinds == kind
@@ -194,7 +223,9 @@ class Decider:
             served_sizes[kind] = int((told & evidence.served).sum())
             weights = represented(scores[mine], labelled[mine])
             standings[kind] = lowest_threshold(scores[told], 1.0 - right[told], weights, self._max_wrong)
-        return Fitted(whole, standings, served_sizes)
+            if told.any():
+                calibrations[kind] = calibrated(scores[told], right[told])
+        return Fitted(whole, standings, calibrations, served_sizes)
 
     def take(self, fitted: Fitted) -> list[tuple[str, ClassState, ClassState]]:
         """Ends a refit; says which classes changed their state, from what, to what."""
@@ -202,10 +233,14 @@ class Decider:
         changes = []
         for kind, standing in fitted.standings.items():
             this = self._class(kind)
+            if this.refit_is_late:
+                continue
             before = this.state
             this.standing = standing
+            this.calibration = fitted.calibrations.get(kind)
             if standing is not None:
-                this.state, this.threshold = ClassState.PROVEN, max(standing.threshold, self._least_chance)
+                this.state = ClassState.DOUBTED if this.surprise.doubted else ClassState.PROVEN
+                this.threshold = max(standing.threshold, self._least_chance)
             elif this.state is not ClassState.UNPROVEN or fitted.served_sizes.get(kind, 0) >= _ENOUGH_FOR / self._max_wrong:
                 this.state, this.threshold = ClassState.OFF, _NEVER
             if this.state is not before:
@@ -234,15 +269,15 @@ class Decider:
         return this
 
     def _verified_share(self, this: _Class) -> float:
-        """All of an unproven class; many while what is served has few labels; then the configured share."""
+        """All of an unproven class; many while what is served has few labels, or doubt grows; else the configured share."""
         if this.state is ClassState.UNPROVEN:
             return 1.0
         size = 0.0 if this.standing is None else this.standing.effective_size
         missing = 1.0 - min(1.0, size * self._max_wrong / _ENOUGH_FOR)
-        return max(self._shadow_share, _VERIFIED_SHARE * missing)
+        return max(self._shadow_share, _VERIFIED_SHARE * missing, _VERIFIED_IN_DOUBT * this.surprise.degree)
 
     def _verdict(self, this: _Class, chance: float) -> Verdict:
-        if this.state is ClassState.OFF or chance < this.threshold:
+        if this.state in (ClassState.OFF, ClassState.DOUBTED) or chance < this.threshold:
             return Verdict.WITHHOLD
         if this.state is ClassState.UNPROVEN and this.num_hits + 1 > _UNPROVEN_HITS * max(20, this.num_questions):
             return Verdict.WITHHOLD
@@ -255,8 +290,36 @@ class Decider:
         if this.state is ClassState.OFF or wrong < _FEW_WRONG:
             return
         if lower_bound(wrong / len(labels), len(labels), _CONTRADICTED_Z) > self._max_wrong:
-            this.state, this.threshold = ClassState.OFF, _NEVER
-            labels.clear()
+            self._go_off(this)
+
+    def _check_change(self, this: _Class, seen: Seen, *, right: bool) -> None:
+        if seen.chance is None or this.calibration is None:
+            return
+        this.surprise.take(seen.chance, right=right)
+        if this.surprise.doubt == 0.0:
+            this.last_calm = max(this.last_calm, seen.number)
+        if this.surprise.changed:
+            kept = (one for one in self._window if one.kind != seen.kind or one.number > this.last_calm)
+            self._window = deque(kept, maxlen=_WINDOW)
+            self._go_off(this)
+        elif this.state is ClassState.PROVEN and this.surprise.doubted:
+            this.state = ClassState.DOUBTED
+        elif this.state is ClassState.DOUBTED and not this.surprise.doubted:
+            this.state = ClassState.PROVEN
+
+    def _go_off(self, this: _Class) -> None:
+        """What it was thought to be is void: chances are held against labels again after the next refit."""
+        this.state, this.threshold = ClassState.OFF, _NEVER
+        this.served_labels.clear()
+        this.calibration, this.surprise, this.last_calm = None, Surprise(), self._num_seen
+        this.refit_is_late = True
+
+
+def _to_be_told(this: _Class, verdict: Verdict, chance: float) -> float | None:
+    """Not of an answer that only a complaint would tell of: those who complain are not a sample."""
+    if this.calibration is None or verdict is Verdict.SERVE:
+        return None
+    return this.calibration.chance(chance)
 
 
 def represented(scores: Floats, labelled: NDArray[np.bool_]) -> Floats:
