@@ -4,9 +4,8 @@
 
 A link reads on the event loop: header, table of pieces, and then straight into the places that the landing names, several pieces
 with one system call. It asks anew before each read: once the landing says "nowhere", what is still on the wire goes to scratch.
-Where no payload comes over the socket, all frames that are there are read at once, and what several announce of one transfer is
-reported together, for it is then checked together; else a header and as long a table as the last one was, and what turns out to
-be payload is copied to its place. At most `READS_PER_WAKEUP` reads happen, and pieces of about
+Where no payload comes over the socket, all frames that are there are read at once; else a header and as long a table as the last
+one was, and what turns out to be payload is copied to its place. At most `READS_PER_WAKEUP` reads happen, and pieces of about
 `BYTES_PER_WAKEUP` are looked at, before others get their turn. A peer that breaks the rules is hung up on. If it writes into the
 pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn: before that it may still be
 writing.
@@ -78,7 +77,6 @@ class StreamReceiverLink:
         self._reads_ahead_bytes = len(self._inbox) if data_kind is FrameKind.WRITTEN else HEADER_BYTES
         self._allowance_bytes = 0  # that may still be announced before others get their turn
         self._frame = Frame(FrameKind.CLOSE, b"")  # whose table or payload is being read
-        self._unreported: list[Written] = []  # announced under that nonce, by this frame and those before it
         self._pieces: list[Written] = []  # of that payload
         self._next = 0  # the piece that is being read
         self._into_piece = 0  # so many of its bytes were read
@@ -196,33 +194,20 @@ class StreamReceiverLink:
 
     def _handle_frames(self) -> None:
         try:
-            self._take_frames()
+            while not self._ended and self._has_more and self._allowance_bytes > 0:
+                part = self._inbox[self._begin : self._begin + self._part_bytes]
+                self._begin += len(part)
+                if self._part is _Part.HEADER:
+                    self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
+                else:
+                    self._part = _Part.HEADER
+                    self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
+                while self._part is _Part.PAYLOAD and self._begin < self._end:
+                    self._take_payload()
         except TransferBroken:
-            self._report()
             self._condemn()
-        else:
-            self._report()
-
-    def _take_frames(self) -> None:
-        while not self._ended and self._has_more and self._allowance_bytes > 0:
-            part = self._inbox[self._begin : self._begin + self._part_bytes]
-            self._begin += len(part)
-            if self._part is _Part.HEADER:
-                self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
-            else:
-                self._part = _Part.HEADER
-                self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
-            while self._part is _Part.PAYLOAD and self._begin < self._end:
-                self._take_payload()
-
-    def _report(self) -> None:
-        if self._unreported:
-            written, self._unreported = self._unreported, []
-            self._landing.pieces_written(self, self._frame.nonce, written)
 
     def _header_received(self, frame: Frame) -> None:
-        if frame.kind not in self._data_kinds or frame.nonce != self._frame.nonce:
-            self._report()
         match frame.kind:
             case FrameKind.OPEN:
                 answer = self._landing.writer_opened(self, frame.nonce)
@@ -248,7 +233,7 @@ class StreamReceiverLink:
             self._reads_ahead_bytes = HEADER_BYTES + self._frame.table_bytes
         else:
             self._allowance_bytes -= sum([name.num_layers for name, _, _ in pieces]) * self._layer_bytes
-            self._unreported += pieces
+            self._landing.pieces_written(self, self._frame.nonce, pieces)
 
     # -- payload ------------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,6 @@ class Notes:
     fence_after: int | None = None  # so many questions
     opened: list[bytes] = field(default_factory=list)
     written: list[tuple[bytes, PieceName, bytes, bytes | None]] = field(default_factory=list)
-    said: list[tuple[str, bytes, int]] = field(
-        default_factory=list
-    )  # what in which order, of which transfer, with how many pieces
     alive: list[bytes] = field(default_factory=list)
     closed: list[bytes] = field(default_factory=list)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -61,16 +58,13 @@ class Notes:
         return memoryview(self.pool)[start : start + name.num_layers * LAYER_BYTES]
 
     def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
-        self.said.append(("written", nonce, len(written)))
         for name, digest, dropped in written:
             self.written.append((nonce, name, digest, None if dropped is None else bytes(dropped)))
 
     def writer_alive(self, link: ReceiverLink, nonce: bytes) -> None:
-        self.said.append(("alive", nonce, 0))
         self.alive.append(nonce)
 
     def writer_closed(self, link: ReceiverLink, nonce: bytes) -> None:
-        self.said.append(("closed", nonce, 0))
         self.closed.append(nonce)
 
     def link_lost(self, link: ReceiverLink) -> None:
@@ -230,38 +224,6 @@ async def test_pieces_that_are_in_the_pool_are_reported_together(mapped: Door) -
     notes = await mapped.sent_and_read(*cut_at_random(frame, random.Random(1)))
     assert notes.written == [(NONCE, name, digest_of(name), None) for name in SOME]
     assert notes.asked == 0
-
-
-def announced(*names: PieceName, nonce: bytes = NONCE) -> bytes:
-    return Frame(FrameKind.WRITTEN, nonce, len(names)).encode() + encode_table(names, map(digest_of, names))
-
-
-async def test_what_is_there_of_one_transfer_is_reported_at_once(mapped: Door) -> None:
-    """And in its place among what else is said."""
-    frames = [announced(*SOME[:3]), announced(SOME[3]), announced(*SOME[4:6], nonce=OTHER), announced(SOME[6])]
-    frames += [announced(SOME[7]), Frame(FrameKind.PULSE, NONCE).encode(), announced(SOME[8])]
-    mapped.sock.sendall(b"".join([*frames, Frame(FrameKind.CLOSE, NONCE).encode()]))
-    async with asyncio.timeout(PATIENCE_S):
-        while not mapped.notes.closed:
-            await asyncio.sleep(0.001)
-    assert mapped.notes.said == [
-        ("written", NONCE, 4),
-        ("written", OTHER, 2),
-        ("written", NONCE, 2),
-        ("alive", NONCE, 0),
-        ("written", NONCE, 1),
-        ("closed", NONCE, 0),
-    ]
-    nonces = [NONCE] * 4 + [OTHER] * 2 + [NONCE] * 3
-    assert mapped.notes.written == [(nonce, name, digest_of(name), None) for nonce, name in zip(nonces, SOME[:9], strict=True)]
-
-
-@pytest.mark.parametrize("forgery", ["magic", "unknown kind", "a table that cannot be"])
-async def test_what_came_before_a_forgery_is_reported(mapped: Door, forgery: str) -> None:
-    bad = FORGERIES.get(forgery, Frame(FrameKind.WRITTEN, NONCE, 1).encode() + table_of(PieceName(0, 1, 4)))
-    mapped.sock.sendall(announced(*SOME[:2]) + announced(SOME[2]) + bad)
-    assert await asyncio.to_thread(mapped.sock.recv, 1) == b""  # told
-    assert mapped.notes.said == [("written", NONCE, 3)]
 
 
 async def test_many_announcements_at_once_do_not_keep_the_loop(mapped: Door, monkeypatch: pytest.MonkeyPatch) -> None:
