@@ -141,7 +141,6 @@ class Decider:
         self._window: deque[Seen] = deque(maxlen=_WINDOW)
         self._since_refit = 0
         self._num_seen = 0
-        self._towards: Floats | None = None
         self._coefficients: Floats | None = None
 
     def chances(self, rows: Floats) -> Floats:

@@ -20,8 +20,10 @@ from dataclasses import replace
 import pytest
 
 from common.clock import SystemClock
+from common.config import pdserve_home
 from common.errors import HandoffError, RequestCancelled, SealMismatch, TicketRefused, TransferBroken
 from common.types import KVLayout, Ticket, WorkerRef
+from kvtransfer.native.choice import prepare
 from kvtransfer.ranks.beside import serve
 from kvtransfer.ranks.orders import RankOrders
 from kvtransfer.ranks.parts import Degrees, Pair, rank_name
@@ -124,6 +126,12 @@ class Workers:
 
     async def abandon(self, incoming: GroupIncoming) -> tuple[int, ...]:
         return await incoming.abandon(lambda: self.senders.release([ticket.nonce for ticket in incoming.tickets]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    """Ranks have it compiled beside what they do, and a compiler that is at work has descriptors, which are counted below."""
+    prepare(pdserve_home() / "kernels", lambda _: None)
 
 
 @asynccontextmanager
