@@ -92,6 +92,7 @@ def test_the_exact_product_is_right(dtype: torch.dtype, device: torch.device) ->
         close(exact_linear(rows, weight, bias), exact_linear_reference(rows, weight, bias))
 
 
+@pytest.mark.usefixtures("rows_apart")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_row_of_the_exact_product_does_not_know_its_company(dtype: torch.dtype, device: torch.device) -> None:
     rows, weight, bias = matrices(150, 200, 96, dtype, device)
