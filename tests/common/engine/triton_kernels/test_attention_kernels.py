@@ -150,6 +150,7 @@ def test_broken_memory_is_seen_in_the_result(device: torch.device) -> None:
     assert memory.attend("paged").isnan().all()
 
 
+@pytest.mark.usefixtures("rows_apart")
 @pytest.mark.long
 @pytest.mark.parametrize(("shape", "block_tokens", "window"), [((2, 1, 16), 16, 0), ((3, 1, 24), 24, 70)])
 def test_an_exact_row_depends_on_nothing_but_itself(

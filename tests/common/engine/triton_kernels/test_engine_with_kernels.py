@@ -82,6 +82,7 @@ def test_tokens_are_those_of_torch_with_windows_and_normed_heads(gemma: Path, de
     assert generate(ours, WINDOW + 8, [WINDOW + 3], SAMPLED, 2) == generate(torchs, WINDOW + 8, [WINDOW + 3], SAMPLED, 2)
 
 
+@pytest.mark.usefixtures("rows_apart")
 @pytest.mark.long
 def test_logits_and_kv_of_exact_mode_are_the_same_bits_however_computed(narrow: Path, device: torch.device) -> None:
     """At once, in chunks with company, token by token, and after a prefix that was there before."""
