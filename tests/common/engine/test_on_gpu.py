@@ -17,15 +17,15 @@ import torch
 from benchmarks.on_gpu.settings import Settings
 from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
-from common.engine.runner import ModelRunner
 from common.engine.sampler import sample
 from common.engine.swap_region import SwapRegion
 from common.engine.token_rules import RowRules
+from support.greedy_steps import GREEDY, generate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[3]
 BANS = RowRules(banned_token_ids=np.arange(0, 49_152, 7))
-GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
+LENGTHS = (16, 3, 40)
 
 
 def build(source: str, **changes: object) -> Engine:
@@ -34,33 +34,18 @@ def build(source: str, **changes: object) -> Engine:
     return build_engine(Path(source), config, threads=1, model_digest="m", tokenizer_digest="t")
 
 
-def generate(runner: ModelRunner, count: int) -> list[list[int]]:
-    tokens = [[5 + place % 50 for place in range(length)] for length in (16, 3, 40)]
-    blocks, in_kv = [list(range(1 + 8 * row, 9 + 8 * row)) for row in range(3)], [0, 0, 0]
-    for _ in range(count):
-        slices = [
-            SequenceSlice(known[start:], start, table, (GREEDY,))
-            for known, start, table in zip(tokens, in_kv, blocks, strict=True)
-        ]
-        result = runner.execute(ScheduledBatch(tuple(slices)))
-        in_kv = [len(known) for known in tokens]
-        for known, drawn in zip(tokens, result.slices, strict=True):
-            known.append(drawn.tokens[0].token_id)
-    return tokens
-
-
 @pytest.mark.parametrize("weights", ["model", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("source", ["random:smollm2-135m", "random:toy-mixture"])
 def test_captured_steps_say_what_others_say(source: str, weights: str) -> None:
     engine = build(source, weights=weights)
     assert engine.runner.steps is not None
-    captured = generate(engine.runner, 40)
-    assert captured == generate(engine.runner.without_steps(), 40)
+    captured = generate(engine.runner, 40, LENGTHS)
+    assert captured == generate(engine.runner.without_steps(), 40, LENGTHS)
 
 
 def test_tokens_are_those_of_the_cpu() -> None:
     on_cpu = build("random:smollm2-135m", device="cpu", kernels="torch")
-    assert generate(build("random:smollm2-135m").runner, 30) == generate(on_cpu.runner, 30)
+    assert generate(build("random:smollm2-135m").runner, 30, LENGTHS) == generate(on_cpu.runner, 30, LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from common.config import DecodeConfig, EngineConfig, ParallelConfig, PrefillConfig
-from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
+from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
-from common.engine.runner import ModelRunner
 from common.errors import RankLost
+from support.greedy_steps import generate
 from support.tiny_models import make_tiny_model
 from support.workers import request, running_workers
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
 ]
-GREEDY = SampleSpec(position=0, seed=0, choice=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None)
+LENGTHS = (16, 3, 90)
 DEGREES = [(2, 1), (1, 2)]
 
 
@@ -45,30 +45,15 @@ def built(path: Path, degree: tuple[int, int], **changes: object) -> Iterator[En
         engine.close()
 
 
-def generate(runner: ModelRunner, count: int) -> list[list[int]]:
-    tokens = [[5 + place % 50 for place in range(length)] for length in (16, 3, 90)]
-    blocks, in_kv = [list(range(1 + 8 * row, 9 + 8 * row)) for row in range(3)], [0, 0, 0]
-    for _ in range(count):
-        slices = [
-            SequenceSlice(known[start:], start, table, (GREEDY,))
-            for known, start, table in zip(tokens, in_kv, blocks, strict=True)
-        ]
-        result = runner.execute(ScheduledBatch(tuple(slices)))
-        in_kv = [len(known) for known in tokens]
-        for known, drawn in zip(tokens, result.slices, strict=True):
-            known.append(drawn.tokens[0].token_id)
-    return tokens
-
-
 @pytest.mark.parametrize("degree", DEGREES, ids=str)
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_tokens_are_those_of_the_cpu(tiny: Path, degree: tuple[int, int], kernels: str) -> None:
     with built(tiny, (1, 1), device="cpu", kernels="torch") as alone:
-        expected = generate(alone.runner, 30)
+        expected = generate(alone.runner, 30, LENGTHS)
     with built(tiny, degree, kernels=kernels) as engine:
         assert engine.group is not None
         assert engine.pool.device.type == "cuda"
-        assert generate(engine.runner, 30) == expected
+        assert generate(engine.runner, 30, LENGTHS) == expected
 
 
 @pytest.mark.parametrize("degree", DEGREES, ids=str)
@@ -105,10 +90,10 @@ def test_blocks_go_to_the_host_and_come_back_on_every_rank(tiny: Path, degree: t
 def test_a_lost_rank_ends_the_group(tiny: Path, number: signal.Signals) -> None:
     with built(tiny, (2, 1), rank_timeout_s=4.0) as engine:
         assert engine.group is not None
-        generate(engine.runner, 3)
+        generate(engine.runner, 3, LENGTHS)
         os.kill(engine.group.pids[0], number)
         with pytest.raises(RankLost):
-            generate(engine.runner, 10_000)
+            generate(engine.runner, 10_000, LENGTHS)
 
 
 @pytest.mark.parametrize("degree", DEGREES, ids=str)
