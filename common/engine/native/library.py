@@ -11,7 +11,7 @@ from pathlib import Path
 from common.engine.native.build import source_digest
 from common.errors import EngineFailure
 
-_INTERFACE = 6
+_INTERFACE = 7
 _OUT_OF_MEMORY = 1
 ATTENTION, FEED_FORWARD = 1, 2
 """Halves of a layer."""
@@ -51,8 +51,6 @@ class Description(ctypes.Structure):
         ("block_tokens", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
-        ("pool_layers", ctypes.c_int64),
-        ("pool_kv_heads", ctypes.c_int64),
         ("head_size", ctypes.c_int64),
         ("norm_epsilon", ctypes.c_double),
         ("embedding", Matrix),

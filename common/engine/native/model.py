@@ -55,6 +55,9 @@ class NativeModel:
         cores: Cores,
         stage: NativeStage | None = None,
     ) -> None:
+        held, computed = pool.layout, (architecture.num_layers, architecture.num_kv_heads)
+        if (held.num_layers, held.num_kv_heads) != computed:
+            raise EngineFailure(f"a pool of {held.num_layers} layers of {held.num_kv_heads} heads does not belong to {computed}")
         self._library = library
         self._cores = cores
         self._head_size = architecture.vocab_size if stage is None else stage.head_size
@@ -82,8 +85,6 @@ class NativeModel:
             block_tokens=pool.layout.block_tokens,
             num_blocks=pool.num_blocks,
             num_threads=cores.most,
-            pool_layers=pool.layout.num_layers,
-            pool_kv_heads=pool.layout.num_kv_heads,
             head_size=self._head_size,
             norm_epsilon=architecture.rms_norm_eps,
             embedding=_matrix(panels.embedding),

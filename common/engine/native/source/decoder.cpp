@@ -44,7 +44,6 @@ struct Description {
     int64_t kv_bits;          // 8: keys and values in 8 bits (rounded_kv.h); 0: in the model's type
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size;
     int64_t num_positions, block_tokens, num_blocks, num_threads;
-    int64_t pool_layers, pool_kv_heads;  // of a block of the pool; `pool` points to the first layer and head that are ours
     int64_t head_size;                   // outputs of the head
     double norm_epsilon;
     Matrix embedding;  // [vocab][hidden]
@@ -102,7 +101,7 @@ public:
           attended_stride_(spaced(attended_size_)),
           inner_stride_(spaced(inner_size_)),
           pool_{static_cast<Stored*>(model.pool), model.block_tokens, model.head_dim,
-                model.pool_kv_heads,              model.pool_layers,  row_values<Stored>(model.head_dim, model.kv_bits == 8),
+                model.num_kv_heads,               model.num_layers,   row_values<Stored>(model.head_dim, model.kv_bits == 8),
                 model.kv_bits == 8},
           team_(int(model.num_threads)),
           scratch_(size_t(model.num_threads), AttentionScratch<Element>(group_, model.head_dim)),
@@ -425,7 +424,7 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 6; }
+extern "C" int64_t pdserve_interface() { return 7; }
 
 // Libraries of one source and the same value give the same bits.
 extern "C" int64_t pdserve_arithmetic() { return arithmetic(); }

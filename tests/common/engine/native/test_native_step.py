@@ -577,6 +577,13 @@ def test_another_pool_is_refused(library: Library) -> None:
         world.run(model, world.pool())
 
 
+@pytest.mark.parametrize("other", [architecture(layers=1), architecture(heads=4, kv_heads=1)], ids=["layers", "heads"])
+def test_a_pool_of_another_shape_is_refused(library: Library, other: ModelArchitecture) -> None:
+    world, smaller = World(Case(architecture(), 16, ((0, 3),))), World(Case(other, 16, ((0, 3),)))
+    with pytest.raises(EngineFailure, match="does not belong"):
+        world.native_model(library, smaller.pool())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_broken_memory_shows(library: Library, way: str) -> None:
     """A NaN in a key or a value that a row sees reaches its logits; one behind its end does not. In a rounded row it is its step
