@@ -29,6 +29,7 @@ struct Float32 {
     static inline Floats dot(Floats sum, Words weights, uint32_t input) { return fused((Floats)weights, all(as_float(input)), sum); }
     static inline float widen(Stored value) { return value; }
     static inline void narrow(const float* from, Stored* to, int64_t count) { memcpy(to, from, size_t(count) * sizeof(float)); }
+    static inline void narrow(Floats values, Stored* to) { store(to, values); }
 
     static inline void from_bytes(const int8_t* from, Stored* to, int64_t count) {
         for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]);
@@ -66,6 +67,11 @@ struct BFloat16 {
             const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
             to[i] = Stored(from[i] == from[i] ? rounded : 0x7fc0u);
         }
+    }
+    static inline void narrow(Floats values, Stored* to) {
+        float all[LANES];
+        store(all, values);
+        narrow(all, to, LANES);
     }
 
     // Exact: integers of 8 bits are bf16 numbers.

@@ -102,10 +102,10 @@ template <int COUNT>
 void attend_few(const TileRows<uint16_t>& tile, int64_t start, const Stretch& stretch, int64_t first, int64_t group,
                 const uint32_t* queries, bool rounded, AttentionScratch<BFloat16>& scratch, const TileRows<uint16_t>& next) {
     const int64_t head_dim = scratch.head_dim, head_words = head_dim / 2, padded_dim = scratch.padded_dim;
-    score_few<COUNT>(tile, head_words, queries + first * head_words, &scratch.scores[size_t(first * TILE_TOKENS)], next);
-    weigh(first, first + COUNT, stretch, start, tile.width, group, rounded, scratch);
-    add_values_of_few<COUNT>(tile, head_dim, &scratch.weights[size_t(first * (TILE_TOKENS / 2))], &scratch.shrink[size_t(first)],
-                             &scratch.output[size_t(first * padded_dim)], padded_dim, next);
+    score_few<COUNT>(tile, head_words, queries + first * head_words, scratch.scores.data(), next);
+    weigh(first, COUNT, stretch, start, tile.width, group, rounded, scratch);
+    add_values_of_few<COUNT>(tile, head_dim, scratch.weights.data(), scratch.shrink.data(), &scratch.output[size_t(first * padded_dim)],
+                             padded_dim, next);
 }
 
 // As attend_to_tile.

@@ -113,6 +113,27 @@ inline Floats exponential(Floats x) {
 #endif
 }
 
+// 2^x for x that is not above 0, to about two units in the last place; what is smaller than any normal number may be 0, minus
+// infinity is 0, NaN stays NaN.
+inline Floats power_of_two(Floats x) {
+    const Floats lowest = all(-160.0f), magic = all(12582912.0f);
+    const Floats bounded = larger(lowest, x);
+    const Floats turns = (bounded + magic) - magic, rest = bounded - turns;
+    Floats series = all(1.32647e-3f);
+    series = fused(series, rest, all(9.67151e-3f));
+    series = fused(series, rest, all(5.550734e-2f));
+    series = fused(series, rest, all(2.4022242e-1f));
+    series = fused(series, rest, all(6.9314698e-1f));
+    series = fused(series, rest, all(1.0f));
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)series, (__m512)turns);
+#else
+    const Integers exponent = (__builtin_convertvector(turns, Integers) + 127) << 23;
+    const Floats result = series * (Floats)exponent;
+    return x < all(-126.0f) ? Floats{} : result;
+#endif
+}
+
 // What decides about bits besides the source: lanes of a sum, which multiply-adds are one, whose order of adding up lanes.
 inline int64_t arithmetic() {
     int64_t found = LANES;

@@ -15,7 +15,8 @@
 
 namespace pdserve {
 
-constexpr int64_t QUERIES_AT_ONCE = 64;  // rows of a chunk are worked off in groups of about so many queries
+constexpr int64_t QUERIES_AT_ONCE = 96;  // rows of a chunk are worked off in groups of about so many queries
+constexpr int QUERIES_TOGETHER = 16;     // at most, from their scores of a tile to what they have come to after it
 
 // Consecutive rows of one sequence, the first of them at `position`. The result of head g of row r goes to
 // `to + r * row_stride + g * head_dim`.
@@ -49,8 +50,10 @@ struct AttentionScratch {
     int64_t most_queries, head_dim, padded_dim;
     std::vector<Attending<Stored>> company;
     std::vector<uint32_t> queries;  // of several sequences, side by side
-    std::vector<float> scores, output, highest, now_highest, total, shrink;
-    std::vector<uint32_t> keys, values, weights;
+    std::vector<float> output, highest, total;
+    std::vector<uint32_t> keys, values;  // of a tile that is turned
+    std::vector<float> scores, shrink;   // of queries that are worked off together, as are their weights
+    std::vector<uint32_t> weights;
     std::vector<Stored> nothing, widened;
     std::vector<float> key_scales, value_scales;
 
@@ -59,24 +62,22 @@ struct AttentionScratch {
           head_dim(head_dim),
           padded_dim(round_up(head_dim, PANEL)),
           queries(size_t(most_queries * head_dim)),
-          scores(size_t(most_queries * TILE_TOKENS)),
           output(size_t(most_queries * padded_dim)),
           highest(size_t(most_queries)),
-          now_highest(size_t(most_queries)),
           total(size_t(most_queries)),
-          shrink(size_t(most_queries)),
           keys(size_t(TILE_TOKENS * head_dim)),
           values(size_t(TILE_TOKENS * padded_dim)),
-          weights(size_t(most_queries * TILE_TOKENS)),
+          scores(size_t(QUERIES_TOGETHER * TILE_TOKENS)),
+          shrink(size_t(QUERIES_TOGETHER)),
+          weights(size_t(QUERIES_TOGETHER * TILE_TOKENS)),
           nothing(size_t(head_dim + 8)),
           widened(size_t(2 * TILE_TOKENS * head_dim)),
           key_scales(size_t(TILE_TOKENS)),
           value_scales(size_t(TILE_TOKENS)) {}
-
-    Stored* weights_of(int64_t query) {
-        return reinterpret_cast<Stored*>(&weights[size_t(query * (TILE_TOKENS / Element::PER_WORD))]);
-    }
 };
+
+template <class Element>
+constexpr int64_t WEIGHT_WORDS = TILE_TOKENS / Element::PER_WORD;  // of a query
 
 // Makes rounded rows rows of the model's type, and sets their scales aside.
 template <class Element>
@@ -94,21 +95,23 @@ void widen(TileRows<typename Element::Stored>& tile, int64_t head_dim, Attention
     }
 }
 
-// Scores of queries [first, end) over a tile of `COUNT` vectors become weights, in the model's type; what they have come to so far
-// is brought up to date. Two passes, for neither of which one query has to wait for another.
+// Scores of `count` queries from `first` on, over a tile of `COUNT` vectors, become weights in the model's type; what they have come to
+// so far is brought up to date. Two passes, for neither of which one query has to wait for another.
 template <class Element, int COUNT>
-void weigh_vectors(int64_t first, int64_t end, const Stretch& stretch, int64_t start, int64_t group, bool rounded,
+void weigh_vectors(int64_t first, int count, const Stretch& stretch, int64_t start, int64_t group, bool rounded,
                    AttentionScratch<Element>& scratch) {
     Integers lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     const Floats never = all(-__builtin_inff());
-    const Floats scale = all(1.0f / __builtin_sqrtf(float(scratch.head_dim)));
+    const Floats scale = all(1.44269504f / __builtin_sqrtf(float(scratch.head_dim)));  // of powers of two, not of e
     Floats scales[COUNT];
     for (int i = 0; i < COUNT; ++i) scales[i] = rounded ? scale * load(&scratch.key_scales[size_t(i * LANES)]) : scale;
-    for (int64_t query = first; query < end; ++query) {
+    float *highest = &scratch.highest[size_t(first)], *total = &scratch.total[size_t(first)];
+    float now_highest[QUERIES_TOGETHER], *shrink = scratch.shrink.data();
+    for (int query = 0; query < count; ++query) {
         float* scores = &scratch.scores[size_t(query * TILE_TOKENS)];
-        const int64_t seen = stretch.seen_by(query, group) - start;
-        Floats best = all(scratch.highest[size_t(query)]);
+        const int64_t seen = stretch.seen_by(first + query, group) - start;
+        Floats best = all(highest[query]);
 #pragma GCC unroll 16
         for (int i = 0; i < COUNT; ++i) {
             Floats value = load(scores + i * LANES) * scales[i];
@@ -116,34 +119,33 @@ void weigh_vectors(int64_t first, int64_t end, const Stretch& stretch, int64_t s
             best = larger(value, best);
             store(scores + i * LANES, value);
         }
-        scratch.now_highest[size_t(query)] = largest(best);
+        now_highest[query] = largest(best);
+        shrink[query] = highest[query] - now_highest[query];
+        highest[query] = now_highest[query];
     }
-    for (int64_t query = first; query < end; ++query) {
+    for (int query = 0; query < count; query += LANES) store(shrink + query, power_of_two(load(shrink + query)));
+    for (int query = 0; query < count; ++query) {
         float* scores = &scratch.scores[size_t(query * TILE_TOKENS)];
-        const float highest = scratch.now_highest[size_t(query)];
+        auto* weights = reinterpret_cast<typename Element::Stored*>(&scratch.weights[size_t(query * WEIGHT_WORDS<Element>)]);
         Floats added = {};
 #pragma GCC unroll 16
         for (int i = 0; i < COUNT; ++i) {
-            const Floats weight = exponential(load(scores + i * LANES) - highest);
+            const Floats weight = power_of_two(load(scores + i * LANES) - now_highest[query]);
             added += weight;
-            store(scores + i * LANES, rounded ? weight * load(&scratch.value_scales[size_t(i * LANES)]) : weight);
+            Element::narrow(rounded ? weight * load(&scratch.value_scales[size_t(i * LANES)]) : weight, weights + i * LANES);
         }
-        Element::narrow(scores, scratch.weights_of(query), COUNT * LANES);
-        const float shrink = exponential(all(scratch.highest[size_t(query)] - highest))[0];
-        scratch.shrink[size_t(query)] = shrink;
-        scratch.highest[size_t(query)] = highest;
-        scratch.total[size_t(query)] = scratch.total[size_t(query)] * shrink + sum(added);
+        total[query] = total[query] * shrink[query] + sum(added);
     }
 }
 
 // The same of a tile of any width.
 template <class Element>
-inline void weigh(int64_t first, int64_t end, const Stretch& stretch, int64_t start, int64_t width, int64_t group, bool rounded,
+inline void weigh(int64_t first, int count, const Stretch& stretch, int64_t start, int64_t width, int64_t group, bool rounded,
                   AttentionScratch<Element>& scratch) {
     if (width == TILE_TOKENS)
-        weigh_vectors<Element, TILE_TOKENS / LANES>(first, end, stretch, start, group, rounded, scratch);
+        weigh_vectors<Element, TILE_TOKENS / LANES>(first, count, stretch, start, group, rounded, scratch);
     else
-        weigh_vectors<Element, TILE_STEP / LANES>(first, end, stretch, start, group, rounded, scratch);
+        weigh_vectors<Element, TILE_STEP / LANES>(first, count, stretch, start, group, rounded, scratch);
 }
 
 }  // namespace pdserve
