@@ -37,6 +37,7 @@ from kvtransfer.lease import PULSES_PER_LEASE, Lease
 from kvtransfer.part import mask_of, runs_within
 from kvtransfer.recutting import Cut, Made, Recutting
 from kvtransfer.region import BlockRegion
+from kvtransfer.spans import Span, SpanPieces, names_of, sizes_of
 from kvtransfer.transports.base import Piece, PieceName, SenderLink
 from kvtransfer.window import PeerWindow
 
@@ -98,7 +99,7 @@ class Outgoing:
         self._num_layers = side.num_layers if window is None else window.layout.num_layers
         self._phase = _Phase.PUSHING
         self._error: HandoffError | None = None
-        self._queue: deque[Piece | Cut] = deque()
+        self._queue: deque[Span | Cut] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
         self._all_layers = mask_of(ticket.part, self._num_layers)  # that the ticket is for
@@ -129,7 +130,7 @@ class Outgoing:
         if self._recutting is not None:
             raise IllegalTransition("the peer's blocks are not as ours: they have to be made")
         if self._may_push(blocks):
-            await self._push(self._pieces(blocks, *(layers or (0, self._num_layers))))
+            await self._push(self._spans(blocks, *(layers or (0, self._num_layers))))
 
     async def push_prompt(self, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> None:
         """As `push`, of blocks that are made of ours: `logical` are the peer's, `blocks` all of the prompt's here, in order. May
@@ -139,7 +140,7 @@ class Outgoing:
             if self._recutting is None:
                 if logical.stop > len(blocks):
                     raise TicketRefused(f"the prompt's blocks do not hold all of block {logical.stop - 1}", param="logical_block")
-                await self._push(self._pieces([(number, blocks[number]) for number in logical], first, end))
+                await self._push(self._spans([(number, blocks[number]) for number in logical], first, end))
             else:
                 await self._push(self._cuts(self._recutting, logical, blocks, first, end))
 
@@ -224,7 +225,8 @@ class Outgoing:
             if batch:
                 started_s = self._side.clock.monotonic_s()
                 if self._recutting is None:
-                    await self._write(link, [piece for piece in batch if isinstance(piece, Piece)])
+                    spans = [span for span in batch if isinstance(span, Span)]
+                    await self._write(link, SpanPieces(self._side.region, spans))
                 else:
                     await self._write_cut(link, self._recutting, batch)
                 self._transfer_s += self._side.clock.monotonic_s() - started_s
@@ -234,7 +236,7 @@ class Outgoing:
                 self._changed.clear()
                 await self._changed.wait()  # bounded by the lease and by the ticket's time
 
-    async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[Piece | Cut]) -> None:
+    async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[Span | Cut]) -> None:
         """This batch, and those that there is credit for behind it: each is made while the one before it is written. When it has
         returned or raised, no source is read any more."""
         making = self._start_making(recutting, batch)
@@ -250,7 +252,7 @@ class Outgoing:
             if making is not None:
                 await self._let_end(recutting, making)
 
-    def _start_making(self, recutting: Recutting, batch: Sequence[Piece | Cut]) -> asyncio.Task[Made] | None:
+    def _start_making(self, recutting: Recutting, batch: Sequence[Span | Cut]) -> asyncio.Task[Made] | None:
         cuts = [cut for cut in batch if isinstance(cut, Cut)]
         return asyncio.create_task(recutting.make(cuts, self.ticket.num_tokens), name="kv-cut") if cuts else None
 
@@ -263,35 +265,43 @@ class Outgoing:
     async def _write(self, link: SenderLink, pieces: Sequence[Piece]) -> None:
         digests = await link.write(self.ticket.nonce, pieces, self._stopping)
         written = self._digests
-        for piece, digest in zip(pieces, digests, strict=False):
-            logical_block, first_layer, num_layers = piece.name
+        for (logical_block, first_layer, num_layers), digest in zip(names_of(pieces), digests, strict=False):
             written.setdefault(logical_block, []).append((first_layer, num_layers, digest))
-            self._bytes += piece.source.nbytes
+        self._bytes += sum(sizes_of(pieces)[: len(digests)])
         if len(digests) < len(pieces) and not self._stopping():
             raise TransferBroken("the link to the decode worker went away")
 
     def _can_write(self) -> bool:
-        return bool(self._queue) and _size_bytes(self._queue[0]) <= self._credit_bytes
+        return bool(self._queue) and _piece_bytes(self._queue[0]) <= self._credit_bytes
 
-    def _next_batch(self) -> list[Piece | Cut]:
-        batch: list[Piece | Cut] = []
+    def _next_batch(self) -> list[Span | Cut]:
+        batch: list[Span | Cut] = []
         size_bytes = 0
         largest_bytes = BATCH_BYTES if self._recutting is None else self._recutting.staging_bytes
         queue, most_bytes = self._queue, min(largest_bytes, self._credit_bytes)
         if self._queued_bytes <= most_bytes:  # as a rule
             batch, size_bytes = list(queue), self._queued_bytes
             queue.clear()
-        while queue and size_bytes + (next_bytes := _size_bytes(queue[0])) <= most_bytes:
-            batch.append(queue.popleft())
-            size_bytes += next_bytes
+        while queue and size_bytes + _piece_bytes(queue[0]) <= most_bytes:
+            batch.append(self._taken((most_bytes - size_bytes) // _piece_bytes(queue[0])))
+            size_bytes += batch[-1].size_bytes
         if not batch and self._can_write():  # a piece that is larger than a batch goes by itself
-            batch.append(queue.popleft())
-            size_bytes = _size_bytes(batch[0])
+            batch.append(self._taken(1))
+            size_bytes = batch[0].size_bytes
         self._credit_bytes -= size_bytes
         self._queued_bytes -= size_bytes
         if self._queued_bytes <= MAX_QUEUED_BYTES:
             self._room.set()
         return batch
+
+    def _taken(self, num_pieces: int) -> Span | Cut:
+        """What is first in the queue, of a span no more than so many pieces."""
+        first = self._queue.popleft()
+        if isinstance(first, Cut) or len(first.logical_blocks) <= num_pieces:
+            return first
+        first, rest = first.parted(num_pieces)
+        self._queue.appendleft(rest)
+        return first
 
     # -- within -------------------------------------------------------------------------------------------------------
 
@@ -301,47 +311,51 @@ class Outgoing:
             raise IllegalTransition(f"push while {self._phase.value}")
         return bool(blocks)
 
-    async def _push(self, queued: Sequence[Piece | Cut]) -> None:
-        self._queue.extend(queued)
-        self._queued_bytes += sum([_size_bytes(item) for item in queued])
+    async def _push(self, queued: Sequence[Span | Cut]) -> None:
+        for item in queued:
+            self._queued_bytes += item.size_bytes
+            last = self._queue[-1] if self._queue else None
+            joined = last.joined(item) if isinstance(item, Span) and isinstance(last, Span) else None
+            if joined is None:
+                self._queue.append(item)
+            else:
+                self._queue[-1] = joined
         self._changed.set()
         if self._queued_bytes > MAX_QUEUED_BYTES:
             self._room.clear()
             await self._room.wait()
             self._raise_if_over()
 
-    def _pieces(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Piece | Cut]:
+    def _spans(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Span | Cut]:
         """Checked in full before anything is noted down: a refused push leaves no trace."""
         region, ticket = self._side.region, self.ticket
-        pushed = self._check_new([logical for logical, _ in blocks], first, end)
+        logical_blocks = [logical for logical, _ in blocks]
+        pushed = self._check_new(logical_blocks, first, end)
+        outside = [source for _, source in blocks if not 0 <= source < region.num_blocks]
+        if outside:
+            raise IndexError(f"block {outside[0]} of {region.num_blocks}")
         layer_bytes = region.block_bytes // self._side.num_layers
-        window, block_bytes = self._window, region.block_bytes
-        block_bytes_there = block_bytes if window is None else window.layout.block_bytes
-        runs = [
-            (*run, (run[0] if window is None else window.here(*run)) * layer_bytes)
-            for run in runs_within(ticket.part, first, end)
-        ]
-        buffer, first_block, destinations = region.buffer, ticket.first_block, ticket.blocks
-        pieces: list[Piece | Cut] = []
-        for logical, source in blocks:
-            if not 0 <= source < region.num_blocks:
-                raise IndexError(f"block {source} of {region.num_blocks}")
-            block_offset_bytes, source_bytes = destinations[logical - first_block] * block_bytes_there, source * block_bytes
-            for run_first, run_end, here_bytes in runs:
-                start_bytes, size_bytes = run_first * layer_bytes, (run_end - run_first) * layer_bytes
-                content = buffer[source_bytes + here_bytes : source_bytes + here_bytes + size_bytes]
-                pieces.append(
-                    Piece(PieceName(logical, run_first, run_end - run_first), block_offset_bytes + start_bytes, content)
-                )
+        window, block_bytes, first_block = self._window, region.block_bytes, ticket.first_block
+        block_bytes_there, blocks_there = block_bytes if window is None else window.layout.block_bytes, ticket.blocks
+        spans: list[Span | Cut] = []
+        for run_first, run_end in runs_within(ticket.part, first, end):
+            here_bytes = (run_first if window is None else window.here(run_first, run_end)) * layer_bytes
+            there_bytes = run_first * layer_bytes
+            sources_bytes = [source * block_bytes + here_bytes for _, source in blocks]
+            destinations_bytes = [
+                blocks_there[logical - first_block] * block_bytes_there + there_bytes for logical in logical_blocks
+            ]
+            size_bytes = (run_end - run_first) * layer_bytes
+            spans.append(Span(run_first, run_end - run_first, size_bytes, logical_blocks, sources_bytes, destinations_bytes))
         self._pushed.update(pushed)
-        return pieces
+        return spans
 
-    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[Piece | Cut]:
+    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[Span | Cut]:
         """Likewise."""
         ticket, block_bytes = self.ticket, recutting.layout.block_bytes
         pushed = self._check_new(logical, first, end)
         runs = tuple(runs_within(ticket.part, first, end))
-        cuts: list[Piece | Cut] = []
+        cuts: list[Span | Cut] = []
         for number in logical:
             table = recutting.covering(number, blocks, ticket.num_tokens)
             outside = next((block for block in table.blocks if block >= self._side.region.num_blocks), None)
@@ -418,5 +432,6 @@ class Outgoing:
             raise self._error
 
 
-def _size_bytes(queued: Piece | Cut) -> int:
-    return queued.source.nbytes if isinstance(queued, Piece) else queued.size_bytes
+def _piece_bytes(queued: Span | Cut) -> int:
+    """Of one piece of it; each is as large."""
+    return queued.piece_bytes if isinstance(queued, Span) else queued.size_bytes

@@ -53,16 +53,7 @@ class Outlet(NamedTuple):
     patience_ms: int
 
 
-class _Link(ctypes.Structure):
-    _fields_ = (
-        ("socket", ctypes.c_int32),
-        ("wake", ctypes.c_int32),
-        ("stall_ms", ctypes.c_uint32),
-        ("patience_ms", ctypes.c_uint32),
-        ("header", ctypes.c_uint8 * 32),
-        ("tag_nonce", ctypes.c_uint8 * 28),
-        ("with_payload", ctypes.c_uint32),
-    )
+_pack_link = struct.Struct("=iiII32s28sI").pack  # the outlet, a header, what digests are bound to, and whether payload follows
 
 
 class PieceKernel:
@@ -84,7 +75,7 @@ class PieceKernel:
         pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64
         self._contents.argtypes, self._contents.restype = (text, number, pointer), None
         self._digests.argtypes, self._digests.restype = (text, number, text, pointer), None
-        self._write.argtypes = (pointer, text, pointer, number, pointer, pointer, pointer)
+        self._write.argtypes = (text, text, pointer, number, pointer, pointer, pointer)
         self._write.restype = ctypes.c_int64
 
     def copy(self, pieces: Sequence[bytes]) -> list[bytes]:
@@ -106,14 +97,12 @@ class PieceKernel:
         """Copies and digests pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the last of
         which is their number: `header` with its own count of pieces, and amount of payload if there is any; descriptors; payload.
         Returns the digests of those whose frames were sent in full."""
-        link = _Link(*outlet, with_payload=with_payload)
-        link.header[:], link.tag_nonce[:] = header, binding_of(nonce)
         frames = array("I", ends)
         descriptors = ctypes.create_string_buffer(DESCRIPTOR_BYTES * len(pieces))
         buffers = ctypes.create_string_buffer(_BYTES_PER_BUFFER * (len(pieces) + 2))
         written = ctypes.c_uint64(0)
         outcome = self._write(
-            ctypes.addressof(link),
+            _pack_link(*outlet, header, binding_of(nonce), with_payload),
             b"".join(pieces),
             frames.buffer_info()[0],
             len(frames),

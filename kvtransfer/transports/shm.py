@@ -26,6 +26,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import add
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -34,8 +35,9 @@ from kvtransfer.first_touch import FirstTouch
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.host_identity import this_host
 from kvtransfer.native.choice import piece_kernel
-from kvtransfer.native.writing import address_of, can_write, write_natively
+from kvtransfer.native.writing import write_natively
 from kvtransfer.region import BlockRegion, use_huge_pages
+from kvtransfer.spans import address_of, packed_of, places_of, sizes_of
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
@@ -127,9 +129,14 @@ class MappedWriter:
         if not pieces:
             return []
         kernel = piece_kernel()
-        if kernel is not None and isinstance(send, SocketSend) and can_write(kernel, pieces):
-            ends = announcements(len(pieces), pieces[0].source.nbytes)
-            return write_natively(kernel, send, FrameKind.WRITTEN, nonce, pieces, ends, stop, self._place_of)
+        sizes_bytes = sizes_of(pieces)
+        if kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
+            places = places_of(pieces)
+            self._check(min(places), 0)
+            self._check(max(map(add, places, sizes_bytes)), 0)
+            ends = announcements(len(pieces), sizes_bytes[0])
+            packed = packed_of(pieces, self._pool_address)
+            return write_natively(kernel, send, FrameKind.WRITTEN, nonce, packed, sizes_bytes, ends, stop)
         batch = _Batch(nonce, pieces, stop, send)
         worth_helping = batch.piece_bytes >= LARGE_PIECE_BYTES and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
         helping = self._helper.submit(batch.write, self._copy) if worth_helping else None
@@ -146,10 +153,6 @@ class MappedWriter:
             self._check(offset_bytes, size_bytes)
             ctypes.memmove(self._pool_address + offset_bytes, address, size_bytes)
         return [piece_digest(source, nonce, *name) for name, _, source in pieces]  # they are in this core's cache now
-
-    def _place_of(self, piece: Piece) -> int:
-        self._check(piece.destination_offset_bytes, piece.source.nbytes)
-        return self._pool_address + piece.destination_offset_bytes
 
     def _check(self, offset_bytes: int, size_bytes: int) -> None:
         if not 0 <= offset_bytes <= self._pool_bytes - size_bytes:

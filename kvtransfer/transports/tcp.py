@@ -16,8 +16,9 @@ from common.types import KVLayout
 from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.native.choice import piece_kernel
-from kvtransfer.native.writing import can_write, write_natively
+from kvtransfer.native.writing import write_natively
 from kvtransfer.region import BlockRegion
+from kvtransfer.spans import packed_of, sizes_of
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
@@ -67,11 +68,12 @@ class WireWriter:
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         kernel = piece_kernel()
-        if pieces and kernel is not None and isinstance(send, SocketSend) and can_write(kernel, pieces):
-            ends = _ends_of_frames(pieces)
-            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, pieces, ends, stop, lambda _: 0)
+        sizes_bytes = sizes_of(pieces)
+        ends = _ends_of_frames(sizes_bytes)
+        if pieces and kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
+            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, packed_of(pieces, None), sizes_bytes, ends, stop)
         digests: list[bytes] = []
-        for end in _ends_of_frames(pieces):
+        for end in ends:
             if stop():
                 break
             frame = pieces[len(digests) : end]
@@ -86,17 +88,16 @@ class WireWriter:
         """Nothing of the peer's is held here."""
 
 
-def _ends_of_frames(pieces: Sequence[Piece]) -> list[int]:
+def _ends_of_frames(sizes_bytes: Sequence[int]) -> list[int]:
     """Before which pieces a frame ends, the last one's included."""
     ends: list[int] = []
-    payload_bytes = 0
-    for index, piece in enumerate(pieces):
-        first = ends[-1] if ends else 0
-        if index > first and (payload_bytes + piece.source.nbytes > FRAME_BYTES or index - first == MAX_PIECES):
+    payload_bytes = first = 0
+    for index, piece_bytes in enumerate(sizes_bytes):
+        if index > first and (payload_bytes + piece_bytes > FRAME_BYTES or index - first == MAX_PIECES):
             ends.append(index)
-            payload_bytes = 0
-        payload_bytes += piece.source.nbytes
-    return [*ends, len(pieces)] if pieces else ends
+            payload_bytes, first = 0, index
+        payload_bytes += piece_bytes
+    return [*ends, len(sizes_bytes)] if sizes_bytes else ends
 
 
 def listen_on(host: str) -> tuple[socket.socket, str]:

@@ -148,8 +148,8 @@ async def test_a_link_with_it_carries_and_notices_the_same(
         )
         before = [bytes(source.block(block)) for block in range(20)]
         outgoing = sender.open(incoming.ticket)
-        for layers in ((0, 2), (2, 3)):
-            await outgoing.push([(block, block) for block in range(20)], layers)
+        for layers, numbers in ((0, 2), range(20)), ((2, 3), range(19, -1, -1)):  # in another order they stay pieces of their own
+            await outgoing.push([(block, block) for block in numbers], layers)
         if spoiled:
             assert isinstance(await incoming.wait_failed(), DigestMismatch)
         else:

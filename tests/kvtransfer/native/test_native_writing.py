@@ -20,7 +20,8 @@ from kvtransfer.digest import piece_digest
 from kvtransfer.frames import Frame, FrameKind
 from kvtransfer.native import choice, writing
 from kvtransfer.native.kernel import Outcome, Outlet, PieceKernel, check_kernel, packed_piece
-from kvtransfer.native.writing import address_of, write_natively
+from kvtransfer.native.writing import write_natively
+from kvtransfer.spans import address_of
 from kvtransfer.transports.base import Piece, PieceName
 from kvtransfer.transports.sending import SocketSend
 
@@ -119,6 +120,10 @@ def packed(pieces: list[Piece]) -> list[bytes]:
     return [packed_piece(address_of(piece.source), 0, piece.source.nbytes, *piece.name) for piece in pieces]
 
 
+def told(pieces: list[Piece]) -> tuple[list[bytes], list[int]]:
+    return packed(pieces), [piece.source.nbytes for piece in pieces]
+
+
 def header(kind: FrameKind = FrameKind.BLOCKS) -> bytes:
     return Frame(kind, NONCE).encode()
 
@@ -188,7 +193,7 @@ def test_a_batch_goes_on_after_each_call(
     send = SocketSend(pair.near, pair.wake, lambda: None)
     send.outlet = pair.outlet(patience_ms=patience_ms)
     pair.read()
-    digests = write_natively(compiled, send, FrameKind.BLOCKS, NONCE, pieces, [2, 3, 7, 8, 11], never, lambda _: 0)
+    digests = write_natively(compiled, send, FrameKind.BLOCKS, NONCE, *told(pieces), [2, 3, 7, 8, 11], never)
     assert digests == [piece_digest(piece.source, NONCE, *piece.name) for piece in pieces]
     frames = frames_in(pair.all())
     assert [len(frame.names) for frame in frames] == [2, 1, 4, 1, 3]
@@ -201,7 +206,7 @@ def test_a_stop_takes_effect_between_calls(compiled: PieceKernel, pair: Pair, mo
     asked = iter([False, False, True])
     send = SocketSend(pair.near, pair.wake, lambda: None)
     pair.read()
-    digests = write_natively(compiled, send, FrameKind.BLOCKS, NONCE, pieces, [1, 4, 6], lambda: next(asked), lambda _: 0)
+    digests = write_natively(compiled, send, FrameKind.BLOCKS, NONCE, *told(pieces), [1, 4, 6], lambda: next(asked))
     assert len(digests) == 4
     assert [len(frame.names) for frame in frames_in(pair.all())] == [1, 3]
 
@@ -215,5 +220,5 @@ def test_a_link_that_was_dropped_is_not_written_to_any_more(
     send = SocketSend(pair.near, pair.wake, lambda: reason)
     pair.read()
     with pytest.raises(TransferBroken, match="dropped"):
-        write_natively(compiled, send, FrameKind.BLOCKS, NONCE, pieces, [1, 2], never, lambda _: 0)
+        write_natively(compiled, send, FrameKind.BLOCKS, NONCE, *told(pieces), [1, 2], never)
     assert len(frames_in(pair.all())) == 1
