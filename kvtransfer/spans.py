@@ -13,7 +13,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import repeat
+from operator import add
 from typing import NamedTuple, overload
 
 from kvtransfer.native.kernel import packed_piece
@@ -89,8 +90,9 @@ class SpanPieces(Sequence[Piece]):
     def names(self) -> list[PieceName]:
         return [PieceName(logical, first, number) for first, number, _, blocks, _, _ in self._spans for logical in blocks]
 
-    def places(self) -> list[int]:
-        return list(chain.from_iterable([span.destinations_bytes for span in self._spans]))
+    def reach(self) -> tuple[int, int]:
+        ends_bytes = [max(span.destinations_bytes) + span.piece_bytes for span in self._spans]
+        return min([min(span.destinations_bytes) for span in self._spans]), max(ends_bytes)
 
     def packed(self, pool_address: int | None) -> list[bytes]:
         """Of pieces in host memory, for native code that writes them to the pool at this address, or with none leaves them."""
@@ -121,9 +123,12 @@ def sizes_of(pieces: Sequence[Piece]) -> list[int]:
     return pieces.sizes_bytes if isinstance(pieces, SpanPieces) else [piece.source.nbytes for piece in pieces]
 
 
-def places_of(pieces: Sequence[Piece]) -> list[int]:
-    """Where each goes, in bytes into the pool."""
-    return pieces.places() if isinstance(pieces, SpanPieces) else [piece.destination_offset_bytes for piece in pieces]
+def reach_of(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """The pool's bytes that they go to lie between these two offsets."""
+    if isinstance(pieces, SpanPieces):
+        return pieces.reach()
+    starts_bytes = [piece.destination_offset_bytes for piece in pieces]
+    return min(starts_bytes), max(map(add, starts_bytes, sizes_of(pieces)))
 
 
 def packed_of(pieces: Sequence[Piece], pool_address: int | None) -> list[bytes]:

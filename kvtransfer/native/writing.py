@@ -14,7 +14,7 @@ from typing import Protocol
 from kvtransfer.frames import Frame, FrameKind
 from kvtransfer.native.kernel import Outcome, Outlet, PieceKernel
 
-CALL_BYTES = 4 * 1024 * 1024
+CALL_BYTES = 16 * 1024 * 1024  # a millisecond over shared memory; the interpreter is cold after it and takes its time
 
 
 class NativeSend(Protocol):

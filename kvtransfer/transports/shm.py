@@ -26,7 +26,6 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import add
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -37,7 +36,7 @@ from kvtransfer.host_identity import this_host
 from kvtransfer.native.choice import piece_kernel
 from kvtransfer.native.writing import write_natively
 from kvtransfer.region import BlockRegion, use_huge_pages
-from kvtransfer.spans import address_of, packed_of, places_of, sizes_of
+from kvtransfer.spans import address_of, packed_of, reach_of, sizes_of
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
 from kvtransfer.transports.receiving import StreamListener
@@ -46,7 +45,7 @@ from kvtransfer.transports.unix_socket import connect_to, listen_at
 
 KIND = "shm"
 PART_BYTES = 256 * 1024  # copied at once, and digested while in a core's cache; a larger piece by itself
-ANNOUNCED_SHARE = 4  # of what is left, so much is announced at once, down to a part
+ANNOUNCED_SHARE = 2  # of what is left, so much is announced at once, down to a part
 LEAST_ANNOUNCED_BYTES = 768 * 1024  # where many pieces take one call: whoever reads has more to do for each announcement
 MAX_ANNOUNCED_BYTES = 2 * 1024 * 1024
 WORTH_HELPING_BYTES = 1024 * 1024  # below it one thread is done before another one is awake
@@ -131,9 +130,8 @@ class MappedWriter:
         kernel = piece_kernel()
         sizes_bytes = sizes_of(pieces)
         if kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
-            places = places_of(pieces)
-            self._check(min(places), 0)
-            self._check(max(map(add, places, sizes_bytes)), 0)
+            first_bytes, end_bytes = reach_of(pieces)
+            self._check(first_bytes, end_bytes - first_bytes)
             ends = announcements(len(pieces), sizes_bytes[0])
             packed = packed_of(pieces, self._pool_address)
             return write_natively(kernel, send, FrameKind.WRITTEN, nonce, packed, sizes_bytes, ends, stop)
