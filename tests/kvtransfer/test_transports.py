@@ -39,7 +39,7 @@ from kvtransfer.state import HandoffState, Seal
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports import LOSSY, TRANSPORTS
 from kvtransfer.transports.authentication import LINK_VERSION, Hello, Verdict, prefill_proof
-from kvtransfer.transports.base import PeerName, Piece, PieceName, SenderLink, TransportOffer
+from kvtransfer.transports.base import PeerName, Piece, PieceName, ReceiverLink, SenderLink, TransportOffer, Written
 from support.device_pools import VisibleRegion
 
 LAYOUT = KVLayout("model", "tokenizer", 4, 2, 32, 16, "float32", True)  # 64 KiB a block
@@ -288,6 +288,25 @@ async def test_layers_arrive_bit_exact_in_any_order(pair: Pair) -> None:
         assert pair.snapshot() == bytes(expected)
     assert pair.receiver.counters.bytes == 32 * LAYOUT.block_bytes
     assert pair.receiver.counters.blocks == 32
+
+
+async def test_layers_that_wait_go_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is behind writes fewer and larger pieces, and what arrives is the same."""
+    names: list[PieceName] = []
+    landed = pair.receiver.pieces_written
+
+    def note(link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
+        names.extend(piece.name for piece in written)
+        landed(link, nonce, written)
+
+    monkeypatch.setattr(pair.receiver, "pieces_written", note)
+    incoming = pair.offer(range(BLOCKS))
+    outgoing = pair.sender.open(incoming.ticket)
+    for layer in range(LAYOUT.num_layers):
+        await outgoing.push([(block, block) for block in range(BLOCKS)], (layer, layer + 1))
+    await within(incoming.complete(seal_of(incoming, await within(outgoing.finish()))))
+    assert sorted(names) == [(block, 0, LAYOUT.num_layers) for block in range(BLOCKS)]
+    assert pair.snapshot() == bytes(pair.source.buffer)
 
 
 async def test_a_prompt_layer_by_layer(pair: Pair) -> None:
