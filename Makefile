@@ -15,8 +15,6 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 # starts workers runs two files at a time, clusters alone.
 QUICK_WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 QUICK_TESTS = $(BIN)/pytest -n $(QUICK_WORKERS) -m "not long and not model and not cluster and not clients and not hosts"
-# Files that name a mark: to read all the others as well takes longer than some of the tests that are then run.
-WITH_MARK = $(sort $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests))
 # command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
 TOOLS := spin:spin g++:g++ redis-server:redis-server promtool:prometheus chromium:chromium
 GUARDS := tests/test_architecture.py tests/test_unsafe_primitives.py tests/test_packaging.py tests/test_wire_is_fresh.py
@@ -46,8 +44,8 @@ test: install-dev tools model ## Run every test that this machine can run, the q
 	$(QUICK_TESTS)
 	$(BIN)/python tests/simulation/run.py
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "long and not model and not cluster"
-	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients" $(call WITH_MARK,model)
-	$(BIN)/pytest -m "cluster and not clients" $(call WITH_MARK,cluster)
+	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
+	$(BIN)/pytest -m "cluster and not clients"
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)

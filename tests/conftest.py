@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from support.asked_marks import may_be_meant, named_marks, refuse_unnamed_marks
 
 if TYPE_CHECKING:
     from common.model_store import ModelFiles
@@ -41,12 +44,36 @@ LONG = (
 """What takes minutes together: real workers, faults in real processes, searches. Marked `long`, so that the rest stays quick."""
 
 
+TESTS = Path(__file__).parent
+OF_STAGES = ("model", "cluster", "hosts", "clients", "gpu")
+
+
+@functools.cache
+def is_long(path: Path) -> bool:
+    inside = path.relative_to(TESTS).as_posix() + "/"
+    return any(inside.startswith(name + "/") for name in LONG)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What has no test that `-m` can mean is not read, unless it is named on the command line."""
+    if any(str(collection_path).endswith(named.partition("::")[0]) for named in config.args):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any(_may_be_meant(file, config.option.markexpr) for file in files) else True
+
+
+def _may_be_meant(file: Path, expression: str) -> bool:
+    marks = named_marks(file)
+    by_folder = {"long"} if is_long(file) else set()
+    return may_be_meant(expression, certain=marks.of_all | by_folder, possible=marks.of_some)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device; torch is loaded only if there are any."""
-    folders = tuple(Path(__file__).parent / name for name in LONG)
     for item in items:
-        if any(item.path.is_relative_to(folder) for folder in folders):
+        if is_long(item.path):
             item.add_marker(pytest.mark.long)
+    refuse_unnamed_marks(items, OF_STAGES)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
