@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Before torch is imported: several engines share this process, and their OpenMP threads would wait for each other by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test has two of them, on cores that others use as well, each operation would spin until the other's turn comes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton decides with its first import, which may be a library's, whether kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
