@@ -154,7 +154,7 @@ async def answer_to(address: str, *said: bytes) -> bytes | None:
     try:
         for piece in said:
             writer.write(piece)
-        return await asyncio.wait_for(reader.readexactly(len(HELLO)), 10)
+        return await asyncio.wait_for(reader.readexactly(len(HELLO)), 60)
     except (ConnectionResetError, asyncio.IncompleteReadError):
         return None
     finally:

@@ -207,7 +207,7 @@ async def test_the_process_serves_and_ends_on_a_signal(cluster: FakeCluster, con
             await eventually(served)
             assert (await client.post("/v1/completions", json={**BODY, "n": 3})).status_code == 400
         process.send_signal(signal.SIGTERM)
-        _, errors = await asyncio.wait_for(process.communicate(), 15)
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode == 0, errors.decode()
     finally:
         if process.returncode is None:
@@ -226,7 +226,7 @@ async def test_the_process_says_what_is_wrong(
     config_file: Path, more: tuple[str, ...], token: str, status: int, told: str
 ) -> None:
     process = await start_process(config_file, "127.0.0.1:9", *more, token=token)
-    _, errors = await asyncio.wait_for(process.communicate(), 30)
+    _, errors = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == status
     assert told in errors.decode()
     assert "Traceback" not in errors.decode()

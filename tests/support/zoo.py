@@ -80,7 +80,7 @@ async def is_free(workers: Workers, ref: WorkerRef) -> bool:
     return idle and info.blocks_free == info.blocks_total
 
 
-async def until_free(workers: Workers, ref: WorkerRef, patience_s: float = 5.0) -> None:
+async def until_free(workers: Workers, ref: WorkerRef, patience_s: float = PATIENCE_S / 3) -> None:
     deadline_s = asyncio.get_running_loop().time() + patience_s
     while not await is_free(workers, ref):
         info = await workers.info(ref.address)
@@ -88,26 +88,30 @@ async def until_free(workers: Workers, ref: WorkerRef, patience_s: float = 5.0) 
         await asyncio.sleep(0.005)
 
 
-def assert_no_ghosts(workers: Workers) -> None:
-    """Nothing that a request ever put anywhere is left, on either side. After `until_free`, or `assert_nothing_leaks`."""
-    scheduler = workers.decode._scheduler
-    left = {
-        "generations": scheduler._generations,
-        "waiting": scheduler._waiting,
-        "remote": scheduler._remote,
-        "running": scheduler._running,
-        "streams": workers.decode._streams._streams,
-        "hand-offs": workers.decode._handoff._background,
-    }
-    for index, worker in enumerate(workers.prefill):
-        prompts = worker._scheduler
-        left |= {
-            f"prompts {index}": prompts._prompts,
-            f"waiting {index}": prompts._waiting,
-            f"running {index}": prompts._running,
-            f"runs {index}": worker._runs._news,
+async def assert_no_ghosts(workers: Workers) -> None:
+    """Before long nothing that a request ever put anywhere is left, on either side."""
+
+    def left() -> list[str]:
+        scheduler = workers.decode._scheduler
+        places = {
+            "generations": scheduler._generations,
+            "waiting": scheduler._waiting,
+            "remote": scheduler._remote,
+            "running": scheduler._running,
+            "streams": workers.decode._streams._streams,
+            "hand-offs": workers.decode._handoff._background,
         }
-    assert not {name: found for name, found in left.items() if found}
+        for index, worker in enumerate(workers.prefill):
+            prompts = worker._scheduler
+            places |= {
+                f"prompts {index}": prompts._prompts,
+                f"waiting {index}": prompts._waiting,
+                f"running {index}": prompts._running,
+                f"runs {index}": worker._runs._news,
+            }
+        return [name for name, found in places.items() if found]
+
+    await until(lambda: not left(), "no ghosts")
 
 
 # -- workers that come and go ------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def open_call(workers: Workers, lane: Lane, work: Request) -> worker_pb2_grpc.De
 async def tokens_of(lane: Lane, count: int) -> list[int]:
     found: list[int] = []
     while len(found) < count:
-        news = await asyncio.wait_for(lane.next(), 10)
+        news = await asyncio.wait_for(lane.next(), 60)
         chunks = [news] if isinstance(news, tuple) else [chunk_from_wire(chunk).token_ids for chunk in news.chunks]
         found += [token_id for chunk in chunks for token_id in chunk]
     return found

@@ -107,7 +107,7 @@ async def test_z09_z31_a_client_that_leaves_between_two_legs(
             await within(call.read())
         plants.handshake = plants.run = None
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
         work = request(prompt_of(150, 71), max_tokens=6)
         assert oracle.agrees(work, await within(workers.generate(work)))
         await workers.assert_nothing_leaks()
@@ -165,7 +165,7 @@ async def test_z17_after_many_aborts_a_full_batch_is_admitted(
             assert not await is_free(workers, workers.decode_ref)
             return
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
         at_once: list[int] = []
         schedule = workers.decode._scheduler.schedule
 
@@ -210,7 +210,7 @@ async def test_z22_no_phantom_is_left_on_the_prefill_worker(
         if beside is not None:
             assert oracle.agrees(work, await within(beside))
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
         workers.prefill[0]._loop.post(lambda: None)
         idle = scheduler.schedule()
         assert (idle.batch.slices, idle.prompts) == ((), ())
@@ -254,7 +254,7 @@ async def test_z24_a_preempted_request_is_aborted(model_path: Path, oracle: Orac
             else:
                 assert await within(said[item.request_id]) == oracle.tokens(item)
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
 
 
 async def _tokens(call: grpc.aio.UnaryStreamCall) -> list[int]:
@@ -298,7 +298,7 @@ async def test_z30_a_long_prefill_stops_within_a_chunk(
         assert sum("long" in step for step in after) <= 1
         assert "short" in after[0] | after[1]
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
 
 
 # -- an abort is not an answer -----------------------------------------------------------------------------------------

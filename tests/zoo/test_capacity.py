@@ -39,7 +39,7 @@ async def test_vllm_57104_loads_that_wait_for_each_other(model_path: Path, oracl
         answers = await within(workers.generate_together(work))
         assert all(map(oracle.agrees, work, answers))
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
 
 
 @pytest.mark.parametrize("shortage", ["slots", "blocks"])

@@ -173,7 +173,7 @@ async def test_z26_a_run_that_is_under_way_when_its_worker_is_replaced(model_pat
             assert oracle.agrees(work, await within(running))
             stall.release()
             await workers.assert_nothing_leaks()
-            assert_no_ghosts(workers)
+            await assert_no_ghosts(workers)
 
 
 # -- the other leg hears of it -----------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ async def test_z28_a_request_that_is_dispatched_again_while_the_first_still_live
         assert len({run.ticket.nonce for run in plants.runs}) == 3
         for workers in (first, second):
             await workers.assert_nothing_leaks()
-            assert_no_ghosts(workers)
+            await assert_no_ghosts(workers)
 
 
 async def _tokens(call: grpc.aio.UnaryStreamCall) -> list[int]:
@@ -544,4 +544,4 @@ async def test_z18_a_hand_off_that_is_given_up_is_reported(model_path: Path, pla
         assert isinstance(await within(running), WorkerLost)
         stall.release()
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)

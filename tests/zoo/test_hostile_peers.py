@@ -128,6 +128,7 @@ async def untouched(model_path: Path, oracle: Oracle) -> AsyncIterator[Workers]:
     async with running_workers(model_path, engine=UNCACHED, decode=REMOTE) as workers:
         work = request(prompt_of(70, 130), max_tokens=4)
         assert oracle.agrees(work, await workers.generate(work))
+        await workers.assert_nothing_leaks()  # the step after an answer's last writes as well
         before = pool_of(workers)
         yield workers
         assert pool_of(workers) == before

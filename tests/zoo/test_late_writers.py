@@ -139,7 +139,7 @@ async def test_z21_late_bytes_of_a_cancelled_request(
         assert oracle.agrees(work, answer) is guarded
         if guarded:
             await workers.assert_nothing_leaks()
-            assert_no_ghosts(workers)
+            await assert_no_ghosts(workers)
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -168,13 +168,16 @@ async def test_z08_a_prefill_worker_that_stays_silent(model_path: Path, oracle: 
             await until_free(workers, workers.decode_ref)
             assert not writer.through.is_set()
         else:
-            info = await workers.info(workers.decode_ref.address)
-            assert (info.blocks_in_transfer, info.leases_open, info.requests_running) == (6, 1, 0)
+            # The worker gives an answer's blocks back with the step after its last.
+            async with asyncio.timeout(60):
+                while (info := await workers.info(workers.decode_ref.address)).requests_running:
+                    await asyncio.sleep(0.005)
+            assert (info.blocks_in_transfer, info.leases_open) == (6, 1)
         writer.may_go_on.set()
         await within(writer.through.wait())
         plants.write = None
         await workers.assert_nothing_leaks()
-        assert_no_ghosts(workers)
+        await assert_no_ghosts(workers)
         assert oracle.agrees(work, await within(workers.generate(work)))
 
 
@@ -262,7 +265,7 @@ async def test_z05_a_decode_worker_that_gives_no_sign_is_given_up_and_hears_of_i
         work = request(prompt_of(PROMPT_TOKENS, 55), max_tokens=6)
         running = asyncio.ensure_future(workers.generate(work))
         await until(lambda: stall.stalled, "half of the prompt is computed")
-        await until_free(workers, workers.prefill_refs[0], BRIEF_S + 5.0)
+        await until_free(workers, workers.prefill_refs[0])
         answer = await within(running)
         assert oracle.agrees(work, answer)
         assert answer.started is not None

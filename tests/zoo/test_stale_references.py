@@ -45,6 +45,7 @@ async def test_z01_a_used_ticket_writes_nothing(model_path: Path, oracle: Oracle
         work = request(prompt_of(70), max_tokens=6)
         assert oracle.agrees(work, await workers.generate(work))
         (message,) = plants.runs
+        await workers.assert_nothing_leaks()  # the step after an answer's last writes as well
         before = pool_of(workers)
         with pytest.raises(TicketRefused, match="used or released before"):
             await run_on_prefill(workers, message)
@@ -138,6 +139,7 @@ async def test_z01_forged_and_out_of_range_tickets_cost_nothing(model_path: Path
         work = request(prompt_of(70), max_tokens=4)
         assert oracle.agrees(work, await workers.generate(work))
         assert workers.decode._handoff._region.num_blocks == 129
+        await workers.assert_nothing_leaks()  # the step after an answer's last writes as well
         before, computed = pool_of(workers), workers.prefill[0]._scheduler.totals.computed_tokens
         tickets = {name: (minted(workers, work, **change), param) for name, (change, param) in SIGNED.items()}
         honest = ticket_from_wire(plants.runs[0].ticket)
@@ -184,6 +186,7 @@ async def test_z01_a_ticket_that_comes_late_finds_its_request_gone(
         message = plants.runs[0]
         await until_free(workers, workers.decode_ref)
         assert oracle.agrees(other, await workers.generate(other))
+        await until_free(workers, workers.decode_ref)  # the step after an answer's last writes as well
         before = pool_of(workers)
         with pytest.raises(TicketRefused):
             await run_on_prefill(workers, message)

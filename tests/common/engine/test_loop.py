@@ -64,9 +64,9 @@ async def test_a_thread_is_in_its_surroundings_from_start_to_end(fails: bool, se
     loop = EngineLoop[str](core, name="engine", inside=surroundings)
     loop.start(deliver=lambda events: None, on_failure=lambda error: failed.set())
     loop.post(core.want)
-    assert await asyncio.to_thread(core.computed.wait, 10)
+    assert await asyncio.to_thread(core.computed.wait, 60)
     if fails:
-        await asyncio.wait_for(failed.wait(), 10)
+        await asyncio.wait_for(failed.wait(), 60)
     await loop.stop()
     assert core.seen == seen
     assert not inside

@@ -99,7 +99,7 @@ async def test_over_budget_there_is_no_vector_and_later_there_is() -> None:
     assert future is not None
     assert await embedding.vector(future) is None
     slow.go.set()
-    future.result(10)
+    future.result(60)
     assert finished(future) is not None
     embedding.close()
 
