@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from support.cluster import CLI, RunningCluster, launched
+from support.cluster import CLI, RunningCluster, launched, share_kernels
 from support.remains import Belongings, eventually, processes_of
 from support.tiny_models import make_tiny_model
 
@@ -112,6 +112,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {**os.environ, "PDSERVE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    share_kernels(tmp_path / "home")
     up = subprocess.run(
         [*CLI, "up", str(path), "--detach"], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -103,7 +103,7 @@ def launched(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {**os.environ, "PDSERVE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    _share_kernels(folder / "home")
+    share_kernels(folder / "home")
     log = folder / "up.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -122,8 +122,8 @@ def launched(
             process.wait(STOP_TIMEOUT_S)
 
 
-def _share_kernels(home: Path) -> None:
-    """Workers in exact mode compile their kernels before they serve: here, once for all clusters."""
+def share_kernels(home: Path) -> None:
+    """Workers compile their kernels, in exact mode before they serve: here, once for all clusters."""
     from common.config import pdserve_home
     from common.engine.native.build import build_library
     from common.engine.native.check import check_library
