@@ -18,7 +18,8 @@ _SOURCE = NativeSource(
     "pieces.cpp",
     ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"),
 )
-_asked = threading.Lock()
+_asking = threading.Lock()
+_was_asked = False
 _kernel: PieceKernel | None = None
 
 
@@ -28,15 +29,18 @@ def piece_kernel() -> PieceKernel | None:
 
 
 def prepare(cache: Path, announce: Callable[[str], None]) -> None:
-    """Has the library ready, compiled if need be, which takes seconds. Only the first call does anything; blocking."""
-    global _kernel
-    if not _asked.acquire(blocking=False):
-        return
-    if sys.byteorder != "little":
-        announce("no native copies of KV on a big-endian machine")
-        return
-    try:
-        found = find_library(_SOURCE, cache)  # not behind whoever compiles another library there
-        _kernel = PieceKernel(found or build_library(_SOURCE, cache, check_kernel))
-    except BuildError as error:
-        announce(f"native copies of KV cannot be had; Python's serve: {error}")
+    """Has the library ready, compiled if need be, which takes seconds. Only the first call does anything, and later ones wait for
+    it; blocking."""
+    global _kernel, _was_asked
+    with _asking:
+        if _was_asked:
+            return
+        _was_asked = True
+        if sys.byteorder != "little":
+            announce("no native copies of KV on a big-endian machine")
+            return
+        try:
+            found = find_library(_SOURCE, cache)  # not behind whoever compiles another library there
+            _kernel = PieceKernel(found or build_library(_SOURCE, cache, check_kernel))
+        except BuildError as error:
+            announce(f"native copies of KV cannot be had; Python's serve: {error}")

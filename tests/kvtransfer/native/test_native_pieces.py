@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_where_it_cannot_be_had_that_is_said_once(tmp_path: Path, monkeypatch: p
         raise BuildError("no C++ compiler")
 
     monkeypatch.setattr(choice, "build_library", fail)
-    monkeypatch.setattr(choice, "_asked", threading.Lock())
+    monkeypatch.setattr(choice, "_was_asked", False)
     monkeypatch.setattr(choice, "_kernel", None)
     said: list[str] = []
     choice.prepare(tmp_path, said.append)
@@ -114,6 +115,29 @@ def test_where_it_cannot_be_had_that_is_said_once(tmp_path: Path, monkeypatch: p
     assert len(said) == 1
     assert "no C++ compiler" in said[0]
     assert choice.piece_kernel() is None
+
+
+def test_who_asks_while_it_is_compiled_waits_for_it(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling, may_end = threading.Event(), threading.Event()
+
+    def compile_slowly(*_: object) -> Path:
+        compiling.set()
+        assert may_end.wait(60)
+        return library
+
+    monkeypatch.setattr(choice, "build_library", compile_slowly)
+    monkeypatch.setattr(choice, "_was_asked", False)
+    monkeypatch.setattr(choice, "_kernel", None)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(choice.prepare, tmp_path, pytest.fail)
+        assert compiling.wait(60)
+        second = threads.submit(lambda: (choice.prepare(tmp_path, pytest.fail), choice.piece_kernel())[1])
+        wait({second}, timeout=0.2)
+        is_through = second.done()
+        may_end.set()
+        assert not is_through
+        first.result(60)
+        assert second.result(60) is not None
 
 
 @pytest.mark.parametrize("kind", ["shm", "tcp"])
