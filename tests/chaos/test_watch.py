@@ -35,7 +35,7 @@ async def test_a_lost_watch_is_watched_again(fault: RpcFault, monkeypatch: pytes
     try:
         for version in (1, 2, 3):
             manager.publish(registry_pb2.ClusterSnapshot(cluster="test"))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while watching.view.version < version:
                     await asyncio.sleep(0.005)
         assert sum(proxy.injected.values()) >= 1

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.activity import Activity, Look, look_at, observe, was_kept_waiting, what_it_did
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 SLEEPER = "import sys, time; sys.stdout.write('x'); sys.stdout.flush(); time.sleep(600)"
 WORKER = "import sys; sys.stdout.write('x'); sys.stdout.flush()\nwhile True: pass"
 

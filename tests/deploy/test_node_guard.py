@@ -13,7 +13,7 @@ import pytest
 
 from deploy.node_guard import MARK_VARIABLE
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @pytest.fixture

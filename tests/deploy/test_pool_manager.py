@@ -42,7 +42,7 @@ from support.fake_workers import FakeHost
 
 TOKEN = "token"
 PREFILL, DECODE = "m/prefill/0", "m/decode/0"
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 IMPATIENT = HealthPolicy(interval_s=0.02, timeout_s=0.5, most_misses=2, busy_timeout_s=WAIT_S)

@@ -15,7 +15,7 @@ import pytest
 from deploy.cluster_state import ClusterState, started_at, state_path, write_state
 from deploy.remains import clear_remains_of
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ async def stream(http: httpx.AsyncClient, body: dict[str, Any], begun: asyncio.E
 async def test_a_worker_killed_under_a_shared_answer_is_not_noticed(cluster: RunningCluster) -> None:
     body = BODY | {"temperature": 0.8, "seed": 5}
     limits = httpx.Limits(max_connections=2 * MANY)
-    async with httpx.AsyncClient(base_url=cluster.base_url, trust_env=False, timeout=60.0, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=cluster.base_url, trust_env=False, timeout=120.0, limits=limits) as http:
         (worker,) = await asyncio.to_thread(cluster.workers, "decode")
         begun = [asyncio.Event() for _ in range(MANY)]
         asking = [asyncio.create_task(stream(http, body, begun[0]))]

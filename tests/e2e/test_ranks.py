@@ -33,7 +33,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 def ask(cluster: RunningCluster) -> str:
     body = {"model": "tiny", "messages": [QUESTION], "max_tokens": 16, "temperature": 0}
-    reply = httpx.post(f"{cluster.base_url}/v1/chat/completions", json=body, timeout=60.0, trust_env=False)
+    reply = httpx.post(f"{cluster.base_url}/v1/chat/completions", json=body, timeout=120.0, trust_env=False)
     assert reply.status_code == 200, reply.text
     text: str = reply.json()["choices"][0]["message"]["content"]
     return text

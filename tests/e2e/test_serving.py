@@ -105,7 +105,7 @@ def test_openai_python_sees_proper_exceptions(client: openai.OpenAI) -> None:
 
 def test_prefill_happens_on_another_process_and_its_kv_travels(disaggregated: RunningCluster) -> None:
     body = {"model": "tiny", "prompt": [9, *PROMPT], "max_tokens": 4, "temperature": 0, "pdserve_timings": True}
-    answer = httpx.post(f"{disaggregated.base_url}/v1/completions", json=body, trust_env=False, timeout=60)
+    answer = httpx.post(f"{disaggregated.base_url}/v1/completions", json=body, trust_env=False, timeout=120.0)
     timings = answer.json()["timings"]
     assert timings["transport"] == "shm"
     assert timings["prefill_worker"] == disaggregated.workers("prefill")[0]["worker_id"]
@@ -144,7 +144,7 @@ def test_an_operator_sees_a_request_in_top_and_logs(cluster: RunningCluster) -> 
     """The same request in the figures of `top`, and in the logs of router and workers, by its id."""
     headers = {"x-request-id": "watched"}
     body = {"model": "tiny", "prompt": [11, *PROMPT], "max_tokens": 4, "temperature": 0}
-    answer = httpx.post(f"{cluster.base_url}/v1/completions", json=body, headers=headers, trust_env=False, timeout=30)
+    answer = httpx.post(f"{cluster.base_url}/v1/completions", json=body, headers=headers, trust_env=False, timeout=120.0)
     assert answer.status_code == 200
     seen = json.loads(cluster.cli("top", "--once", "--json", "--cluster", cluster.name).stdout)
     assert seen["models"][0]["ttft"]["p50_s"] > 0
@@ -165,17 +165,17 @@ def test_a_grpc_client_does_the_same(cluster: RunningCluster, client: openai.Ope
     expected = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
     with grpc.insecure_channel(cluster.grpc_address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        assert [model.id for model in stub.ListModels(inference_pb2.ListModelsRequest(), timeout=60).models] == ["tiny"]
+        assert [model.id for model in stub.ListModels(inference_pb2.ListModelsRequest(), timeout=120.0).models] == ["tiny"]
         tokens = inference_pb2.TokenIds(ids=PROMPT)
         request = inference_pb2.InferenceRequest(model="tiny", prompt_token_ids=tokens, max_tokens=8, temperature=0)
-        events = list(stub.Generate(request, timeout=30, metadata=tuple(FRESH.items())))
+        events = list(stub.Generate(request, timeout=120.0, metadata=tuple(FRESH.items())))
         assert "".join(event.text for event in events) == expected
         assert events[-1].usage.completion_tokens == 8
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Generate(inference_pb2.InferenceRequest(model="nobody", prompt="x"), timeout=60))
+            list(stub.Generate(inference_pb2.InferenceRequest(model="nobody", prompt="x"), timeout=120.0))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Generate(inference_pb2.InferenceRequest(model="tiny", prompt="x", temperature=9), timeout=60))
+            list(stub.Generate(inference_pb2.InferenceRequest(model="tiny", prompt="x", temperature=9), timeout=120.0))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "temperature" in caught.value.details()
 
@@ -282,7 +282,7 @@ def test_routers_are_replaced_one_by_one_and_no_answer_is_lost(cluster: RunningC
     """Two of them; each in turn is told to stop while it streams, and a new one comes. All give the same answers."""
     questions = [Question([index + 3, *PROMPT[:40]], seed=index, temperature=0.8, max_tokens=60) for index in range(5)]
     first = cluster.base_url
-    with httpx.Client(trust_env=False, timeout=60.0) as client:
+    with httpx.Client(trust_env=False, timeout=120.0) as client:
         known = [(question, ask(client, first, "tiny", question).text) for question in questions]
     with another_router(cluster) as second:
         load = Balanced(known, [first, second.base_url], "tiny")

@@ -30,7 +30,7 @@ def state_of(cluster: RunningCluster) -> dict[str, Any]:
 
 def answers(cluster: RunningCluster) -> bool:
     body = {"model": "tiny", "prompt": [5] * 50}
-    return httpx.post(f"{cluster.base_url}/v1/completions", json=body, trust_env=False, timeout=30).status_code == 200
+    return httpx.post(f"{cluster.base_url}/v1/completions", json=body, trust_env=False, timeout=120.0).status_code == 200
 
 
 def test_two_clusters_live_side_by_side_on_loopback_and_one_is_killed(
@@ -129,7 +129,7 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
         url = f"{cluster.base_url}/v1/completions"
 
         def served() -> str:
-            return httpx.post(url, json=body, trust_env=False, timeout=60).headers["x-cache"]
+            return httpx.post(url, json=body, trust_env=False, timeout=120.0).headers["x-cache"]
 
         assert served() == "miss"
         assert eventually(lambda: served() == "hit-exact"), "no request waits for a Redis that is slow, but it is one"

@@ -30,7 +30,7 @@ from support.device_pools import HostMemory, VisibleRegion
 LAYOUT = KVLayout("model", "tokenizer", 4, 2, 32, 16, "float32", True)
 BLOCKS = 12
 SECRET = derive_secret("token")
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Pair:

@@ -26,7 +26,7 @@ PEER = Path(__file__).with_name("decode_peer.py")
 LAYOUT = KVLayout("model", "tokenizer", 16, 4, 32, 16, "float32", True)
 POOL_BLOCKS = 64
 LEASE_S = 1.5  # pulses come every second
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class DecodeProcess:

@@ -45,7 +45,7 @@ LAYOUT = KVLayout("model", "tokenizer", 16, 4, 32, 16, "float32", True)  # 256 K
 POOL_BLOCKS, SOURCE_BLOCKS = 40, 64
 SMALL_WINDOW_BLOCKS = 8
 SECRET = derive_secret("token")
-PATIENCE_S = 60.0  # far beyond what anything here takes: a hang becomes a failure
+PATIENCE_S = 120.0  # far beyond what anything here takes: a hang becomes a failure
 LEASE_S = 0.5
 Result = TypeVar("Result")
 

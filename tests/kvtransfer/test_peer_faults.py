@@ -26,7 +26,7 @@ from kvtransfer.transports.base import TransportOffer
 PEER = Path(__file__).with_name("prefill_peer.py")
 LAYOUT = KVLayout("model", "tokenizer", 16, 4, 32, 16, "float32", True)
 BLOCKS = 12
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def source_block(index: int) -> bytes:

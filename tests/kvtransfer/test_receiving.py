@@ -22,7 +22,7 @@ LAYOUT = KVLayout("model", "tokenizer", 4, 2, 32, 16, "float32", True)
 LAYER_BYTES = LAYOUT.block_bytes // 4
 BLOCKS = 16
 NONCE, OTHER = b"n" * 16, b"o" * 16
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @dataclass

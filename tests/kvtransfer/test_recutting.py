@@ -30,7 +30,7 @@ from support.device_pools import HostMemory, VisibleRegion
 
 LAYOUT = KVLayout("model", "tokenizer", 3, 2, 4, 16, "float32", True)
 SECRET = derive_secret("token")
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 POOL_TOKENS = 256
 PROMPT_TOKENS = 77
 

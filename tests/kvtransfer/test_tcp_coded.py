@@ -27,7 +27,7 @@ from kvtransfer.wire_dtype import WireFormat, decode, encode
 LAYOUT = KVLayout("model", "tokenizer", 3, 2, 8, 16, "float32", False)
 BLOCKS = 12
 SECRET = derive_secret("token")
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Pair:

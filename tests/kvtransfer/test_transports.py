@@ -46,7 +46,7 @@ LAYOUT = KVLayout("model", "tokenizer", 4, 2, 32, 16, "float32", True)  # 64 KiB
 BLOCKS = 24
 SECRET = derive_secret("token")
 Result = TypeVar("Result")
-PATIENCE_S = 60.0  # far beyond what anything here takes: a hang becomes a failure
+PATIENCE_S = 120.0  # far beyond what anything here takes: a hang becomes a failure
 
 
 def region_for(kind: str) -> BlockRegion:

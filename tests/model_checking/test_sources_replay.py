@@ -17,7 +17,7 @@ from kvtransfer.transports.base import Piece, WriterNews
 
 LAYOUT = KVLayout("model", "tokenizer", 2, 1, 8, 16, "float32", True)
 BLOCKS = 2
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class SlowLink:

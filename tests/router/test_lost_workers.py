@@ -17,7 +17,7 @@ from support.fake_cluster import MODEL, FakeCluster
 from support.router_clients import http_client
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "seed": 3, "temperature": 0.7}
-WAIT_S = 60.0
+WAIT_S = 120.0
 PATIENT: dict[str, Any] = {
     "request_timeout_s": 4 * WAIT_S,
     "migration_wait_s": 4 * WAIT_S,

@@ -28,7 +28,7 @@ BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 50}
 
 
 async def eventually(condition: Any) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not await condition():
             await asyncio.sleep(0.005)
 
@@ -143,14 +143,14 @@ async def test_who_was_let_in_just_before_the_end_is_answered(start_cluster: Any
         assert (await http.get("/health")).status_code == 200  # over a later connection, so the first was let in, too
         cluster.stop.set()
         with suppress(ConnectionError):  # refused, or reset if it was still in the queue
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while True:
                     _, let_in = await asyncio.open_connection(host, int(port))
                     let_in.close()
         body = json.dumps(BODY).encode()
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
         writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
         writer.close()
 
@@ -192,7 +192,7 @@ async def start_process(config_file: Path, manager: str, *more: str, token: str 
 async def test_the_process_serves_and_ends_on_a_signal(cluster: FakeCluster, config_file: Path) -> None:
     process = await start_process(config_file, cluster.manager_address, "--set", "router.max_choices=2")
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while len(cluster.manager.announced) < 2:
                 await asyncio.sleep(0.01)
         announcement = cluster.manager.announced[1]

@@ -13,7 +13,7 @@ from support.fake_cluster import MODEL, FakeCluster
 from support.router_clients import http_client
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "seed": 3, "temperature": 0.7}
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def without_workers(cluster: FakeCluster, *, wakes: bool) -> registry_pb2.ClusterSnapshot:

@@ -289,7 +289,7 @@ class FakeCluster:
         infos = [info for info in self.manager.snapshot.workers if info.role == types_pb2.ROLE_DECODE]
         ready = sorted({info.model for info in infos if info.state == "ready"})
         client = httpx.AsyncClient(base_url=self.http_url, trust_env=False, verify=NO_CERTIFICATES)
-        async with client, asyncio.timeout(60):
+        async with client, asyncio.timeout(120):
             while (await client.get("/ready")).json()["models"] != ready:
                 await asyncio.sleep(0.005)
 

@@ -45,7 +45,7 @@ class FeedingWorker(FakeDecodeWorker):
 
     async def until_fed(self) -> Feed:
         """The feed that a router has opened."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not self.feeds._open:
                 await asyncio.sleep(0.002)
         return next(iter(self.feeds._open.values()))

@@ -52,7 +52,7 @@ async def served(
         if task.done():
             task.result()
         url = ready.result()
-        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=NO_CERTIFICATES) as client, asyncio.timeout(60):
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=NO_CERTIFICATES) as client, asyncio.timeout(120):
             # The model is known once the tokenizer is there as well.
             while (await client.get("/tokenizer_info")).status_code != 200:
                 await asyncio.sleep(0.01)

@@ -18,7 +18,7 @@ from router.store.base import Change, Reading, Store
 from router.store.making import make_store
 
 TOKEN = "the token of a cluster of tests"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from decode_worker.server import DecodeWorker
 from prefill_worker.server import PrefillWorker
 
 TOKEN = "test-cluster-token"
-PATIENCE_S = 60.0  # far beyond what anything here takes
+PATIENCE_S = 120.0  # far beyond what anything here takes
 
 
 def patient(*transports: str) -> TransferConfig:
@@ -54,7 +54,7 @@ class Workers:
     def open(self, request: Request, *, prefill: Sequence[WorkerRef] | None = None) -> grpc.aio.UnaryStreamCall:
         refs = self.prefill_refs if prefill is None else prefill
         message = worker_pb2.GenerateRequest(request=request_to_wire(request), prefill=[worker_ref_to_wire(ref) for ref in refs])
-        return worker_pb2_grpc.DecodeStub(self.channel).Generate(message, timeout=60)
+        return worker_pb2_grpc.DecodeStub(self.channel).Generate(message, timeout=PATIENCE_S)
 
     async def generate(self, request: Request, *, prefill: Sequence[WorkerRef] | None = None) -> Answer:
         answer = Answer()
@@ -91,7 +91,7 @@ class Workers:
     async def info(self, address: str) -> worker_pb2.InfoReply:
         channel = connect(address, TOKEN)
         try:
-            return await worker_pb2_grpc.WorkerStub(channel).Info(worker_pb2.InfoRequest(), timeout=60)
+            return await worker_pb2_grpc.WorkerStub(channel).Info(worker_pb2.InfoRequest(), timeout=PATIENCE_S)
         finally:
             await channel.close(None)
 
@@ -120,7 +120,7 @@ def request(
     seed: int = 1,
     num_choices: int = 1,
     model: str = "tiny",
-    timeout_s: float = 60.0,
+    timeout_s: float = PATIENCE_S,
     **sampling: object,
 ) -> Request:
     return Request(
@@ -154,7 +154,7 @@ async def running_workers(
         prefill=prefill or PrefillConfig(),
         decode=decode or DecodeConfig(local_prefill="never"),
     )
-    config = transfer or TransferConfig(transports=transports)  # type: ignore[arg-type]
+    config = transfer or patient(*transports)
 
     def spec(role: Role, index: int) -> WorkerSpec:
         used = model.model_copy(update={"engine": prefill_engine}) if prefill_engine and role is Role.PREFILL else model

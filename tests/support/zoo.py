@@ -27,7 +27,7 @@ ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048)
 UNCACHED = ENGINE.model_copy(update={"prefix_cache": False})
 REMOTE = DecodeConfig(local_prefill="never")
 AUTO = DecodeConfig(local_prefill="auto", local_prefill_tokens=0)
-PATIENCE_S = 60.0  # far beyond what anything here takes: a hang becomes a failure
+PATIENCE_S = 120.0  # far beyond what anything here takes: a hang becomes a failure
 
 
 def for_ever(*transports: str) -> TransferConfig:

@@ -26,7 +26,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def fed(workers: Workers, feeds: Feeds) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (lane := feeds.lane(workers.decode_ref, workers.channel)) is None:
             await asyncio.sleep(0.002)
     lane.close()

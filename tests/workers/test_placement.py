@@ -85,7 +85,7 @@ class Pools:
         return reporting == set(self.workers) and all(self.known(name) == self.cached(name) for name in self.workers)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not condition():
                 await asyncio.sleep(0.005)
 

@@ -169,7 +169,7 @@ async def test_z08_a_prefill_worker_that_stays_silent(model_path: Path, oracle: 
             assert not writer.through.is_set()
         else:
             # The worker gives an answer's blocks back with the step after its last.
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while (info := await workers.info(workers.decode_ref.address)).requests_running:
                     await asyncio.sleep(0.005)
             assert (info.blocks_in_transfer, info.leases_open) == (6, 1)

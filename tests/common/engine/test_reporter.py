@@ -74,7 +74,7 @@ class Watcher:
         self.pictures = 0
 
     async def read(self) -> WorkerReport:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             report = await anext(self.reports)
         assert report.sequence == (1 if self.last is None else self.last.sequence + 1)
         assert not {*report.registered} & {*report.evicted}

@@ -164,7 +164,7 @@ async def test_a_link_with_it_carries_and_notices_the_same(
         landed(link, nonce, written)
 
     monkeypatch.setattr(receiver, "pieces_written", landing)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         await sender.connect("d", 1, await receiver.start([kind], "127.0.0.1"), 20)
         blocks = tuple(range(19, -1, -1))
         incoming = receiver.open(

@@ -41,7 +41,7 @@ UNIT_BYTES = LAYOUT.block_bytes // UNITS
 SECRET = derive_secret("token")
 BLOCKS = 16
 LEASE_S = 60.0  # never what ends anything here
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Group:

@@ -50,7 +50,7 @@ class Replicas:
 
     async def until_hit(self, which: int) -> str:
         """Writes are not waited for, so that it may take a moment until another replica sees one."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while True:
                 result, text = await self.ask(which)
                 if result == "hit-exact":

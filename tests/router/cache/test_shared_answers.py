@@ -105,7 +105,7 @@ async def test_when_everybody_leaves_the_worker_hears_of_it(cluster: FakeCluster
     for listener in listeners:
         assert not cluster.worker.cancelled.is_set()
         await listener.leave()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         await cluster.worker.cancelled.wait()
     cluster.worker.hold_after = None
     again = await Listener(http).task

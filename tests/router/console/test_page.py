@@ -205,7 +205,7 @@ async def test_a_chat_streams_and_stop_reaches_the_worker(chromium: Browser, clu
         assert "five" not in await page.text(".answer")
         assert await page.text(".said-by-user") == "count <b>up</b>"
         await page.click("#pg-stop")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             await cluster.worker.cancelled.wait()
         await page.until("/^stopped/.test(document.querySelector('.note').innerText)")
 

@@ -192,7 +192,7 @@ async def test_models_without_workers_and_with_too_little_context_are_passed_ove
     assert (await ask(http, "nobody")).status_code == 503
     two.workers[0].max_model_tokens = 64
     two.publish()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (await http.get(f"/v1/models/{MODEL}")).json()["max_model_len"] != 64:
             await asyncio.sleep(0.005)
     long = await ask(http, "auto", max_tokens=100)

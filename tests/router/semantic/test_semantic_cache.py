@@ -152,7 +152,7 @@ async def test_another_router_learns_of_it_through_the_store() -> None:
     other = SemanticBench(store=one.store, clock=one.clock)
     task = asyncio.create_task(other.cache.run())
     await one.ask(ASKED)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (hit := await other.cache.find(question(SAME))) is None:
             await asyncio.sleep(0)
     assert hit.key == question(ASKED).key

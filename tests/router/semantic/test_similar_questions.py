@@ -49,7 +49,7 @@ async def test_a_paraphrase_is_answered_as_json_and_as_a_stream(cluster: FakeClu
     assert events[-1] == "[DONE]"
     text = "".join(choice["delta"].get("content") or "" for event in map(json.loads, events[:-1]) for choice in event["choices"])
     assert text == fresh.json()["choices"][0]["message"]["content"]
-    async with asyncio.timeout(60):  # without evidence each hit is verified, in the background
+    async with asyncio.timeout(120):  # without evidence each hit is verified, in the background
         while cluster.worker.served < 2:
             await asyncio.sleep(0.005)
     assert len(cluster.worker.requests) == 2

@@ -100,7 +100,7 @@ async def test_values_expire_and_reading_does_not_prolong_them(running: Running)
     reading = await running.present(b"k")
     assert reading.epochs is not None
     running.store.put(b"k", b"v", ttl_s=0.15, epochs=reading.epochs)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (await running.store.get(b"k", ())).value is None and not running.changes.count(Inserted(b"k", ())):
             await asyncio.sleep(0.005)
         while (await running.store.get(b"k", ())).value is not None:

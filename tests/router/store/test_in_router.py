@@ -34,7 +34,7 @@ async def serve(cache: CacheConfig, wanted: str) -> None:
     if task.done():
         task.result()
     try:
-        async with httpx.AsyncClient(base_url=f"http://{addresses.result()}") as client, asyncio.timeout(60):
+        async with httpx.AsyncClient(base_url=f"http://{addresses.result()}") as client, asyncio.timeout(120):
             while wanted not in (await client.get("/metrics")).text.splitlines():
                 await asyncio.sleep(0.01)
     finally:

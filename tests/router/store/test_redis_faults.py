@@ -19,7 +19,7 @@ StartRedis = Callable[..., AbstractContextManager[RedisServer]]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -104,7 +104,7 @@ async def test_one_that_hangs_costs_a_few_requests_their_budget_and_then_none(
             epochs = await epochs_of(running)
             before = results(running, "late")
             server.pause()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while breaker(running) == "closed":
                     answers = await asyncio.gather(*(running.store.get(b"k", NAMES) for _ in range(5)))
                     assert answers == [AWAY] * 5
@@ -128,7 +128,7 @@ async def test_one_that_hangs_for_long_is_connected_to_anew(redis_of_my_own: Sta
                 await running.store.invalidate(NAMES)
             await until(lambda: breaker(running) == "open")
             server.resume()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while True:
                     with suppress(StoreUnavailable):
                         await running.store.invalidate(NAMES)
@@ -145,7 +145,7 @@ async def test_one_that_is_slow_is_left_alone(redis_of_my_own: StartRedis, names
             async with open_store(config) as running:
                 await running.keep(b"k", b"v", NAMES)
                 proxy.delay_s = delay_s
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(120):
                     while breaker(running) == "closed":
                         await running.store.get(b"k", NAMES)
                 assert results(running, expected) >= 3
@@ -228,7 +228,7 @@ async def test_a_value_ends_with_its_time_even_if_somebody_keeps_it(
         async with open_store(shared(server.url, namespace)) as running:
             await running.keep(b"k", b"v", NAMES, ttl_s=2.0)
             client.persist(f"{namespace}:v:k")
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while (await running.store.get(b"k", NAMES)).value is not None:
                     await asyncio.sleep(0.02)
             assert client.exists(f"{namespace}:v:k")

@@ -50,7 +50,7 @@ class Fleet:
     async def serves(self, more: int = 20) -> None:
         """Returns when each replica has served `more` answers from the store."""
         goals = [self.board.served(number) + more for number in range(len(self.processes))]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while any(self.board.served(number) < goal for number, goal in enumerate(goals)):
                 assert all(process.poll() is None for process in self.processes)
                 await asyncio.sleep(0.01)
@@ -74,7 +74,7 @@ def fleet_of(
 async def move_on(fleet: Fleet, running: Running) -> None:
     """A new version: from its invalidation on, no older one may be served."""
     fleet.board.version += 1
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             try:
                 await running.store.invalidate(("model:m",))

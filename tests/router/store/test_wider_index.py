@@ -90,7 +90,7 @@ async def test_while_records_wait_to_be_read_the_index_helps(redis_server: Calla
         await running.keep(b"after the records", b"")
         async with open_store(shared(url, namespace)) as later:
             second = bench_of(later, namespace, max_entries=100)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while second.cache._records.empty():  # told of, and not read: nobody runs this cache
                     await asyncio.sleep(0.005)
             await later.present(b"any", NAMES)

@@ -132,7 +132,7 @@ async def test_a_client_that_leaves_frees_its_place() -> None:
     assert endless is not None
     try:
         waiting = [asyncio.create_task(examination.examine(endless)) for _ in range(3)]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not examination._free.locked():
                 await asyncio.sleep(0.01)
         for task in waiting:

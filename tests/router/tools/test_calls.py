@@ -38,7 +38,7 @@ async def cluster(start_cluster: Callable[[], AbstractAsyncContextManager[FakeCl
     async with start_cluster() as running:
         running.worker.max_model_tokens = 4096
         running.publish()
-        async with http_client(running) as client, asyncio.timeout(60):
+        async with http_client(running) as client, asyncio.timeout(120):
             while (await client.get("/v1/models")).json()["data"][0]["max_model_len"] != 4096:
                 await asyncio.sleep(0.005)
         yield running

@@ -105,7 +105,7 @@ async def test_a_transfer_between_devices_is_moved_and_verified_by_the_kernel(
         landed(link, nonce, written)
 
     monkeypatch.setattr(receiver, "pieces_written", landing)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         await sender.connect("d", 1, await receiver.start(["cuda_ipc"], "127.0.0.1"), 4)
         incoming = receiver.open(
             request_id="r", attempt=0, prefill=WorkerRef("p", 1, ""), first_block=0, blocks=(2, 0), num_tokens=32, ttl_s=20.0
