@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 
 _MORE_WRONG = 0.17
 CONFIDENCE_Z = 1.6448536269514722  # one-sided 95 %
+BEGINNING_Z = 2.3263478740408408  # one-sided 99 %: who gives nothing looks again and again, until luck shows it something
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ def lower_bound(wrong_ratio: float, size: float, z: float = CONFIDENCE_Z) -> flo
     return max(0.0, (centre - spread) / (1 + z * z / size))
 
 
-def lowest_threshold(scores: Floats, wrong: Floats, weights: Floats, max_wrong: float) -> Standing | None:
+def lowest_threshold(
+    scores: Floats, wrong: Floats, weights: Floats, max_wrong: float, z: float = CONFIDENCE_Z
+) -> Standing | None:
     """The lowest threshold whose upper bound is at most `max_wrong`; None if there is none. `wrong` is 1 or 0 per label."""
     if len(scores) == 0:
         return None
@@ -59,7 +62,7 @@ def lowest_threshold(scores: Floats, wrong: Floats, weights: Floats, max_wrong: 
     total, squares = np.cumsum(weight), np.cumsum(weight * weight)
     size = total * total / squares
     ratio = np.cumsum(weight * wrong[order]) / total
-    worst = upper_bound(ratio, size)
+    worst = upper_bound(ratio, size, z)
     last_of_score = np.append(ordered[1:] < ordered[:-1], True)
     kept = np.flatnonzero((worst <= max_wrong) & last_of_score)
     if not len(kept):

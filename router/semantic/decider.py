@@ -10,9 +10,11 @@ Of a class:
         └──────── enough hits, and not shown ─────────────────> OFF
                         PROVEN <──calm / doubt──> DOUBTED ────> OFF
 
-    UNPROVEN    the prior's threshold with a margin, a cap on hits, and each hit is verified
-    PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most
-                `max_wrong_hits` of what it lets through is wrong
+    UNPROVEN    the prior's threshold with so wide a margin that under a narrow bound there is none, a cap on hits, and each hit
+                is verified
+    PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most `max_wrong_hits` of
+                what it lets through is wrong; to get here takes 99 %, and the first hits are all verified, for who gives nothing
+                looks again after every refit, until luck shows it something
     DOUBTED     no hits for a while: labels go against what was thought, and what would have been a hit is a label now
     OFF         no hits; labels of answers that are computed anyway go on coming, and may show the bound again
 
@@ -37,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.metrics import SemanticClass
-from router.semantic.bound import Standing, lower_bound, lowest_threshold
+from router.semantic.bound import BEGINNING_Z, CONFIDENCE_Z, Standing, lower_bound, lowest_threshold
 from router.semantic.change import Calibration, Surprise, calibrated
 from router.semantic.logistic import fit, sigmoid
 from router.semantic.prior import Prior
@@ -49,13 +51,13 @@ _REFIT_EVERY = 200  # labels
 _FIRST_REFIT = 100
 _NEVER = 1.1  # a threshold that no chance reaches
 _UNPROVEN_HITS = 0.05  # of the questions of an unproven class
-_PRIOR_MARGIN = 0.5  # an unproven class must keep this share of the bound
+_PRIOR_MARGIN = 1 / 6  # of the bound: what the prior had shown to be 2.5 % was 8 to 15 % of another stream's hits
 _FOLDS = 3
 _PULL = 2.0  # towards the prior's coefficients; without a prior towards none
 _PULL_ODDS = 20.0
 _VERIFIED_SHARE = 0.25  # while the labels of what is served are few
 _VERIFIED_IN_DOUBT = 0.25  # where one doubts; the less the doubt, the fewer
-_ENOUGH_FOR = 8.0  # divided by the bound: so many labels at or above the threshold are enough
+_ENOUGH_FOR = 8.0  # divided by the bound: so many labels at or above the threshold are enough, and so many of first hits
 _LABELS_PER_STRATUM = 25
 _FEW_WRONG = 5  # served answers: fewer contradict no bound
 _CONTRADICTED_Z = 2.33  # one-sided 99 %: it is asked after every label
@@ -67,6 +69,9 @@ class ClassState(enum.Enum):
     PROVEN = "proven"
     DOUBTED = "doubted"
     OFF = "off"
+
+
+_GIVING = frozenset({ClassState.PROVEN, ClassState.DOUBTED})
 
 
 class Verdict(enum.Enum):
@@ -108,6 +113,7 @@ class _Class:
     surprise: Surprise = field(default_factory=Surprise)
     last_calm: int = 0  # the number of what was seen when there was no doubt
     refit_is_late: bool = False  # the class went off after the refit began
+    num_verified: int = 0  # hits since it last became proven
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,7 @@ class Evidence:
     folds: NDArray[np.int64]
     served: NDArray[np.bool_]
     start: Floats
+    giving: frozenset[str]  # classes that give answers for evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,7 @@ class Decider:
             self._check_change(this, seen, right=right)
         seen.right = right
         if seen.served:
+            this.num_verified += 1
             this.served_labels.append(right)
             self._check_served(this)
         due = self._since_refit >= (_FIRST_REFIT if self._coefficients is None else _REFIT_EVERY)
@@ -198,6 +206,7 @@ class Decider:
             folds=np.array([seen.fold for seen in window]),
             served=np.array([seen.served for seen in window]),
             start=towards,
+            giving=frozenset(kind for kind, this in self._classes.items() if this.state in _GIVING),
         )
 
     def refit(self, evidence: Evidence) -> Fitted:
@@ -221,7 +230,8 @@ class Decider:
             told = mine & labelled
             served_sizes[kind] = int((told & evidence.served).sum())
             weights = represented(scores[mine], labelled[mine])
-            standings[kind] = lowest_threshold(scores[told], 1.0 - right[told], weights, self._max_wrong)
+            z = CONFIDENCE_Z if kind in evidence.giving else BEGINNING_Z
+            standings[kind] = lowest_threshold(scores[told], 1.0 - right[told], weights, self._max_wrong, z)
             if told.any():
                 calibrations[kind] = calibrated(scores[told], right[told])
         return Fitted(whole, standings, calibrations, served_sizes)
@@ -238,6 +248,8 @@ class Decider:
             this.standing = standing
             this.calibration = fitted.calibrations.get(kind)
             if standing is not None:
+                if this.state not in _GIVING:
+                    this.num_verified = 0
                 this.state = ClassState.DOUBTED if this.surprise.doubted else ClassState.PROVEN
                 this.threshold = max(standing.threshold, self._least_chance)
             elif this.state is not ClassState.UNPROVEN or fitted.served_sizes.get(kind, 0) >= _ENOUGH_FOR / self._max_wrong:
@@ -268,8 +280,9 @@ class Decider:
         return this
 
     def _verified_share(self, this: _Class) -> float:
-        """All of an unproven class; many while what is served has few labels, or doubt grows; else the configured share."""
-        if this.state is ClassState.UNPROVEN:
+        """All of an unproven class, and at first of a proven one; many while what is served has few labels, or doubt grows; else
+        the configured share."""
+        if this.state is ClassState.UNPROVEN or this.num_verified * self._max_wrong < _ENOUGH_FOR:
             return 1.0
         size = 0.0 if this.standing is None else this.standing.effective_size
         missing = 1.0 - min(1.0, size * self._max_wrong / _ENOUGH_FOR)

@@ -15,7 +15,7 @@ from common.metrics import SemanticMetrics, StoreMetrics
 from common.types import FinishReason
 from router.cache.semantic_port import FreshAnswer, Question, SemanticHit
 from router.sampling_class import SamplingClass
-from router.semantic.decider import Decider
+from router.semantic.decider import Decider, Verdict
 from router.semantic.embedder import HashedEmbedder, Vector
 from router.semantic.judge import TextJudge
 from router.semantic.lookup import SemanticCache
@@ -40,7 +40,8 @@ def question(text: str, *, scope: bytes = b"scope", tenant: str = "t", earlier: 
 
 
 def prove(decider: Decider, kind: str, *, width: int = 28, wrong_share: float = 0.0, count: int = 400) -> None:
-    """Labels of candidates that were surely right and surely wrong, and a refit: the class has a threshold then."""
+    """Labels of candidates that were surely right and surely wrong, and a refit: the class has a threshold then. And enough hits
+    are verified, if they are given, that few more need to be."""
     dice = random.Random(0)
     for place in range(count):
         row = np.zeros(width)
@@ -49,6 +50,13 @@ def prove(decider: Decider, kind: str, *, width: int = 28, wrong_share: float = 
         _, seen = decider.decide(kind, row, 0.0)
         assert seen is not None
         decider.learn(seen, right=bool(place % 2) and dice.random() >= wrong_share)
+    decider.take(decider.refit(decider.evidence()))
+    for _ in range(2 * count):
+        row = np.zeros(width)
+        row[0], row[-1] = dice.uniform(1.0, 4.0), 1.0
+        verdict, seen = decider.decide(kind, row, 1.0)
+        if verdict is Verdict.SERVE_AND_VERIFY and seen is not None:
+            decider.learn(seen, right=dice.random() >= wrong_share)
     decider.take(decider.refit(decider.evidence()))
 
 
