@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import zip_longest
+from typing import NamedTuple, Protocol
 
 from common.errors import EngineFailure
 from common.types import FinishReason, TokenChunk, TokenLogprob
@@ -69,9 +70,8 @@ class StopMatcher:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedToken:
-    """A token that may be shown, and where its text begins in the text of its choice."""
+class ReportedToken(NamedTuple):
+    """A token that may be shown, and where its text begins in the text of its choice. A tuple, for there is one per token."""
 
     token_id: int
     offset: int
@@ -124,8 +124,8 @@ class ChoiceText:
             return ChoiceDelta(self.choice, finish_reason=FinishReason.LENGTH if self.finished else None)
         if len(chunk.token_ids) == 1 and chunk.finish_reason is None and not (self.stops or self._unreported or chunk.logprobs):
             return self._push_one(chunk.token_ids[0])
-        text = ""
-        for position, token_id in enumerate(chunk.token_ids):
+        text = "" if self.stops else self._push_all(chunk)
+        for position, token_id in enumerate(chunk.token_ids if self.stops else ()):
             self.num_tokens += 1
             logprob = chunk.logprobs[position] if chunk.logprobs else None
             self._unreported.append(ReportedToken(token_id, self._detokenized_chars, logprob))
@@ -155,6 +155,20 @@ class ChoiceText:
             self._unreported.append(token)
             return ChoiceDelta(self.choice)
         return ChoiceDelta(self.choice, piece, (token,))
+
+    def _push_all(self, chunk: TokenChunk) -> str:
+        """The text of many tokens where none can be a stop: of an answer from the cache, which has hundreds at once."""
+        push, unreported, offset = self.detokenizer.push, self._unreported, self._detokenized_chars
+        pieces = []
+        for token_id, logprob in zip_longest(chunk.token_ids, chunk.logprobs):
+            unreported.append(ReportedToken(token_id, offset, logprob))
+            piece = push(token_id)
+            pieces.append(piece)
+            offset += len(piece)
+        self.num_tokens += len(chunk.token_ids)
+        self._released_chars += offset - self._detokenized_chars
+        self._detokenized_chars = offset
+        return "".join(pieces)
 
     def _release(self, piece: str) -> str:
         self._detokenized_chars += len(piece)
