@@ -100,14 +100,20 @@ def curve(score: Floats, outcomes: Outcomes) -> tuple[float, dict[float, float]]
 
 
 def held_out(outcomes: Outcomes, known: Known, folds: Sequence[Sequence[int]]) -> dict[str, Floats]:
-    """Scores of every prompt by routers that were not trained on its fold."""
+    """Scores of every prompt by routers that were not trained on its fold.
+
+    Each router's are relative to the mean of what it was trained on: where a fold has more to gain, the rest has less, so who
+    says nothing but that mean would put the folds in the wrong order, and be worse than chance.
+    """
     scores: dict[str, Floats] = {}
     for fold in folds:
         rest = sorted(set(range(len(outcomes.prompts))) - set(fold))
+        weak, strong = outcomes.of_models()[rest].mean(axis=0)
         said = gains(trained(outcomes, known, rest), known, fold)
         said["told domain"] = np.array(gain_of_domains(outcomes, fold, rest))
         for name, values in said.items():
-            scores.setdefault(name, np.zeros(len(outcomes.prompts)))[list(fold)] = values
+            mean = -weak if name == "hard-first" else strong - weak
+            scores.setdefault(name, np.zeros(len(outcomes.prompts)))[list(fold)] = values - mean
     return scores
 
 
@@ -250,6 +256,7 @@ def main() -> None:
         "--names", default="weak,strong", help="with --train: what weak and strong are called in the configuration"
     )
     parser.add_argument("--splits", type=int, default=1, help="divisions into folds that figures are means of")
+    parser.add_argument("--first-split", type=int, default=0, help="seed of the first division")
     parser.add_argument("--embedder", choices=("none", "minilm"), default="none")
     parser.add_argument("--vectors", type=Path, help="an .npz that keeps vectors from run to run")
     options = parser.parse_args()
@@ -271,9 +278,10 @@ def main() -> None:
         if not rows:
             continue
         part, known_part = outcomes.part(rows), known.part(rows)
-        splits = {"in-domain": [by_rows(len(rows), seed) for seed in range(options.splits)]}
+        seeds = range(options.first_split, options.first_split + options.splits)
+        splits = {"in-domain": [by_rows(len(rows), seed) for seed in seeds]}
         if len(set(part.domains)) >= FOLDS:
-            splits["domains left out"] = [by_domains(part, seed) for seed in range(options.splits)]
+            splits["domains left out"] = [by_domains(part, seed) for seed in seeds]
         for split, divisions in splits.items():
             figures = report(part, known_part, divisions)
             found[f"{group}, {split}"] = figures

@@ -11,7 +11,21 @@ import numpy as np
 import pytest
 
 from benchmarks.routing import Known, Outcomes, curve, gain_of_domains, gains, held_out, read, spread, trained
-from benchmarks.routing_training import FACTS, RIDGES, SHARPNESS, Scaled, Texts, fit_pull, fit_words, foreseen, scores_of
+from benchmarks.routing_training import (
+    FACTS,
+    RIDGES,
+    SHARPNESS,
+    Scaled,
+    Texts,
+    differences,
+    fit_pull,
+    fit_words,
+    folds_apart,
+    foreseen,
+    order_agreement,
+    random_folds,
+    scores_of,
+)
 from router.models.predictor import Predictor
 
 
@@ -145,3 +159,40 @@ def test_a_told_domain_says_its_mean_gain_among_the_others() -> None:
 def test_the_spread_of_an_area_shrinks_with_more_prompts() -> None:
     few, many = (spread(np.random.default_rng(0).random(count), made_up(count)) for count in (100, 1600))
     assert 0 < many < few / 2
+
+
+def test_settings_are_chosen_by_what_the_area_measures() -> None:
+    """Of two models, agreement exceeds none as far as the area under the curve exceeds one half."""
+    outcomes = made_up(240)
+    truth = differences(outcomes.of_models() - outcomes.of_models().mean(axis=0))
+    dice = np.random.default_rng(4)
+    ratios = []
+    for noise in (0.2, 1.0, 3.0):
+        gain = outcomes.strong - outcomes.weak + dice.normal(0, noise, 240)
+        area = curve(gain, outcomes)[0]
+        ratios.append(order_agreement(np.stack([-gain, gain], axis=1) / 2, truth) / (area - 0.5))
+        assert order_agreement(np.stack([-gain, gain], axis=1) * 7, truth) == pytest.approx(ratios[-1] * (area - 0.5))
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=0.02)
+
+
+def test_prompts_that_are_alike_are_foreseen_together() -> None:
+    dice = np.random.default_rng(5)
+    about = dice.integers(0, 12, 300)
+    vectors = np.eye(12, dtype=np.float32)[about] + dice.normal(0, 0.01, (300, 12)).astype(np.float32)
+    folds = folds_apart(vectors)
+    assert sorted(row for out, _ in folds for row in out) == list(range(300))
+    for out, rest in folds:
+        assert sorted([*out, *rest]) == list(range(300))
+    for kind in range(12):  # a kind that several drawn prompts are of may be cut; most are not drawn often
+        shares = [np.mean(np.isin(np.flatnonzero(about == kind), out)) for out, _ in random_folds(300)]
+        assert max(shares) < 0.6
+    whole = [max(np.mean(np.isin(np.flatnonzero(about == kind), out)) for out, _ in folds) for kind in range(12)]
+    assert np.mean(whole) > 0.6
+
+
+def test_who_knows_nothing_of_a_new_kind_is_as_good_as_chance() -> None:
+    """A domain that nobody was trained on gets the mean of the others, which is the lower, the more there is to gain in it."""
+    outcomes = made_up(300)
+    folds = [[row for row in range(300) if outcomes.domains[row] == kind] for kind in ("proof", "riddle", "chat")]
+    told = held_out(outcomes, known_of(outcomes), folds)["told domain"]
+    assert told == pytest.approx(np.zeros(300), abs=1e-12)
