@@ -2,9 +2,9 @@
 
 Words: a ridge on each model's outcomes (0 or 1), over TF-IDF of the runs of words that at least two prompts have and facts of the
 text. Similar questions: a ridge with a kernel of the vectors' cosines. Both by conjugate gradients, deterministic. How strong
-each is, and how much the facts count, four folds of the prompts decide: by the order that is foreseen, for a share of the
-prompts goes to the better model, those that gain most first. How much either counts beside the other is the least squares of what
-they say of those folds and of four more: of folds that keep similar prompts together, for questions of a new kind will come.
+each is, and how much the facts count, four folds of the prompts decide: by the order that both together foresee, for a share of
+the prompts goes to the better model, who gains most first. How much either counts beside the other is the least squares of
+what they say of those folds and of four more: of folds that keep similar prompts together, for questions of a new kind will come.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
 RIDGES = (3.0, 10.0)
 FACTS = (0.0, 0.05)  # weight of the facts beside the words, which together have length 1
-KERNEL_RIDGES = (3.0, 10.0, 30.0)
+KERNEL_RIDGES = (3.0, 10.0)
 SHARPNESS = 4.0
 LEAST_PROMPTS = 2  # that have a run of words
 FOLDS = 4
@@ -167,24 +167,33 @@ def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vector
     mean = outcomes.mean(axis=0)
     truth = differences(outcomes - mean)
     tried = {way: differences(foreseen(texts, outcomes, *way) - mean) for way in itertools.product(RIDGES, FACTS)}
-    best = max(tried, key=lambda way: order_agreement(tried[way], truth))
-    # What is learnt from few prompts is said too loudly of others; how much, the folds tell.
-    said, told = tried[best].ravel(), truth.ravel()
-    loudness = float(said @ told / max(float(said @ said), 1e-12))
-    words = _softer(fit_words(texts, outcomes, *best), loudness, mean)
     if vectors is None:
-        return Predictor(models, words)
+        best = max(tried, key=lambda way: order_agreement(tried[way], truth))
+        return Predictor(models, _softer(fit_words(texts, outcomes, *best), _weights([tried[best]], [truth])[0], mean))
     folds, apart = random_folds(len(outcomes)), folds_apart(vectors)
     pulled = {strength: differences(shifts(vectors, outcomes, strength, folds)) for strength in KERNEL_RIDGES}
-    strength = max(pulled, key=lambda one: order_agreement(pulled[one], truth))
-    far_words = differences(foreseen(texts, outcomes, *best, apart) - mean).ravel()
-    far_pulled = differences(shifts(vectors, outcomes, strength, apart)).ravel()
-    of_both = np.stack(
-        [np.concatenate([said, far_words]) * loudness, np.concatenate([pulled[strength].ravel(), far_pulled])], axis=1
-    )
-    of_words, of_shift = np.linalg.lstsq(of_both, np.concatenate([told, told]), rcond=None)[0]
+
+    def together(way: tuple[float, float], strength: float) -> float:
+        of_words, of_shift = _weights([np.stack([tried[way], pulled[strength]])], [truth])
+        return order_agreement(of_words * tried[way] + of_shift * pulled[strength], truth)
+
+    # What is best alone is not best beside the other: what both say alike counts once.
+    best, strength = max(itertools.product(tried, pulled), key=lambda both: together(*both))
+    # What is learnt from few prompts is said too loudly of others; how much, the folds tell.
+    loudness = _weights([tried[best]], [truth])[0]
+    far_words = differences(foreseen(texts, outcomes, *best, apart) - mean)
+    far_pulled = differences(shifts(vectors, outcomes, strength, apart))
+    said = [np.stack([loudness * tried[best], pulled[strength]]), np.stack([loudness * far_words, far_pulled])]
+    of_words, of_shift = _weights(said, [truth, truth])
     pull = (fit_pull(vectors, outcomes, strength) * of_shift).astype(np.float32)
-    return Predictor(models, words, Neighbours(embedder, vectors, pull, SHARPNESS, float(of_words), mean.astype(np.float32)))
+    words = _softer(fit_words(texts, outcomes, *best), loudness, mean)
+    return Predictor(models, words, Neighbours(embedder, vectors, pull, SHARPNESS, of_words, mean.astype(np.float32)))
+
+
+def _weights(said: Sequence[Floats], truth: Sequence[Floats]) -> list[float]:
+    """Least squares. What is said is one thing of all texts, or several beside each other: [thing][text][model]."""
+    columns = np.concatenate([one.reshape(-1, truth[0].size) for one in said], axis=1).T
+    return [float(weight) for weight in np.linalg.lstsq(columns, np.concatenate([one.ravel() for one in truth]), rcond=None)[0]]
 
 
 def differences(outcomes: Floats) -> Floats:
