@@ -45,7 +45,7 @@ test: install-dev tools model ## Run every test that this machine can run, the q
 	$(BIN)/python tests/simulation/run.py
 	$(BIN)/pytest -n 3 --dist loadfile -m "long and not model and not cluster"
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
-	$(BIN)/pytest -n 2 --dist loadgroup -m "cluster and not clients"
+	$(BIN)/pytest -n 2 --dist loadfile -m "cluster and not clients"
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)

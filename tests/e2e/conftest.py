@@ -32,14 +32,6 @@ AUTOSCALING: dict[str, Any] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, tests that share a cluster run in one process, and tests of clusters of their own beside them."""
-    for item in items:
-        here = item.path.parent == Path(__file__).parent
-        if here and isinstance(item, pytest.Function) and {"cluster", "disaggregated"}.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("shared clusters"))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=4)
