@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 # Side by side: they share nothing. Some wait more than they compute, so there is one more of them than there are cores. What
-# starts workers waits most of the time: three files at once, or two with clusters.
+# starts workers waits most of the time: three files at once. Clusters come alone.
 QUICK_WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 QUICK_TESTS = $(BIN)/pytest -n $(QUICK_WORKERS) -m "not long and not model and not cluster and not clients and not hosts"
 # command:package of a model checker, a Redis, Prometheus' checker of rules, and a browser for the console
@@ -45,7 +45,7 @@ test: install-dev tools model ## Run every test that this machine can run, the q
 	$(BIN)/python tests/simulation/run.py
 	$(BIN)/pytest -n 3 --dist loadfile -m "long and not model and not cluster"
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadfile -m "model and not cluster and not clients"
-	$(BIN)/pytest -n 2 --dist loadfile -m "cluster and not clients"
+	$(BIN)/pytest -m "cluster and not clients"
 
 test-unit: install-dev ## Run the quick tests: no model, no cluster, no faults in real processes, no searches
 	$(QUICK_TESTS)
