@@ -29,7 +29,6 @@ from router.dispatch import Dispatcher
 from router.front import Front
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
-from router.one_write import HttpProtocol
 
 log = get_logger(__name__)
 
@@ -150,7 +149,6 @@ async def _http_server(app: object, listener: socket.socket) -> AsyncIterator[No
     """Serves on a bound socket while the body runs; then stops accepting and closes what is open."""
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]  # uvicorn spells the ASGI types out on its own
-        http=HttpProtocol,
         lifespan="off",
         access_log=False,
         log_config=None,
