@@ -80,7 +80,7 @@ async def is_free(workers: Workers, ref: WorkerRef) -> bool:
     return idle and info.blocks_free == info.blocks_total
 
 
-async def until_free(workers: Workers, ref: WorkerRef, patience_s: float = PATIENCE_S / 3) -> None:
+async def until_free(workers: Workers, ref: WorkerRef, patience_s: float = 5.0) -> None:
     deadline_s = asyncio.get_running_loop().time() + patience_s
     while not await is_free(workers, ref):
         info = await workers.info(ref.address)

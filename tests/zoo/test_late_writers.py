@@ -265,7 +265,7 @@ async def test_z05_a_decode_worker_that_gives_no_sign_is_given_up_and_hears_of_i
         work = request(prompt_of(PROMPT_TOKENS, 55), max_tokens=6)
         running = asyncio.ensure_future(workers.generate(work))
         await until(lambda: stall.stalled, "half of the prompt is computed")
-        await until_free(workers, workers.prefill_refs[0])
+        await until_free(workers, workers.prefill_refs[0], BRIEF_S + 5.0)
         answer = await within(running)
         assert oracle.agrees(work, answer)
         assert answer.started is not None
