@@ -124,14 +124,9 @@ class ChoiceText:
             return ChoiceDelta(self.choice, finish_reason=FinishReason.LENGTH if self.finished else None)
         if len(chunk.token_ids) == 1 and chunk.finish_reason is None and not (self.stops or self._unreported or chunk.logprobs):
             return self._push_one(chunk.token_ids[0])
-        text = "" if self.stops else self._push_all(chunk)
-        for position, token_id in enumerate(chunk.token_ids if self.stops else ()):
-            self.num_tokens += 1
-            logprob = chunk.logprobs[position] if chunk.logprobs else None
-            self._unreported.append(ReportedToken(token_id, self._detokenized_chars, logprob))
-            text += self._release(self.detokenizer.push(token_id))
-            if self._matcher.matched is not None:
-                return self._end(text, FinishReason.STOP, self._matcher.matched)
+        text = self._push_until_stop(chunk) if self.stops else self._push_all(chunk)
+        if self._matcher.matched is not None:
+            return self._end(text, FinishReason.STOP, self._matcher.matched)
         if chunk.finish_reason is None:
             return ChoiceDelta(self.choice, text, self._report(everything=False))
         if chunk.stop_token_id is not None:
@@ -155,6 +150,17 @@ class ChoiceText:
             self._unreported.append(token)
             return ChoiceDelta(self.choice)
         return ChoiceDelta(self.choice, piece, (token,))
+
+    def _push_until_stop(self, chunk: TokenChunk) -> str:
+        """What may be shown of the text of many tokens, up to a stop."""
+        text = ""
+        for token_id, logprob in zip_longest(chunk.token_ids, chunk.logprobs):
+            self.num_tokens += 1
+            self._unreported.append(ReportedToken(token_id, self._detokenized_chars, logprob))
+            text += self._release(self.detokenizer.push(token_id))
+            if self._matcher.matched is not None:
+                break
+        return text
 
     def _push_all(self, chunk: TokenChunk) -> str:
         """The text of many tokens where none can be a stop: of an answer from the cache, which has hundreds at once."""
