@@ -12,7 +12,8 @@ reverses; given are medians, the median ratio over blocks with its bootstrap int
 
 A run during which other processes used more than 0.15 core is left out. If it is not quiet at the start, nothing is begun (exit
 3, unless --anyway), and lines of which half the runs were disturbed are not judged. A server that takes long gets fewer runs
-(--seconds). Servers stay up while others are measured: what an idle one uses, a tenth of a core at most, is on both sides.
+(--seconds). Servers stay up while others are measured, and a run begins when those have come to rest: vllm's worker goes on
+spinning for a second after its last answer, which took a third from whoever was measured behind it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.comparison.bandwidth import bytes_per_token, read_bytes_per_s
 from benchmarks.comparison.installation import InstallationFailed, at_hand, install
 from benchmarks.comparison.pairing import MOST_OTHERS_CORES, is_undisturbed, order_of, ratio_of, verdict
 from benchmarks.comparison.processes import Busy, Glance, processor_s
+from benchmarks.comparison.rest import MOST_IDLE_CORES, at_rest
 from benchmarks.comparison.servers import Running, Server, ServerFailed, running
 from benchmarks.comparison.targets import (
     AGGREGATED,
@@ -85,10 +87,15 @@ class Run:
     load_average: float
     processor_s: float  # of the server, on all cores: what is left to compare where others compute
     failure: str = ""
+    neighbours_cores: float = 0.0  # used by the servers that were up and not measured
 
     @property
     def is_good(self) -> bool:
-        return not self.failure and is_undisturbed(self.others_cores, self.stolen_cores)
+        return not self.failure and self.is_undisturbed
+
+    @property
+    def is_undisturbed(self) -> bool:
+        return is_undisturbed(self.others_cores, self.stolen_cores) and self.neighbours_cores <= MOST_IDLE_CORES
 
 
 @dataclass
@@ -252,6 +259,8 @@ async def measure(
             names = await fleet.need(servers_of(load.name, lines), later)
             if load.users is None and VLLM in fleet.up:
                 bases[load.name] = await unloaded_latencies(fleet.up[VLLM])
+            for name in names:  # whoever is new has pages to touch and choices to make, which is said elsewhere
+                await drive(fleet.up[name], load.plan(options.blocks)[:1], users=1)
             spent_s: dict[str, float] = defaultdict(float)
             timer = SystemTimer()
             for block in range(options.blocks):
@@ -269,18 +278,22 @@ async def measure(
 
 async def run_once(fleet: Fleet, name: str, load: Workload, block: int, base: Unloaded | None) -> Run:
     server, pids = fleet.up[name], [one.pid for one in fleet.up.values()]
+    neighbours = [pid for pid in pids if pid != server.pid]
+    await at_rest(neighbours)
     warm = [PlannedRequest(0, 0.0, (1000 + block, *range(2000, 2015)), 4)]
     await drive(server, warm, users=1)
-    before, processor_before_s = Glance.now(pids), processor_s([server.pid])
+    before, own_s, neighbours_s = Glance.now(pids), processor_s([server.pid]), processor_s(neighbours)
     outcomes = await drive(server, load.plan(block), load.users)
-    busy, used_s = Glance.now(pids).since(before), processor_s([server.pid]) - processor_before_s
+    after = Glance.now(pids)
+    busy = after.since(before)
     failures = sorted({f"{one.error}: {one.error_detail}" for one in outcomes if one.error is not None})
     figures = {} if failures else dict(load.figures(outcomes, base))
     return Run(
         *(load.name, name, block, figures, busy.others, busy.stolen, busy.mine),
         load_average=machine.load_average()[0],
-        processor_s=used_s,
+        processor_s=processor_s([server.pid]) - own_s,
         failure="; ".join(failures)[:300],
+        neighbours_cores=(processor_s(neighbours) - neighbours_s) / (after.at_s - before.at_s),
     )
 
 
@@ -375,8 +388,8 @@ def bandwidth_lines(report: dict[str, Any], runs: Sequence[Run]) -> list[str]:
 
 def told(run: Run) -> str:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in run.figures.items())
-    disturbed = "" if is_undisturbed(run.others_cores, run.stolen_cores) else "  DISTURBED"
-    busy = f"{run.processor_s:.2f} s on cores, others use {run.others_cores:.2f}"
+    disturbed = "" if run.is_undisturbed else "  DISTURBED"
+    busy = f"{run.processor_s:.2f} s on cores, others use {run.others_cores:.2f}, idle servers {run.neighbours_cores:.2f}"
     return f"{run.workload} {run.block} {run.server:<26} {figures or run.failure}  ({busy}){disturbed}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import statistics
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from benchmarks import peers
-from benchmarks.comparison import installation, targets
+from benchmarks.comparison import installation, rest, targets
 from benchmarks.comparison.installation import Installation, at_hand, what_it_requires
 from benchmarks.comparison.pairing import Direction, Ratio, Target, Verdict, order_of, ratio_of, verdict
 from benchmarks.comparison.processes import Glance, descendants, machine_ticks, processor_s
@@ -145,6 +146,12 @@ def test_the_table_leaves_disturbed_blocks_out() -> None:
     assert "absent: no compiler" in text
     # 100 tokens/s of 0.1 GB each, of 20 GB/s
     assert "10.0 GB/s, share 0.50, target >= 0.6  missed" in text
+
+
+def test_a_block_beside_a_server_that_had_not_come_to_rest_is_left_out() -> None:
+    runs = [run_of(name, block, rate) for block in range(3) for name, rate in ((targets.BF16, 100.0), (targets.VLLM, 50.0))]
+    runs += [run_of(targets.BF16, 3, 10.0) | {"neighbours_cores": 0.9}, run_of(targets.VLLM, 3, 50.0)]
+    assert "2.00   2.00 to  2.00   3" in line_with(peers.table(report_of(runs)), "w1", targets.BF16, targets.VLLM)
 
 
 def test_a_failed_run_is_named_and_is_in_no_ratio() -> None:
@@ -319,6 +326,20 @@ def test_a_child_and_its_child_belong_to_it_and_so_does_their_time() -> None:
         assert processor_s([child.pid]) > 0.3
         assert without.since(before).others >= 0
         child.stdin.close()
+
+
+async def test_a_run_begins_when_others_no_longer_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    used_s = iter([0.0, 0.25, 0.25, 0.5, 0.5, 0.51, 0.51, 0.52])
+    monkeypatch.setattr(rest, "processor_s", lambda _: next(used_s))
+    await rest.at_rest([1, 2], timeout_s=60.0)
+    assert list(used_s) == [0.51, 0.52]
+
+
+async def test_nobody_is_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    used_s = itertools.count()
+    monkeypatch.setattr(rest, "processor_s", lambda _: float(next(used_s)))
+    await rest.at_rest([1], timeout_s=0.3)
+    assert next(used_s) == 4
 
 
 def test_every_name_of_a_server_is_the_name_of_a_cluster(tmp_path: Path) -> None:
