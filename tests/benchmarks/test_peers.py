@@ -294,7 +294,7 @@ def test_what_pdserve_is_started_with_is_a_configuration_that_it_takes(tmp_path:
     for server in known.values():
         config = load_config(Path(server.command[-1]), environment={})
         assert config.router.http_port == server.port
-        assert config.models[0].engine.weights == ("int8" if "bf16" not in server.name else "model")
+        assert config.models[0].engine.weights == ("file" if "bf16" not in server.name else "model")
         assert (config.models[0].prefill.replicas == 0) == (server.name == targets.AGGREGATED)
         assert (config.models[0].decode.speculation.method == "off") != ("speculating" in server.name)
 
