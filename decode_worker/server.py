@@ -79,7 +79,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
             speculator,
             None if swapper is None else swapper.swapping,
         )
-        overlap = overlaps(spec.model.decode.overlap, engine.device.type, threads=spec.threads)
+        overlap = overlaps(spec.model.decode.overlap, engine.device.type, threads=spec.threads, stages=engine.degree[1])
         core = Core(
             engine,
             scheduler,

@@ -28,11 +28,11 @@ class Wait(enum.Enum):
     NOTHING = "nothing"  # there is nothing to compute, as far as is known
 
 
-def overlaps(overlap: str, device: str, *, threads: int) -> bool:
-    """Of `common.config.DecodeConfig.overlap`. A GPU computes by itself. On a CPU a plan is made by a core that would compute
-    otherwise, unless there are more cores than threads that compute."""
+def overlaps(overlap: str, device: str, *, threads: int, stages: int = 1) -> bool:
+    """Of `common.config.DecodeConfig.overlap`. A GPU computes by itself, and a pipeline is kept full by nothing else. On a CPU a
+    plan is made by a core that would compute otherwise, unless there are more cores than threads that compute."""
     if overlap == "auto":
-        return device != "cpu" or len(os.sched_getaffinity(0)) > threads
+        return device != "cpu" or stages > 1 or len(os.sched_getaffinity(0)) > threads
     return overlap == "on"
 
 

@@ -93,7 +93,10 @@ class ParallelConfig(Part):
         description="Stages of a worker, each with some of the layers; with tensor_parallel, processes of a stage.",
     )
     micro_batch_tokens: int = Field(
-        64, ge=1, description="A step with stages is cut into parts of no fewer tokens, so that all stages have something to do."
+        64,
+        ge=1,
+        description="A step with stages is cut into parts of no fewer tokens, so that all stages have something to do; a step"
+        " that goes on from tokens of the one under way into as many parts as stages, however small.",
     )
 
     @property

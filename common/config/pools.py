@@ -116,7 +116,7 @@ class DecodeConfig(PoolConfig):
     overlap: Literal["auto", "on", "off"] = Field(
         "auto",
         description="The next step is prepared while one is computed; its tokens are read one step late. auto: on CUDA and where"
-        " the machine has cores that do not compute.",
+        " the machine has cores that do not compute, and with stages, which have nothing to do between two steps otherwise.",
     )
     preemption: Literal["auto", "recompute", "swap"] = Field(
         "auto",

@@ -73,7 +73,7 @@ class Engine:
             return SwapRegion(self.pool, num_bytes)
         from common.engine.parallel.swaps import GroupSwapRegion
 
-        return GroupSwapRegion(self.group, self.runner.settle, self.layout, self.pool.num_blocks, num_bytes)
+        return GroupSwapRegion(self.group.conductor, self.runner.settle, self.layout, self.pool.num_blocks, num_bytes)
 
     def close(self) -> None:
         """Ends the other processes, if there are any. Blocking; the runner must not be used afterwards."""
@@ -148,7 +148,7 @@ def _of_ranks(plan: EnginePlan, memory: PoolMemory | None, name: str) -> Engine:
     program = "" if memory is None else memory.rank_program
     group = RankGroup.start(order, plan.shares, memory, name=name, program=program)
     mine = group.mine
-    runner = ModelRunner(mine.model, mine.pool, plan.numerics, len(mine.share.heads), group=group)
+    runner = ModelRunner(mine.model, mine.pool, plan.numerics, len(mine.share.heads), group=group.conductor)
     return _around(plan, mine.pool, runner, device_memory=mine.device_memory, group=group)
 
 

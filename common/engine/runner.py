@@ -3,11 +3,8 @@
     batch -> step input -> model forward (KV goes to the pool) -> logits of the rows that need them -> tokens, log-probabilities
        +----> masks of grammars, in a thread beside the forward -----------------------------------------+
 
-Rows that need logits are the last row of a slice that samples, the rows of its drafts, and every row whose next token's
-log-probability was asked for; the latter are worked off in groups, so that a long echoed prompt does not hold prompt x vocabulary
-floats at once.
-
-Where several processes compute as one (`StepGroup`), the forward and the logits are theirs, and sampling stays here.
+Of which rows logits are wanted, and what is made of them, `drawing` knows. Where several processes compute as one (`StepGroup`),
+the forward and the logits are theirs, and drawing stays here. If they are a pipeline, all steps go through its `StepLine`.
 
 A step of single tokens goes another way where there are programs of fixed shape for it (`captured`): the same operations,
 launched at once, and greedy tokens drawn on the device.
@@ -23,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -31,12 +28,13 @@ import numpy as np
 import torch
 
 from common.engine.attention import create_attention
-from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, SliceResult
+from common.engine.batch import ForwardResult, ScheduledBatch, SliceResult
 from common.engine.captured.buckets import Bucket
 from common.engine.captured.steps import DecodeSteps, PendingStep
-from common.engine.grammar import MaskThread, NextMask
-from common.engine.heads.rows import HiddenRow, hidden_rows
-from common.engine.in_flight_step import InFlightStep, ThreadStep, has_placeholders, with_tokens_of
+from common.engine.drawing import Drawing, masks_of, wait_for
+from common.engine.grammar import MaskThread
+from common.engine.heads.rows import HiddenRow
+from common.engine.in_flight_step import FutureStep, InFlightStep, ThreadStep, has_placeholders, with_tokens_of
 from common.engine.kv_pool import KVPool
 from common.engine.layers_done import told_when_computed
 from common.engine.models import LayerDone, Model
@@ -45,13 +43,11 @@ from common.engine.operations import Operations
 from common.engine.profile.stopwatch import Stopwatch
 from common.engine.step_input import StepBuffers
 from common.engine.stopping import StepStopped
-from common.engine.to_device import to_device
-from common.engine.verification import draw, num_sampled_rows, refusal
+from common.engine.to_device import on_the_stream_of_here, to_device
+from common.engine.verification import draw, refusal
 from common.errors import EngineFailure
 from common.metrics import MaskReadings
-from common.types import SampledToken, TokenLogprob
-
-_LOGPROB_ROWS = 64
+from common.types import SampledToken
 
 
 class Successor(Protocol):
@@ -62,8 +58,23 @@ class Successor(Protocol):
         ...
 
 
+class StepLine(Protocol):
+    """How steps follow each other through the stages of a pipeline (`common.engine.parallel.line`)."""
+
+    def launch(
+        self, batch: ScheduledBatch, drawing: Callable[[ScheduledBatch], Drawing], layer_done: LayerDone | None
+    ) -> FutureStep:
+        """As `ModelRunner.launch`, behind the step that was launched here before."""
+        ...
+
+
 class StepGroup(Protocol):
-    """Several processes that compute as one (`common.engine.parallel.group`)."""
+    """Several processes that compute as one (`common.engine.parallel.conductor`)."""
+
+    @property
+    def line(self) -> StepLine | None:
+        """None: there is one stage."""
+        ...
 
     def compute(
         self,
@@ -96,13 +107,14 @@ class ModelRunner:
         self._model = model
         self._successor = successor
         self._group = group
+        self._line = None if group is None else group.line
         self._pool = pool
         self._attention = create_attention(numerics.operations.attention, pool, num_heads)
         self._operations = numerics.operations
         self._buffers = StepBuffers(pool)
         self._mask_thread = MaskThread()
         self._computing: ThreadPoolExecutor | None = None
-        self._latest: ThreadStep | _DeviceStep | None = None  # that was launched
+        self._latest: FutureStep | _DeviceStep | None = None  # that was launched
 
     @property
     def mask_readings(self) -> MaskReadings:
@@ -133,7 +145,8 @@ class ModelRunner:
         if not batch.slices:
             return ForwardResult()
         _check(batch)
-        if self._bucket_of(batch, layer_done) is not None or not self._is_at_rest or has_placeholders(batch):
+        in_line = self._line is not None or self._bucket_of(batch, layer_done) is not None
+        if in_line or not self._is_at_rest or has_placeholders(batch):
             return self.launch(batch, layer_done).collect()
         self._latest = None
         return self._execute(batch, layer_done)
@@ -142,13 +155,16 @@ class ModelRunner:
         """Has one step computed, behind the one that was launched before; that is to be collected before the next launch.
         `layer_done` is called when the step is collected."""
         _check(batch)
+        if self._line is not None:
+            self._latest = self._line.launch(batch, self._drawing, layer_done)
+            return self._latest
         bucket = self._bucket_of(batch, layer_done)
         if self.steps is not None and bucket is not None:
             self._latest = self._launch_on_device(self.steps, batch, bucket)
             return self._latest
         if self._computing is None:
             self._computing = ThreadPoolExecutor(
-                1, thread_name_prefix="compute steps", initializer=_on_the_stream_of_here(self._pool.device)
+                1, thread_name_prefix="compute steps", initializer=on_the_stream_of_here(self._pool.device)
             )
         self._latest = ThreadStep(self._computing, self._execute, batch, behind=self._latest, layer_done=layer_done)
         return self._latest
@@ -167,31 +183,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _execute(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> ForwardResult:
-        masks = [mask for item in batch.slices for mask in _masks(item)]
-        working_out = self._mask_thread.begin(masks)
-        first_rows = list(accumulate((len(item.token_ids) for item in batch.slices), initial=0))
-        reported = [_reported_rows(item, first) for item, first in zip(batch.slices, first_rows, strict=False)]
-        sampled = [
-            row
-            for item, end in zip(batch.slices, first_rows[1:], strict=True)
-            for row in range(end - num_sampled_rows(item), end)
-        ]
-        wanted = [rows for groups in reported for rows in groups] + ([sampled] if sampled else [])
-        kept = sampled if batch.keeps_rows else ()
+        drawing = self._drawing(batch)
         try:
-            logits = self._compute(batch, wanted, layer_done, kept)
+            logits = self._compute(batch, drawing.wanted, layer_done, drawing.kept)
         except StepStopped:
-            _wait_for(working_out)
+            drawing.give_up()
             raise
-        prompt_logprobs = [
-            _prompt_logprobs(item, len(groups), logits, self._operations)
-            for item, groups in zip(batch.slices, reported, strict=True)
-        ]
-        _wait_for(working_out)
-        tokens = draw(next(logits), batch.slices, self._operations.sample) if sampled else [() for _ in batch.slices]
-        errors = [None if found else refusal(item) for item, found in zip(batch.slices, tokens, strict=True)]
-        rows = hidden_rows(next(logits), batch.slices, tokens) if kept else [None] * len(tokens)
-        return ForwardResult(tuple(SliceResult(*parts) for parts in zip(tokens, prompt_logprobs, errors, rows, strict=True)))
+        return drawing.draw(logits)
+
+    def _drawing(self, batch: ScheduledBatch) -> Drawing:
+        return Drawing(batch, self._operations, self._mask_thread)
 
     @torch.inference_mode()
     def _launch_on_device(self, steps: DecodeSteps, batch: ScheduledBatch, bucket: Bucket) -> _DeviceStep:
@@ -272,6 +273,9 @@ class _DeviceStep:
             self._result = ForwardResult(tuple(self._drawn_there() if self.draws_on_device else self._drawn_here()))
         return self._result
 
+    def wait_for_room(self) -> None:
+        self._pending.wait()
+
     def settle(self) -> None:
         self._pending.wait()
 
@@ -281,7 +285,7 @@ class _DeviceStep:
 
     @torch.inference_mode()
     def _drawn_here(self) -> list[SliceResult]:
-        _wait_for(self._masks.begin([mask for item in self._slices for mask in _masks(item)]))
+        wait_for(self._masks.begin([mask for item in self._slices for mask in masks_of(item)]))
         rows = [row for row, item in enumerate(self._slices) if item.samples]
         logits = self._pending.logits()
         tokens = draw(logits if len(rows) == len(logits) else logits[rows], self._slices, self._operations.sample)
@@ -293,45 +297,6 @@ class _DeviceStep:
 
     def _row(self, place: int) -> HiddenRow | None:
         return None if self._rows is None else HiddenRow(self._rows[place])
-
-
-def _reported_rows(item: SequenceSlice, first_row: int) -> list[range]:
-    """The rows whose next token's log-probability was asked for, in groups."""
-    if item.prompt_logprobs is None:
-        return []
-    end = first_row + len(item.next_token_ids)
-    return [range(row, min(row + _LOGPROB_ROWS, end)) for row in range(first_row, end, _LOGPROB_ROWS)]
-
-
-def _prompt_logprobs(
-    item: SequenceSlice, num_groups: int, logits: Iterator[torch.Tensor], operations: Operations
-) -> tuple[TokenLogprob, ...]:
-    if item.prompt_logprobs is None:
-        return ()
-    reports: list[TokenLogprob] = []
-    for group in range(num_groups):
-        following = item.next_token_ids[group * _LOGPROB_ROWS : (group + 1) * _LOGPROB_ROWS]
-        reports.extend(operations.report_logprobs(next(logits), following, [item.prompt_logprobs] * len(following)))
-    return tuple(reports)
-
-
-def _on_the_stream_of_here(device: torch.device) -> Callable[[], None]:
-    """Has another thread queue its work where this one does: so it runs in the order in which it was queued."""
-    if device.type != "cuda":
-        return lambda: None
-    stream = torch.cuda.current_stream(device)
-    return lambda: torch.cuda.set_stream(stream)
-
-
-def _wait_for(working_out: Future[None] | None) -> None:
-    """A thread that found no core so far would be waited for: this one has nothing else to do."""
-    if working_out is not None and not working_out.cancel():
-        working_out.result()
-
-
-def _masks(item: SequenceSlice) -> list[NextMask]:
-    """Choices that draw from one row may share a mask."""
-    return [spec.rules.mask for spec in item.samples if spec.rules is not None and spec.rules.mask is not None]
 
 
 def _check(batch: ScheduledBatch) -> None:

@@ -7,7 +7,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,23 +22,15 @@ from common.engine.batch import ScheduledBatch
 from common.engine.kv_pool import FIRST_BLOCK
 from common.engine.loader import load_architecture
 from common.engine.models import LayerDone
+from common.engine.parallel.conductor import Conductor
 from common.engine.parallel.links import Link, socket_pair
-from common.engine.parallel.messages import (
-    CopyOrder,
-    MoveOrder,
-    StepOrder,
-    SwapOrder,
-    decode,
-    encode_copy,
-    encode_move,
-    encode_step,
-    encode_swap,
-)
+from common.engine.parallel.messages import encode_stop
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
+from common.engine.parallel.rank_process import serve
 from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
 from common.engine.pool_memory import BlockMemory
-from common.errors import PdserveError
+from common.errors import PdserveError, RankLost
 from common.types import ROUNDED, KVLayout
 from kvtransfer.ranks.beside import Beside
 
@@ -132,7 +125,7 @@ def compute_watched(
 
 
 class ThreadRanks:
-    """In the place of a `RankGroup`: what reaches the other ranks has gone through the same messages, but they are threads."""
+    """In the place of a `RankGroup`: orders and what comes back are the real ones, but the other ranks are threads."""
 
     pids: tuple[int, ...] = ()
 
@@ -142,15 +135,25 @@ class ThreadRanks:
         self._links = _connect(shares)
         besides = [Beside(touch=False) for _ in shares[1:]]
         memories = [memory, *(beside.memory for beside in besides)]
-        self._shares = [build_share(order.for_rank(rank), memories[rank], self._links[rank]) for rank in range(len(shares))]
-        self._besides = [self._start_beside(beside, share) for beside, share in zip(besides, self._shares[1:], strict=True)]
-        self._pool = ThreadPoolExecutor(len(shares), thread_name_prefix="rank")
+        self.shares = [build_share(order.for_rank(rank), memories[rank], self._links[rank]) for rank in range(len(shares))]
+        self._threads = [self._start_beside(beside, share) for beside, share in zip(besides, self.shares[1:], strict=True)]
+        self._controls: dict[int, Link] = {}
+        for share in self.shares[1:]:
+            self._controls[share.share.rank], theirs = _pair(self.shares[0].share, share.share)
+            self._start(partial(self._serve, theirs, share), "rank")
+        self.conductor = Conductor(order.parallel, self.mine, self._controls, shares, self._end)
 
     @classmethod
     def start(
         cls, order: ShareOrder, shares: Sequence[Share], memory: BlockMemory | None, *, name: str, program: str
     ) -> ThreadRanks:
         return cls(order, shares, memory)
+
+    def _start(self, work: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name)
+        thread.start()
+        self._threads.append(thread)
+        return thread
 
     def _start_beside(self, beside: Beside, share: StageShare) -> threading.Thread:
         mine, theirs = socket.socketpair()
@@ -160,52 +163,36 @@ class ThreadRanks:
         thread.start()
         return thread
 
+    def _serve(self, control: Link, share: StageShare) -> None:
+        try:
+            serve(control, share)
+        except RankLost:
+            return  # the others have ended
+        finally:
+            control.shut_down()
+            control.close()
+
+    def _end(self, error: PdserveError) -> None:
+        for link in (*self._controls.values(), *_all(self._links)):
+            link.shut_down()
+
     @property
     def mine(self) -> StageShare:
-        return self._shares[0]
+        return self.shares[0]
 
     def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
         """Threads are not lost."""
 
-    def compute(
-        self,
-        batch: ScheduledBatch,
-        wanted: Sequence[Sequence[int]],
-        kept: Sequence[int] = (),
-        layer_done: LayerDone | None = None,
-    ) -> Iterator[torch.Tensor]:
-        step = decode(encode_step(batch, wanted, kept, watched=layer_done is not None))
-        assert isinstance(step, StepOrder)
-        hidden = compute_watched(self._pool, self._shares, step.batch, layer_done)
-        ends = [(share, rows) for share, rows in zip(self._shares, hidden, strict=True) if rows is not None]
-        logits = (torch.cat([share.logits(one, rows) for share, one in ends], dim=1) for rows in step.wanted)
-        first, rows = ends[0]
-        return chain(logits, (first.rows(rows, step.kept),)) if step.kept else logits
-
-    def copy_block(self, source: int, destination: int) -> None:
-        order = decode(encode_copy(source, destination))
-        assert isinstance(order, CopyOrder)
-        for share in self._shares:
-            share.copy_block(order.source, order.destination)
-
-    def make_swap_region(self, num_slots: int) -> None:
-        order = decode(encode_swap(num_slots))
-        assert isinstance(order, SwapOrder)
-        for share in self._shares:
-            share.make_swap_region(order.num_slots)
-
-    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
-        order = decode(encode_move(brought_in, put_out))
-        assert isinstance(order, MoveOrder)
-        for share in self._shares:
-            share.move(order.brought_in, order.put_out)
-
     def close(self) -> None:
+        for control in self._controls.values():
+            with suppress(RankLost):
+                control.send(encode_stop())
         for end in self.beside:
             end.close()
-        for thread in self._besides:
-            thread.join()
-        self._pool.shutdown()
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+        for control in self._controls.values():
+            control.close()
         _close(self._links)
 
 
@@ -217,10 +204,14 @@ def ranks_as_threads() -> Iterator[None]:
         yield
 
 
+def _all(links: Sequence[ShareLinks]) -> list[Link]:
+    found = [(*one.shards.values(), *(end for end in (one.previous, one.following) if end is not None)) for one in links]
+    return list(chain.from_iterable(found))
+
+
 def _close(links: Sequence[ShareLinks]) -> None:
-    for one in links:
-        for link in (*one.shards.values(), *(end for end in (one.previous, one.following) if end is not None)):
-            link.close()
+    for link in _all(links):
+        link.close()
 
 
 def _connect(shares: Sequence[Share]) -> list[ShareLinks]:

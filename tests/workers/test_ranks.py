@@ -351,6 +351,26 @@ async def test_a_lost_rank_ends_its_group(
         assert caught.value.http_status == 503
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("lost", [0, -1], ids=["in the middle", "at the end"])
+async def test_a_rank_that_is_lost_while_two_steps_are_under_way_ends_its_group(
+    model_path: Path, number: signal.Signals, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps follow each other without a gap when it happens."""
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    patience_s = 4.0 if number is signal.SIGSTOP else 60.0
+    async with groups(model_path, (1, 3), local=True, rank_timeout_s=patience_s) as workers:
+        pids = list((await workers.info(workers.decode_ref.address)).rank_pids)
+        calls = [asyncio.ensure_future(workers.generate(request([5, 6, first], max_tokens=1800))) for first in range(7, 11)]
+        while workers.decode._scheduler.totals.steps_ahead < 10:
+            await asyncio.sleep(0.002)
+        os.kill(pids[lost], number)
+        for call in calls:
+            with pytest.raises(RankLost):
+                await call
+        await until_lost(workers.decode, pids)
+
+
 @dataclass
 class Held:
     """The first hand-off stops where its first chunk was pushed, until it may go on."""

@@ -1,15 +1,14 @@
-"""Rank 0's view of its group: starts the other ranks, has them compute, and ends them all when one is lost.
+"""Rank 0's view of its group: starts the other ranks, and ends them all when one is lost.
 
-    start -> ranks build their shares -> ready -> compute, copy_block ... -> close
-                 \\__________________________________\\____________________-> lost: all are killed, RankLost, once
+    start -> ranks build their shares -> ready -> steps (`conductor`) ... -> close
+                 \\________________________________\\____________________-> lost: all are killed, RankLost, once
 
 A thread of its own (the keeper) starts the processes, for the kernel ties their lives to the thread that did; it sees a process
 that ends and counts the seconds since each rank's last sign of life. Whoever waits for a rank meanwhile is woken by the end
 of its sockets. There is no going on with fewer ranks, and none is replaced: the worker ends, and its next incarnation has others.
 
-`compute`, `copy_block` and what swaps belong to the engine's thread. Beside its share each other rank may run something of the
-caller's, with a socket pair of its own to rank 0 (`beside`), and the rank's pool. Does not know what a step is for, nor what that
-does.
+Beside its share each other rank may run something of the caller's, with a socket pair of its own to rank 0 (`beside`), and the
+rank's pool. Does not know what is computed, nor what that does.
 """
 
 from __future__ import annotations
@@ -22,26 +21,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
 from time import monotonic
 
-import torch
-
 import common
 from common.config import ParallelConfig
-from common.engine.batch import ScheduledBatch
-from common.engine.models import LayerDone
+from common.engine.parallel.conductor import Conductor
 from common.engine.parallel.links import LINK_TIMEOUT_S, Link, socket_pair
-from common.engine.parallel.messages import encode_copy, encode_move, encode_step, encode_stop, encode_swap
+from common.engine.parallel.messages import encode_stop
 from common.engine.parallel.model import ShareLinks, ShareOrder, build_share
 from common.engine.parallel.share import Share
 from common.engine.parallel.stage import StageShare
-from common.engine.parallel.sums import as_bytes
 from common.engine.pool_memory import BlockMemory
 from common.errors import PdserveError, RankLost, StartupError, error_from_code
 from common.logs import get_logger
@@ -72,9 +66,7 @@ class RankGroup:
         self._news, self._wake = socket.socketpair()
         self._keeper: threading.Thread | None = None
         self._mine: StageShare | None = None
-        self._results: tuple[tuple[Share, Link], ...] = ()
-        self._later_layers: tuple[tuple[int, Link], ...] = ()  # those of later stages, and who tells of them
-        self._vocab_size = 0
+        self._conductor: Conductor | None = None
         self._folder = ""  # of the rendezvous, if there is one
 
     @classmethod
@@ -112,14 +104,7 @@ class RankGroup:
         except BaseException:
             group.close()
             raise
-        group._results = tuple((share, group._controls[share.rank]) for share in shares if share.is_last and share.rank)
-        group._later_layers = tuple(
-            (layer, group._controls[share.rank])
-            for share in shares
-            if share.shard == 0 and not share.is_first
-            for layer in share.layers
-        )
-        group._vocab_size = max(share.vocab.stop for share in shares)
+        group._conductor = Conductor(order.parallel, group._mine, group._controls, shares, group._lose)
         _log.info("all ranks are ready", ranks=len(shares), pids=group.pids)
         return group
 
@@ -156,6 +141,13 @@ class RankGroup:
             raise RankLost("the group has not started")
         return self._mine
 
+    @property
+    def conductor(self) -> Conductor:
+        """Has them compute. It belongs to the engine's thread."""
+        if self._conductor is None:
+            raise RankLost("the group has not started")
+        return self._conductor
+
     def watch(self, on_lost: Callable[[PdserveError], None]) -> None:
         """Has it called once, from another thread, when the group is lost; at once if it is."""
         with self._lock:
@@ -164,57 +156,6 @@ class RankGroup:
                 self._on_lost = on_lost
         if error is not None:
             on_lost(error)
-
-    def compute(
-        self,
-        batch: ScheduledBatch,
-        wanted: Sequence[Sequence[int]],
-        kept: Sequence[int] = (),
-        layer_done: LayerDone | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Computes a step on all ranks; when it returns all keys and values are in the pool. The logits of each group of rows in
-        `wanted`, fp32 [rows, vocab], and behind them the hidden rows `kept`, which are some of those, are to be taken one after
-        the other, all of them, before the next step. `layer_done` is called meanwhile, on this thread, layer after layer."""
-        try:
-            message = encode_step(batch, wanted, kept, watched=layer_done is not None)
-            for control in self._controls.values():
-                control.send(message)
-            hidden = self.mine.compute(batch, layer_done)
-            if layer_done is not None:
-                for layer, control in self._later_layers:
-                    control.receive_into(memoryview(bytearray()))
-                    layer_done(layer + 1)
-            if wanted:
-                rest = (self._logits(hidden, rows) for rows in wanted[1:])
-                rows = (self._rows(hidden, rows) for rows in (kept,) if rows)
-                return chain((self._logits(hidden, wanted[0]),), rest, rows)
-            for _, control in self._results:
-                control.receive_into(memoryview(bytearray()))
-            self.mine.settle()
-            return iter(())
-        except PdserveError as error:
-            self._lose(error)
-            raise
-
-    def copy_block(self, source: int, destination: int) -> None:
-        self._tell_all(encode_copy(source, destination))
-        self.mine.copy_block(source, destination)
-
-    def make_swap_region(self, num_slots: int) -> None:
-        """Of so many slots on each rank, in place of the one before; 0 = none."""
-        self._tell_all(encode_swap(num_slots))
-        self.mine.make_swap_region(num_slots)
-
-    def move(self, brought_in: Sequence[tuple[int, int]], put_out: Sequence[tuple[int, int]]) -> None:
-        """As `SwapSpace.move`, on all ranks: when it returns, every one of them has done it."""
-        self._tell_all(encode_move(brought_in, put_out))
-        self.mine.move(brought_in, put_out)
-        try:
-            for control in self._controls.values():
-                control.receive_into(memoryview(bytearray()))
-        except PdserveError as error:
-            self._lose(error)
-            raise
 
     def close(self) -> None:
         """Ends all ranks; returns when their processes are gone. Idempotent. Blocking."""
@@ -237,33 +178,6 @@ class RankGroup:
             self._mine.close()
         if self._folder:
             rmtree(self._folder, ignore_errors=True)
-
-    def _tell_all(self, message: bytes) -> None:
-        try:
-            for control in self._controls.values():
-                control.send(message)
-        except PdserveError as error:
-            self._lose(error)
-            raise
-
-    def _logits(self, hidden: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor:
-        logits = torch.empty(len(rows), self._vocab_size)
-        if hidden is not None:
-            mine = self.mine
-            logits[:, mine.share.vocab.start : mine.share.vocab.stop] = mine.logits(hidden, rows)
-        for share, control in self._results:
-            part = torch.empty(len(rows), len(share.vocab))
-            control.receive_into(as_bytes(part))
-            logits[:, share.vocab.start : share.vocab.stop] = part
-        return logits.to(self.mine.pool.device)
-
-    def _rows(self, hidden: torch.Tensor | None, kept: Sequence[int]) -> torch.Tensor:
-        if hidden is not None:
-            return self.mine.rows(hidden, kept)
-        control = next(control for share, control in self._results if share.shard == 0)
-        rows = self.mine.no_rows(len(kept))
-        control.receive_into(as_bytes(rows))
-        return rows.to(self.mine.pool.device)
 
     def _raise_if_lost(self) -> None:
         if self._error is not None:

@@ -6,7 +6,7 @@
 somebody who waits for him. Each message bears a number and its size: two ranks that are not at the same place in
 the same step find out at once. A peer that ended, and one that is silent for too long, are a RankLost.
 
-A link belongs to one thread. Does not know what the bytes are.
+A link belongs to one thread, or to one that sends and one that receives. Does not know what the bytes are.
 """
 
 from __future__ import annotations

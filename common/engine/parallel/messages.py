@@ -1,7 +1,7 @@
 """What rank 0 tells the others, as arrays of numbers: a step, a block to be copied, blocks to be swapped, the end.
 
-    STEP   kind | slices | groups of rows | rows kept | whether layers are watched | per slice: tokens, start, blocks
-                | per group: rows | tokens | block tables | rows of each group | rows kept
+    STEP   kind | slices | groups of rows | rows kept | whether layers are watched | whether it is a part | whether it ends a step
+                | per slice: tokens, start, blocks | per group: rows | tokens | block tables | rows of each group | rows kept
     COPY   kind | source | destination
     SWAP   kind | slots                                      in place of those before
     MOVE   kind | blocks in | blocks out | per block: slot, block | per block: block, slot
@@ -40,6 +40,8 @@ class StepOrder:
     wanted: tuple[tuple[int, ...], ...]  # rows, in groups
     kept: tuple[int, ...] = ()  # rows whose hidden state is wanted
     watched: bool = False  # rank 0 wants to know of each layer
+    is_part: bool = False  # rank 0 has cut it already
+    ends_step: bool = True  # rank 0 waits for what comes of it, or for an empty message where no rows are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,17 @@ Order = StepOrder | CopyOrder | SwapOrder | MoveOrder | StopOrder
 
 
 def encode_step(
-    batch: ScheduledBatch, wanted: Sequence[Sequence[int]], kept: Sequence[int] = (), *, watched: bool = False
+    batch: ScheduledBatch,
+    wanted: Sequence[Sequence[int]],
+    kept: Sequence[int] = (),
+    *,
+    watched: bool = False,
+    is_part: bool = False,
+    ends_step: bool = True,
 ) -> bytes:
     slices = [(len(item.token_ids), item.start, len(item.block_table)) for item in batch.slices]
     parts: list[Sequence[int]] = [
-        (Kind.STEP, len(slices), len(wanted), len(kept), watched),
+        (Kind.STEP, len(slices), len(wanted), len(kept), watched, is_part, ends_step),
         *slices,
         [len(rows) for rows in wanted],
     ]
@@ -109,7 +117,7 @@ def decode(message: bytes | bytearray) -> Order:
     order: Order
     match kind:
         case Kind.STEP:
-            num_slices, num_groups, num_kept, watched = reader.take(4)
+            num_slices, num_groups, num_kept, watched, is_part, ends_step = reader.take(6)
             slices = [reader.take(3) for _ in range(num_slices)]
             sizes = reader.take(num_groups)
             tokens = [reader.take(count) for count, _, _ in slices]
@@ -118,7 +126,7 @@ def decode(message: bytes | bytearray) -> Order:
                 tuple(SequenceSlice(ids, start, table) for (_, start, _), ids, table in zip(slices, tokens, tables, strict=True))
             )
             wanted = tuple(tuple(reader.take(size)) for size in sizes)
-            order = StepOrder(batch, wanted, tuple(reader.take(num_kept)), bool(watched))
+            order = StepOrder(batch, wanted, tuple(reader.take(num_kept)), bool(watched), bool(is_part), bool(ends_step))
         case Kind.COPY:
             order = CopyOrder(*reader.take(2))
         case Kind.SWAP:

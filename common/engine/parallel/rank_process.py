@@ -75,7 +75,7 @@ def main(beside: Beside | None = None) -> int:
             control.send(json.dumps({"error": error.code, "message": error.message, "param": error.param}).encode())
         return 1
     try:
-        _serve(control, share)
+        serve(control, share)
         share.close()
     except RankLost as error:
         _log.error("the group of this rank is gone", reason=error.message)
@@ -101,22 +101,13 @@ def _build(setup: dict[str, Any], beside: Beside | None) -> StageShare:
     return share
 
 
-def _serve(control: Link, share: StageShare) -> None:
+def serve(control: Link, share: StageShare) -> None:
+    """Carries out what rank 0 orders, until that is to stop."""
     while True:
         control.wait()
         match decode(control.receive()):
-            case StepOrder(batch, wanted, kept, watched):
-                tells = watched and share.share.shard == 0 and not share.share.is_first
-                hidden = share.compute(batch, (lambda _: control.send(b"")) if tells else None)
-                if hidden is None:
-                    continue
-                for rows in wanted:
-                    control.send(as_bytes(share.logits(hidden, rows).cpu()))
-                if kept and share.share.shard == 0:
-                    control.send(as_bytes(share.rows(hidden, kept).cpu()))
-                if not wanted:
-                    share.settle()
-                    control.send(b"")  # that all is computed
+            case StepOrder() as order:
+                _compute(control, share, order)
             case CopyOrder(source, destination):
                 share.copy_block(source, destination)
             case SwapOrder(num_slots):
@@ -126,6 +117,21 @@ def _serve(control: Link, share: StageShare) -> None:
                 control.send(b"")
             case StopOrder():
                 return
+
+
+def _compute(control: Link, share: StageShare, order: StepOrder) -> None:
+    tells = order.watched and share.share.shard == 0 and not share.share.is_first
+    compute = share.compute_part if order.is_part else share.compute
+    hidden = compute(order.batch, (lambda _: control.send(b"")) if tells else None)
+    if hidden is None:
+        return
+    for rows in order.wanted:
+        control.send(as_bytes(share.logits(hidden, rows).cpu()))
+    if order.kept and share.share.shard == 0:
+        control.send(as_bytes(share.rows(hidden, order.kept).cpu()))
+    if order.ends_step and not order.wanted:
+        share.settle()
+        control.send(b"")  # that all is computed
 
 
 def _thread_failed(arguments: threading.ExceptHookArgs) -> None:

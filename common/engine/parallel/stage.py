@@ -66,8 +66,26 @@ class StageShare:
         pipeline = self._pipeline
         count = num_micro_batches(batch.num_tokens, pipeline.num_stages, pipeline.least_tokens)
         parts = cut(batch, count) if count > 1 else [batch]
-        hidden = [self._compute(part, layer_done if part is parts[-1] else None) for part in parts]
+        hidden = [self.compute_part(part, layer_done if part is parts[-1] else None) for part in parts]
         return torch.cat([rows for rows in hidden if rows is not None]) if self.share.is_last else None
+
+    @torch.inference_mode()
+    def compute_part(self, part: ScheduledBatch, layer_done: LayerDone | None = None) -> torch.Tensor | None:
+        """The same of a step, or of a part of one, which is not cut any further."""
+        pipeline, connections = self._pipeline, self._pipeline.connections
+        rows = None
+        if connections.previous is not None:
+            rows = torch.empty(part.num_tokens, pipeline.row_width, dtype=pipeline.row_dtype, device=self.pool.device)
+            connections.previous.receive(rows)
+        step = self._buffers.fill(part)
+        for block, filled in step.entered:
+            self.pool.clear_tail(block, filled)
+        with told_when_computed(layer_done, self.pool.device) as queued:
+            hidden = self.model.forward(step, self.pool, self._attention, queued, rows)
+        if connections.following is None:
+            return hidden
+        connections.following.send(hidden)
+        return None
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -113,19 +131,3 @@ class StageShare:
         if self._swap_region is None:
             raise EngineFailure("blocks are to be moved where there is no swap region")
         self._swap_region.move(brought_in, put_out)
-
-    def _compute(self, part: ScheduledBatch, layer_done: LayerDone | None) -> torch.Tensor | None:
-        pipeline, connections = self._pipeline, self._pipeline.connections
-        rows = None
-        if connections.previous is not None:
-            rows = torch.empty(part.num_tokens, pipeline.row_width, dtype=pipeline.row_dtype, device=self.pool.device)
-            connections.previous.receive(rows)
-        step = self._buffers.fill(part)
-        for block, filled in step.entered:
-            self.pool.clear_tail(block, filled)
-        with told_when_computed(layer_done, self.pool.device) as queued:
-            hidden = self.model.forward(step, self.pool, self._attention, queued, rows)
-        if connections.following is None:
-            return hidden
-        connections.following.send(hidden)
-        return None

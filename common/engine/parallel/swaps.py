@@ -16,7 +16,7 @@ from common.types import KVLayout
 
 
 class MovesBlocks(Protocol):
-    """Of `RankGroup`, what is used here."""
+    """Of `Conductor`, what is used here."""
 
     def make_swap_region(self, num_slots: int) -> None: ...
 
