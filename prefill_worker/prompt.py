@@ -3,6 +3,9 @@
     WAITING --admit--> RUNNING --last chunk, stop, or its time is over--> HELD --release--> gone
         `-------------- stop, or its time is over ------------------------^
 
+Where steps follow each other through a pipeline, its next chunk is planned while the one before is computed (`under_way`). If it
+is given up meanwhile, the blocks that those steps write to stay with it until they are over (`retired`).
+
 Owned by one scheduler, on the engine's thread. It knows neither the step's budget nor who else is there.
 """
 
@@ -55,6 +58,9 @@ class Prompt:
         self.state = PromptState.WAITING
         self.cached_tokens = 0
         self.left_behind: list[int] = []  # blocks that others' took the place of when some tokens were in them; held to the end
+        self.under_way = 0  # tokens that are computed by steps which are not accounted for yet
+        self.num_steps_under_way = 0
+        self.retired: list[int] = []  # what it gave back while steps were under way
         self.expected_blocks = 0  # while it waits: of its first blocks so many can be found, as far as is known
         self.logprobs: list[TokenLogprob] = []
         self.received_s = received_s
@@ -73,9 +79,14 @@ class Prompt:
 
     @property
     def tokens_left(self) -> int:
-        """That are to be computed here, as far as is known."""
+        """That are to be computed here by steps to come, as far as is known."""
         expected = self.expected_blocks * self._block_tokens if self.state is PromptState.WAITING else 0
-        return self.sequence.remaining - expected
+        return self.sequence.remaining - self.under_way - expected
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are in KV when the steps under way are over."""
+        return self.sequence.num_computed + self.under_way
 
     @property
     def reusable_hashes(self) -> Sequence[BlockHash]:

@@ -13,8 +13,10 @@ step, so it costs no prompt its turn.
 A prompt gets its blocks, all of them, when its first chunk comes, and is never preempted; they are held after it was computed, or
 given up, until the hand-off has stopped reading them. When the first that wants blocks finds none, nobody behind it gets any.
 A prompt whose time is over is ended before a step. A step of which no prompt is wanted any more (`give_up`, from any thread) is
-stopped between two layers, where the engine can do that; its prompts are stopped before the next one. It knows no tensor, no
-socket, no ticket.
+stopped between two layers, where the engine can do that; its prompts are stopped before the next one.
+
+Where steps follow each other through a pipeline, `schedule` is called while one is under way. Then that one's chunks count as
+computed but for what others may find of them; `complete` comes in order. It knows no tensor, no socket, no ticket.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ Event = LayersComputed | PromptComputed | PromptFailed
 class StepPlan:
     batch: ScheduledBatch
     prompts: tuple[tuple[Prompt, int], ...]  # which prompt, how many tokens
+    started_s: float
     copies: tuple[tuple[int, int], ...] = ()  # never any: prompts share blocks only to read them
 
 
@@ -118,7 +121,7 @@ class PrefillScheduler:
         self._events: list[Event] = []
         self._dispatches: list[int] = []
         self._given_up: set[str] = set()
-        self._step_started_s = 0.0
+        self._completed_s = 0.0  # when the last step was
         self.totals = SchedulerTotals()
         self.waiting_since_s: float | None = None  # since when the oldest prompt waits that nothing was computed of
 
@@ -199,11 +202,12 @@ class PrefillScheduler:
         self._given_up.discard(request_id)
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
-            self._blocks.release([*prompt.sequence.detach(), *prompt.left_behind])
+            prompt.retired = [*prompt.sequence.detach(), *prompt.left_behind]
+            self._let_go(prompt)
 
     def schedule(self) -> StepPlan:
-        """The next step. Its batch is empty when nothing can be computed now."""
-        self._step_started_s = now_s = self._clock.monotonic_s()
+        """The next step, behind those under way. Its batch is empty when nothing can be computed now."""
+        now_s = self._clock.monotonic_s()
         self._end_late(now_s)
         for prompt in self._waiting.values():
             self._look(prompt)
@@ -213,18 +217,24 @@ class PrefillScheduler:
         slices = tuple(
             prompt.sequence.slice(
                 count,
-                first_samples(prompt.request, prompt.grammar) if count == prompt.sequence.remaining else (),
+                first_samples(prompt.request, prompt.grammar) if count == prompt.tokens_left else (),
                 prompt_logprobs=prompt.request.sampling.prompt_logprobs,
+                under_way=prompt.under_way,
             )
             for prompt, count in shares
         )
         keeps_rows = any(prompt.wants_row and item.samples for (prompt, _), item in zip(shares, slices, strict=True))
-        return StepPlan(ScheduledBatch(slices, keeps_rows), tuple(shares))
+        for prompt, count in shares:
+            prompt.under_way += count
+            prompt.num_steps_under_way += 1
+        return StepPlan(ScheduledBatch(slices, keeps_rows), tuple(shares), now_s)
 
     def layers_computed(self, plan: StepPlan, first_layer: int, end_layer: int) -> None:
         """Keys and values of these layers are in the pool for every token of the plan, while later layers still compute."""
         for prompt, count in plan.prompts:
             sequence = prompt.sequence
+            if prompt.state is not PromptState.RUNNING:
+                continue  # it was stopped since
             self._events.append(
                 LayersComputed(
                     prompt.request.request_id,
@@ -241,18 +251,23 @@ class PrefillScheduler:
     def stopped(self, plan: StepPlan) -> None:
         """Of its prompts nothing is computed but what was before; its rows were for nothing. Those prompts go no further."""
         rows = sum(count for _, count in plan.prompts)
-        self.totals.step_done(self._clock.monotonic_s() - self._step_started_s, rows=rows, prefill_rows=0, wasted_rows=rows)
-        for prompt, _ in plan.prompts:
+        self.totals.step_done(self._since(plan), rows=rows, prefill_rows=0, wasted_rows=rows)
+        for prompt, count in plan.prompts:
+            self._step_over(prompt, count)
             self.stop(prompt.request.request_id)
 
     def complete(self, plan: StepPlan, result: ForwardResult) -> None:
         """Accounts for a computed step, whose layers have all been reported."""
-        now_s = self._clock.monotonic_s()
+        step_s = self._since(plan)
+        now_s = self._completed_s
         rows = sum(count for _, count in plan.prompts)
-        step_s = now_s - self._step_started_s
-        self.totals.step_done(step_s, rows=rows, prefill_rows=rows, wasted_rows=0)
+        wasted = sum(count for prompt, count in plan.prompts if prompt.state is not PromptState.RUNNING)
+        self.totals.step_done(step_s, rows=rows, prefill_rows=rows - wasted, wasted_rows=wasted)
         for (prompt, count), computed in zip(plan.prompts, result.slices, strict=True):
             sequence, request_id = prompt.sequence, prompt.request.request_id
+            self._step_over(prompt, count)
+            if prompt.state is not PromptState.RUNNING:
+                continue
             sequence.advance(count, self._blocks)
             prompt.work_s += step_s * count / rows
             self.totals.computed_tokens += count
@@ -277,6 +292,22 @@ class PrefillScheduler:
                     )
                 )
 
+    def _since(self, plan: StepPlan) -> float:
+        """How long the plan's step took, which is over: since it was planned, or since the one before it was over."""
+        now_s, before_s = self._clock.monotonic_s(), max(plan.started_s, self._completed_s)
+        self._completed_s = now_s
+        return now_s - before_s
+
+    def _step_over(self, prompt: Prompt, count: int) -> None:
+        prompt.under_way -= count
+        prompt.num_steps_under_way -= 1
+        self._let_go(prompt)
+
+    def _let_go(self, prompt: Prompt) -> None:
+        if not prompt.num_steps_under_way:
+            self._blocks.release(prompt.retired)
+            prompt.retired = []
+
     # -- what is in a step ---------------------------------------------------------------------------------------------
 
     def _unfinished(self) -> list[Prompt]:
@@ -285,9 +316,11 @@ class PrefillScheduler:
     def _shares(self, now_s: float) -> list[tuple[Prompt, int]]:
         shares: list[tuple[Prompt, int]] = []
         being_computed: set[BlockHash] = set()
+        for prompt in self._running.values():
+            being_computed.update(prompt.completes(prompt.sequence.num_computed, prompt.under_way))
         budget = self._config.shared_tokens
         admitting = True
-        for prompt in self._order.of(self._unfinished()):
+        for prompt in self._order.of([prompt for prompt in self._unfinished() if prompt.sequence.remaining > prompt.under_way]):
             if budget <= 0:
                 break
             if prompt.state is PromptState.WAITING:
@@ -296,8 +329,9 @@ class PrefillScheduler:
                 found = self._blocks.find(prompt.reusable_hashes)
                 known = len(found) * self._layout.block_tokens
             else:
-                self._catch_up(prompt)
-                known = prompt.sequence.num_computed
+                if not prompt.num_steps_under_way:
+                    self._catch_up(prompt)
+                known = prompt.num_known
             if prompt.lacks(known // self._layout.block_tokens) in being_computed:
                 continue
             count = prompt.chunk(known, self._config.chunk_tokens)

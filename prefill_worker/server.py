@@ -13,6 +13,7 @@ import grpc.aio
 from common.clock import SystemClock
 from common.engine.core import Core
 from common.engine.host import WorkerHost
+from common.engine.line_core import LineCore
 from common.engine.loop import EngineLoop
 from common.errors import PdserveError, RankLost
 from common.logs import bind_request, get_logger
@@ -47,7 +48,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         engine = self._loaded.engine
         config = self._spec.model.prefill.on(engine.device.type)
         self._scheduler = PrefillScheduler(config, engine.layout, engine.blocks, self._clock)
-        core = Core(
+        core = (Core if engine.degree[1] == 1 else LineCore)(
             engine,
             self._scheduler,
             host.metrics,

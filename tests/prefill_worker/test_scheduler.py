@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from common.engine.block_manager import BlockManager
 from common.errors import DeadlineExceeded
 from common.load import WorkerLoad
 from common.types import KVLayout, Request, SampledToken, SamplingParams
-from prefill_worker.scheduler import LayersComputed, PrefillScheduler, PromptComputed, PromptFailed
+from prefill_worker.scheduler import LayersComputed, PrefillScheduler, PromptComputed, PromptFailed, StepPlan
 
 BLOCK_TOKENS = 4
 LAYOUT = KVLayout("m", "t", 1, 1, 8, BLOCK_TOKENS, "float32", True)
@@ -30,7 +31,10 @@ def make_request(name: str, length: int, *, first: int = 100, choices: int = 1) 
 class Driver:
     """Computes what is scheduled, in a pool where each place knows which text it holds: that which was last written there."""
 
-    def __init__(self, config: PrefillConfig, num_blocks: int) -> None:
+    def __init__(self, config: PrefillConfig, num_blocks: int, *, ahead: bool = False) -> None:
+        """`ahead`: a step is over when the one behind it was planned, as in a pipeline."""
+        self.ahead = ahead
+        self.under_way: list[tuple[StepPlan, ForwardResult]] = []
         self.config = config
         self.clock = ManualClock()
         self.blocks = BlockManager(num_blocks, BLOCK_TOKENS, lambda salt: root_hash(LAYOUT.fingerprint, salt))
@@ -85,12 +89,23 @@ class Driver:
         self.clock.advance(1.0)
         if plan.batch.slices:
             self.steps.append({prompt.request.request_id: count for prompt, count in plan.prompts})
-            for layer in range(LAYOUT.num_layers):
-                self.scheduler.layers_computed(plan, layer, layer + 1)
-            self._take_events()
-            self.scheduler.complete(plan, ForwardResult(tuple(results)))
+            self.under_way.append((plan, ForwardResult(tuple(results))))
+        was_under_way = bool(self.under_way)
+        while len(self.under_way) > (1 if self.ahead and plan.batch.slices else 0):
+            self._end_step(*self.under_way.pop(0))
         self._take_events()
-        return plan.batch.num_tokens
+        return plan.batch.num_tokens or int(was_under_way)
+
+    def _end_step(self, plan: StepPlan, result: ForwardResult) -> None:
+        for (prompt, count), item in zip(plan.prompts, plan.batch.slices, strict=True):
+            tokens = prompt.request.prompt_token_ids
+            for position in range(item.start, item.start + count):
+                place = item.block_table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+                assert self._pool[place] == hash(tokens[: position + 1]), "a block was given away while a step wrote to it"
+        for layer in range(LAYOUT.num_layers):
+            self.scheduler.layers_computed(plan, layer, layer + 1)
+        self._take_events()
+        self.scheduler.complete(plan, result)
 
     def _holds(self, blocks: Sequence[int], tokens: tuple[int, ...]) -> bool:
         return all(
@@ -136,11 +151,12 @@ def any_request(data: st.DataObject, name: str, *, shared: bool = True) -> Reque
     return Request(name, "m", tokens, sampling, data.draw(st.integers(1, 3)), priority=data.draw(st.integers(0, 2)))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_every_prompt_is_computed_within_budget_and_blocks(data: st.DataObject) -> None:
+def test_every_prompt_is_computed_within_budget_and_blocks(ahead: bool, data: st.DataObject) -> None:
     """Whatever comes, is stopped and is given back: each prompt reads and hands off its own text, and no block is lost."""
-    driver = Driver(configs(data), num_blocks=data.draw(st.integers(10, 30)))
+    driver = Driver(configs(data), num_blocks=data.draw(st.integers(10, 30)), ahead=ahead)
     requests: dict[str, Request] = {}
     released: set[str] = set()
     for _ in range(data.draw(st.integers(3, 30))):
@@ -236,12 +252,13 @@ def test_the_most_urgent_waits_for_one_chunk_of_the_oldest_at_most(data: st.Data
                     left[name] = (band, tokens - count, arrival)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_no_block_is_computed_twice(data: st.DataObject) -> None:
+def test_no_block_is_computed_twice(ahead: bool, data: st.DataObject) -> None:
     """With room for all, and chunks of whole blocks. But for the last one of a prompt that it fills, for its last token is
     computed in any case, and those of which log-probabilities are wanted."""
-    driver = Driver(configs(data, aligned=True).model_copy(update={"max_running": 100}), num_blocks=2000)
+    driver = Driver(configs(data, aligned=True).model_copy(update={"max_running": 100}), num_blocks=2000, ahead=ahead)
     anyway: set[tuple[int, ...]] = set()
     count = 0
     for _ in range(data.draw(st.integers(2, 30))):
@@ -434,3 +451,27 @@ def test_prompts_share_the_time_of_the_steps_by_their_tokens() -> None:
     # Steps of 4 + 4, 8, 8, 4 tokens; each takes a second.
     assert driver.done["a"].work_s == 3.0
     assert driver.done["b"].work_s == driver.done["c"].work_s == 0.5
+
+
+def test_the_next_chunk_is_planned_behind_the_one_under_way() -> None:
+    """And the next prompt behind the last chunk; what was given up meanwhile says nothing, and its blocks are nobody's until the
+    step is over."""
+    driver = Driver(PrefillConfig(chunk_tokens=4), num_blocks=8, ahead=True)
+    driver.submit(make_request("a", 12))
+    driver.submit(make_request("b", 18, first=500))
+    for _ in range(4):
+        driver.step()
+    assert driver.steps == [{"a": 4}, {"a": 4}, {"a": 4}, {"b": 4}]
+    assert list(driver.done) == ["a"]
+    driver.release("a")
+    driver.step()
+    assert driver.steps[-1] == {"b": 4}
+    driver.release("b")
+    driver.submit(make_request("c", 29, first=900))
+    assert driver.blocks.num_used > 0
+    driver.step()
+    assert driver.chunks["b"] == [4]
+    assert driver.steps[-1] == {"b": 4}, "c was given blocks that a step writes to"
+    driver.step()
+    assert driver.steps[-1] == {"c": 4}
+    assert "b" not in driver.done
