@@ -96,7 +96,7 @@ class ParallelConfig(Part):
         64,
         ge=1,
         description="A step with stages is cut into parts of no fewer tokens, so that all stages have something to do; a step"
-        " that goes on from tokens of the one under way into as many parts as stages, however small.",
+        " that goes on from tokens of the one under way into as many parts as stages, if each has a quarter of it.",
     )
 
     @property

@@ -6,6 +6,7 @@
 
 A step is planned when the first stage is free, and not before: so who comes meanwhile, and goes first, waits no longer than the
 first stage takes; and of what nobody wants any more no more is computed than what has entered. Two steps are under way at most.
+Where nothing was left to plan, who comes then waits for the step under way.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from common.engine.batch import ForwardResult, ScheduledBatch, SequenceSlice, Sl
 from common.engine.verification import num_sampled_rows
 
 _PER_STAGE = 2
+_SMALLER = 4  # parts of 16 rows by default: of 8, two stages of a small model on two cores waited for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,12 @@ class Part:
 
 def num_micro_batches(num_tokens: int, num_stages: int, least_tokens: int, *, goes_on: bool = False) -> int:
     """Twice as many as stages leave a fifth of a long step's time idle with two stages; fewer where parts would be too small.
-    A step that `goes_on` from tokens of the step before has as many as stages, however small: with fewer no stage could begin it
-    before the last one has ended the other."""
+    A step that `goes_on` from tokens of the step before may have as many as stages though they are smaller: with fewer no stage
+    could begin it before the last one has ended the other. Of a few rows only, each part would take as long as all of them."""
     if num_stages == 1:
         return 1
     parts = max(1, min(_PER_STAGE * num_stages, num_tokens // least_tokens))
-    return max(parts, min(num_stages, num_tokens)) if goes_on else parts
+    return max(parts, min(num_stages, num_tokens // max(1, least_tokens // _SMALLER))) if goes_on else parts
 
 
 def cut(batch: ScheduledBatch, parts: int) -> list[ScheduledBatch]:
