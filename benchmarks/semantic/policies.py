@@ -61,9 +61,24 @@ class Ours:
     """The router's matcher and decider, fed with the labels that the router would have."""
 
     def __init__(
-        self, prior: Prior, weights: WordWeights, *, max_wrong: float, shadow_share: float, seed: int, only_cosine: bool = False
+        self,
+        prior: Prior,
+        weights: WordWeights,
+        *,
+        max_wrong_hits: float,
+        max_wrong_requests: float | None = None,
+        shadow_share: float,
+        seed: int,
+        only_cosine: bool = False,
     ) -> None:
-        self.decider = Decider(prior, max_wrong_hits=max_wrong, shadow_share=shadow_share, dice=random.Random(seed))
+        self.max_wrong_hits, self.max_wrong_requests = max_wrong_hits, max_wrong_requests
+        self.decider = Decider(
+            prior,
+            max_wrong_hits=max_wrong_hits,
+            max_wrong_requests=max_wrong_requests,
+            shadow_share=shadow_share,
+            dice=random.Random(seed),
+        )
         self._matcher = Matcher(prior, weights, self.decider)
         self._only_cosine = only_cosine
         self._prior = prior

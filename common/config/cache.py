@@ -66,6 +66,12 @@ class SemanticCacheConfig(Part):
     max_wrong_hits: float = Field(
         0.01, gt=0, le=0.5, description="Bound on the share of wrong answers among hits; without evidence for it there are none."
     )
+    max_wrong_requests: float | None = Field(
+        None,
+        gt=0,
+        le=0.5,
+        description="Bound on the share of wrong answers among all questions, hits or not; beside that on hits. Default: none.",
+    )
     ttl_s: float = Field(24 * 3600.0, gt=0, description="How long a question is remembered; at most as long as its answer.")
     sampling: Literal["greedy", "greedy_or_unset"] = Field(
         "greedy_or_unset", description="greedy: only requests with temperature 0. A seed or a temperature always rules it out."

@@ -52,9 +52,18 @@ def lower_bound(wrong_ratio: float, size: float, z: float = CONFIDENCE_Z) -> flo
 
 
 def lowest_threshold(
-    scores: Floats, wrong: Floats, weights: Floats, max_wrong: float, z: float = CONFIDENCE_Z
+    scores: Floats,
+    wrong: Floats,
+    weights: Floats,
+    max_wrong: float,
+    z: float = CONFIDENCE_Z,
+    *,
+    most_wrong: float = math.inf,
 ) -> Standing | None:
-    """The lowest threshold whose upper bound is at most `max_wrong`; None if there is none. `wrong` is 1 or 0 per label."""
+    """The lowest threshold whose upper bound is at most `max_wrong`; None if there is none. `wrong` is 1 or 0 per label.
+
+    `most_wrong` bounds their number too: how many of all that the labels stand for may be wrong, at worst.
+    """
     if len(scores) == 0:
         return None
     order = np.argsort(-scores, kind="stable")
@@ -64,7 +73,7 @@ def lowest_threshold(
     ratio = np.cumsum(weight * wrong[order]) / total
     worst = upper_bound(ratio, size, z)
     last_of_score = np.append(ordered[1:] < ordered[:-1], True)
-    kept = np.flatnonzero((worst <= max_wrong) & last_of_score)
+    kept = np.flatnonzero((worst <= max_wrong) & (worst * total <= most_wrong) & last_of_score)
     if not len(kept):
         return None
     place = int(kept[-1])

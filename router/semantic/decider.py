@@ -13,8 +13,8 @@ Of a class:
     UNPROVEN    the prior's threshold with so wide a margin that under a narrow bound there is none, a cap on hits, and each hit
                 is verified
     PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most `max_wrong_hits` of
-                what it lets through is wrong; to get here takes 99 %, and the first hits are all verified, for who gives nothing
-                looks again after every refit, until luck shows it something
+                what it lets through is wrong, and at most `max_wrong_requests` of what is asked; to get here takes 99 %, and the
+                first hits are all verified, for who gives nothing looks again after every refit, until luck shows it something
     DOUBTED     no hits for a while: labels go against what was thought, and what would have been a hit is a label now
     OFF         no hits; labels of answers that are computed anyway go on coming, and may show the bound again
 
@@ -97,6 +97,7 @@ class Seen:
     served: bool
     number: int  # counts up
     chance: float | None  # that it is right, as was thought; None: not to be held against its label
+    asked: int  # its number among all questions of the class, those without a candidate too
     right: bool | None = None
 
 
@@ -127,6 +128,7 @@ class Evidence:
     served: NDArray[np.bool_]
     start: Floats
     giving: frozenset[str]  # classes that give answers for evidence
+    num_asked: dict[str, int]  # questions of each class since the first of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +140,19 @@ class Fitted:
 
 
 class Decider:
-    def __init__(self, prior: Prior, *, max_wrong_hits: float, shadow_share: float, dice: random.Random) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        *,
+        max_wrong_hits: float,
+        max_wrong_requests: float | None = None,
+        shadow_share: float,
+        dice: random.Random,
+    ) -> None:
         self._prior = prior
         self._max_wrong = max_wrong_hits
+        self._max_wrong_requests = 1.0 if max_wrong_requests is None else max_wrong_requests
+        self._unproven_hits = min(_UNPROVEN_HITS, self._max_wrong_requests)  # then the bound holds whatever the prior is worth
         self._least_chance = max(0.5, 1.0 - _WORST_SINGLE * max_wrong_hits)
         self._shadow_share = shadow_share
         self._dice = dice
@@ -171,6 +183,7 @@ class Decider:
             served=verdict is not Verdict.WITHHOLD,
             number=self._num_seen,
             chance=_to_be_told(this, verdict, chance),
+            asked=this.num_questions,
         )
         self._window.append(seen)
         return verdict, seen
@@ -196,6 +209,9 @@ class Decider:
         for this in self._classes.values():
             this.refit_is_late = False
         window = tuple(self._window)
+        first: dict[str, int] = {}
+        for seen in window:
+            first.setdefault(seen.kind, seen.asked)
         width = len(window[0].row)
         towards = np.zeros(width)
         towards[0] = 1.0 if self._prior.informed else 0.0
@@ -207,6 +223,7 @@ class Decider:
             served=np.array([seen.served for seen in window]),
             start=towards,
             giving=frozenset(kind for kind, this in self._classes.items() if this.state in _GIVING),
+            num_asked={kind: self._classes[kind].num_questions - asked + 1 for kind, asked in first.items()},
         )
 
     def refit(self, evidence: Evidence) -> Fitted:
@@ -231,7 +248,10 @@ class Decider:
             served_sizes[kind] = int((told & evidence.served).sum())
             weights = represented(scores[mine], labelled[mine])
             z = CONFIDENCE_Z if kind in evidence.giving else BEGINNING_Z
-            standings[kind] = lowest_threshold(scores[told], 1.0 - right[told], weights, self._max_wrong, z)
+            most_wrong = self._max_wrong_requests * evidence.num_asked[kind]
+            standings[kind] = lowest_threshold(
+                scores[told], 1.0 - right[told], weights, self._max_wrong, z, most_wrong=most_wrong
+            )
             if told.any():
                 calibrations[kind] = calibrated(scores[told], right[told])
         return Fitted(whole, standings, calibrations, served_sizes)
@@ -291,7 +311,7 @@ class Decider:
     def _verdict(self, this: _Class, chance: float) -> Verdict:
         if this.state in (ClassState.OFF, ClassState.DOUBTED) or chance < this.threshold:
             return Verdict.WITHHOLD
-        if this.state is ClassState.UNPROVEN and this.num_hits + 1 > _UNPROVEN_HITS * max(20, this.num_questions):
+        if this.state is ClassState.UNPROVEN and this.num_hits + 1 > self._unproven_hits * max(20, this.num_questions):
             return Verdict.WITHHOLD
         this.num_hits += 1
         return Verdict.SERVE_AND_VERIFY if self._dice.random() < self._verified_share(this) else Verdict.SERVE

@@ -37,6 +37,7 @@ def make_semantics(config: CacheConfig, *, store: Store, clock: Clock, metrics: 
     decider = Decider(
         prior,
         max_wrong_hits=config.semantic.max_wrong_hits,
+        max_wrong_requests=config.semantic.max_wrong_requests,
         shadow_share=config.semantic.shadow,
         dice=random.Random(),
     )
