@@ -2,9 +2,10 @@
 
 Words: a ridge on each model's outcomes (0 or 1), over TF-IDF of the runs of words that at least two prompts have and facts of the
 text. Similar questions: a ridge with a kernel of the vectors' cosines. Both by conjugate gradients, deterministic. How strong
-each is, and how much the facts count, four folds of the prompts decide: by the order that both together foresee, for a share of
-the prompts goes to the better model, who gains most first. How much either counts beside the other is the least squares of
-what they say of those folds and of four more: of folds that keep similar prompts together, for questions of a new kind will come.
+the first is, and how much the facts count, four folds of the prompts decide: by the order that both together foresee, for a
+share of the prompts goes to the better model, who gains most first. Either counts alike, by how far what it says of them spreads:
+weights that fit some folds best were worse than that on others. How loud both are together is the least squares of what they say
+of these folds and of four more: of folds that keep similar prompts together, for questions of a new kind will come.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from router.models.predictor import Neighbours, Predictor, Words
 from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
 RIDGES = (3.0, 10.0)
-FACTS = (0.0, 0.05)  # weight of the facts beside the words, which together have length 1
-KERNEL_RIDGES = (3.0, 10.0)
-SHARPNESS = 4.0
+FACTS = (0.0, 0.1)  # weight of the facts beside the words, which together have length 1
+KERNEL_RIDGE = 3.0
+SHARPNESS = 5.0
 LEAST_PROMPTS = 2  # that have a run of words
 FOLDS = 4
 KINDS = 40  # of similar prompts
@@ -138,10 +139,10 @@ def scores_of(words: Words, texts: Texts) -> Floats:
     return np.asarray(np.stack(sums, axis=1) + texts.facts @ words.of_facts + words.bias)
 
 
-def fit_pull(vectors: Vectors, outcomes: Floats, strength: float) -> Vectors:
+def fit_pull(vectors: Vectors, outcomes: Floats) -> Vectors:
     kernel = np.exp(np.float32(SHARPNESS) * (vectors @ vectors.T - 1))
     centred = (outcomes - outcomes.mean(axis=0)).astype(np.float32)
-    return solve(lambda way: kernel @ way, centred, strength).astype(np.float32)
+    return solve(lambda way: kernel @ way, centred, KERNEL_RIDGE).astype(np.float32)
 
 
 def foreseen(texts: Texts, outcomes: Floats, strength: float, facts_weight: float, folds: Folds | None = None) -> Floats:
@@ -153,11 +154,11 @@ def foreseen(texts: Texts, outcomes: Floats, strength: float, facts_weight: floa
     return found
 
 
-def shifts(vectors: Vectors, outcomes: Floats, strength: float, folds: Folds) -> Floats:
+def shifts(vectors: Vectors, outcomes: Floats, folds: Folds) -> Floats:
     """What similar questions say of each, learnt from the other folds."""
     found = np.zeros_like(outcomes)
     for out, rest in folds:
-        pull = fit_pull(vectors[rest], outcomes[rest], strength)
+        pull = fit_pull(vectors[rest], outcomes[rest])
         found[out] = np.exp(np.float32(SHARPNESS) * (vectors[out] @ vectors[rest].T - 1)) @ pull
     return found
 
@@ -169,31 +170,28 @@ def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vector
     tried = {way: differences(foreseen(texts, outcomes, *way) - mean) for way in itertools.product(RIDGES, FACTS)}
     if vectors is None:
         best = max(tried, key=lambda way: order_agreement(tried[way], truth))
-        return Predictor(models, _softer(fit_words(texts, outcomes, *best), _weights([tried[best]], [truth])[0], mean))
-    folds, apart = random_folds(len(outcomes)), folds_apart(vectors)
-    pulled = {strength: differences(shifts(vectors, outcomes, strength, folds)) for strength in KERNEL_RIDGES}
+        return Predictor(models, _softer(fit_words(texts, outcomes, *best), _loudness([tried[best]], truth), mean))
+    pulled = differences(shifts(vectors, outcomes, random_folds(len(outcomes))))
 
-    def together(way: tuple[float, float], strength: float) -> float:
-        of_words, of_shift = _weights([np.stack([tried[way], pulled[strength]])], [truth])
-        return order_agreement(of_words * tried[way] + of_shift * pulled[strength], truth)
+    def beside(said: Floats) -> float:
+        return float(said.std() / max(float(pulled.std()), 1e-12))
 
     # What is best alone is not best beside the other: what both say alike counts once.
-    best, strength = max(itertools.product(tried, pulled), key=lambda both: together(*both))
+    best = max(tried, key=lambda way: order_agreement(tried[way] + beside(tried[way]) * pulled, truth))
+    balance, apart = beside(tried[best]), folds_apart(vectors)
+    far = differences(foreseen(texts, outcomes, *best, apart) - mean) + balance * differences(shifts(vectors, outcomes, apart))
     # What is learnt from few prompts is said too loudly of others; how much, the folds tell.
-    loudness = _weights([tried[best]], [truth])[0]
-    far_words = differences(foreseen(texts, outcomes, *best, apart) - mean)
-    far_pulled = differences(shifts(vectors, outcomes, strength, apart))
-    said = [np.stack([loudness * tried[best], pulled[strength]]), np.stack([loudness * far_words, far_pulled])]
-    of_words, of_shift = _weights(said, [truth, truth])
-    pull = (fit_pull(vectors, outcomes, strength) * of_shift).astype(np.float32)
-    words = _softer(fit_words(texts, outcomes, *best), loudness, mean)
+    alone, together = _loudness([tried[best]], truth), _loudness([tried[best] + balance * pulled, far], truth)
+    pull = (fit_pull(vectors, outcomes) * (balance * together)).astype(np.float32)
+    words = _softer(fit_words(texts, outcomes, *best), alone, mean)
+    of_words = together / alone if alone > 0.0 else 0.0
     return Predictor(models, words, Neighbours(embedder, vectors, pull, SHARPNESS, of_words, mean.astype(np.float32)))
 
 
-def _weights(said: Sequence[Floats], truth: Sequence[Floats]) -> list[float]:
-    """Least squares. What is said is one thing of all texts, or several beside each other: [thing][text][model]."""
-    columns = np.concatenate([one.reshape(-1, truth[0].size) for one in said], axis=1).T
-    return [float(weight) for weight in np.linalg.lstsq(columns, np.concatenate([one.ravel() for one in truth]), rcond=None)[0]]
+def _loudness(said: Sequence[Floats], truth: Floats) -> float:
+    """The factor that brings what is said nearest to the truth, in squares; not below 0."""
+    whole = sum(float(np.square(one).sum()) for one in said)
+    return max(0.0, sum(float((one * truth).sum()) for one in said) / max(whole, 1e-12))
 
 
 def differences(outcomes: Floats) -> Floats:

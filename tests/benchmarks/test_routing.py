@@ -13,6 +13,7 @@ import pytest
 from benchmarks.routing import Known, Outcomes, curve, gain_of_domains, gains, held_out, read, spread, trained
 from benchmarks.routing_training import (
     FACTS,
+    KERNEL_RIDGE,
     RIDGES,
     SHARPNESS,
     Scaled,
@@ -117,6 +118,25 @@ def test_similar_questions_tell_what_words_do_not() -> None:
     assert curve(held_out(outcomes, known, folds)["words and similar"], outcomes)[0] > best - 0.02
 
 
+def test_words_and_similar_questions_count_alike() -> None:
+    """Half of the gain is told by a word, half by what a prompt is about: either alone puts the others in no order."""
+    dice = np.random.default_rng(6)
+    count = 900
+    told, about = dice.integers(0, 2, count), dice.integers(0, 2, count)
+    vectors = np.eye(3, dtype=np.float32)[about] + dice.normal(0, 0.05, (count, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    prompts = [("prove it" if one else "tell me") + f" w{dice.integers(0, 40)}" for one in told]
+    strong = (dice.random(count) < 0.1 + 0.4 * told + 0.4 * about).astype(float)
+    outcomes = Outcomes(prompts, np.zeros(count), strong, ["one"] * count)
+    known = known_of(outcomes, vectors)
+    said = gains(trained(outcomes, known, range(600)), known, range(600, count))["words and similar"]
+    mean = {(word, kind): said[(told[600:] == word) & (about[600:] == kind)].mean() for word in (0, 1) for kind in (0, 1)}
+    of_word, of_kind = mean[1, 0] - mean[0, 0], mean[0, 1] - mean[0, 0]
+    assert of_word == pytest.approx(of_kind, rel=0.35)
+    assert of_word + of_kind == pytest.approx(mean[1, 1] - mean[0, 0], rel=0.2)
+    assert 0.4 < mean[1, 1] - mean[0, 0] < 1.0  # 0.8
+
+
 def test_the_words_are_those_of_a_way_that_was_tried() -> None:
     outcomes = made_up(300)
     known = known_of(outcomes)
@@ -143,8 +163,8 @@ def test_the_pull_of_known_questions_solves_the_kernel_ridge() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     outcomes = (dice.random((40, 2)) < 0.5).astype(float)
     kernel = np.array([[np.exp(SHARPNESS * (float(one @ other) - 1)) for other in vectors] for one in vectors])
-    exact = np.linalg.solve(kernel + 3.0 * np.eye(40), outcomes - outcomes.mean(axis=0))
-    assert fit_pull(vectors, outcomes, 3.0) == pytest.approx(exact, abs=1e-3)
+    exact = np.linalg.solve(kernel + KERNEL_RIDGE * np.eye(40), outcomes - outcomes.mean(axis=0))
+    assert fit_pull(vectors, outcomes) == pytest.approx(exact, abs=1e-3)
 
 
 def test_a_told_domain_says_its_mean_gain_among_the_others() -> None:
