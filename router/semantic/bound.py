@@ -58,11 +58,12 @@ def lowest_threshold(
     max_wrong: float,
     z: float = CONFIDENCE_Z,
     *,
+    lately: Floats | None = None,
     most_wrong: float = math.inf,
 ) -> Standing | None:
     """The lowest threshold whose upper bound is at most `max_wrong`; None if there is none. `wrong` is 1 or 0 per label.
 
-    `most_wrong` bounds their number too: how many of all that the labels stand for may be wrong, at worst.
+    `most_wrong` bounds a number too: of the questions that have the scores `lately`, how many would get a wrong answer, at worst.
     """
     if len(scores) == 0:
         return None
@@ -73,10 +74,17 @@ def lowest_threshold(
     ratio = np.cumsum(weight * wrong[order]) / total
     worst = upper_bound(ratio, size, z)
     last_of_score = np.append(ordered[1:] < ordered[:-1], True)
-    kept = np.flatnonzero((worst <= max_wrong) & (worst * total <= most_wrong) & last_of_score)
+    kept = np.flatnonzero((worst <= max_wrong) & (worst * _at_least(ordered, lately) <= most_wrong) & last_of_score)
     if not len(kept):
         return None
     place = int(kept[-1])
     return Standing(
         float(ordered[place]), float(ratio[place]), float(worst[place]), float(size[place]), float(total[place] / total[-1])
     )
+
+
+def _at_least(thresholds: Floats, scores: Floats | None) -> NDArray[np.int64]:
+    """How many scores are at or above each threshold."""
+    if scores is None:
+        return np.zeros(len(thresholds), np.int64)
+    return np.asarray(len(scores) - np.searchsorted(np.sort(scores), thresholds), np.int64)

@@ -48,9 +48,11 @@ Floats = NDArray[np.float64]
 
 _WINDOW = 12_000  # labels
 _REFIT_EVERY = 200  # labels
+_REFIT_AFTER = 1_000  # candidates, where most are served and few have labels
 _FIRST_REFIT = 100
 _NEVER = 1.1  # a threshold that no chance reaches
 _UNPROVEN_HITS = 0.05  # of the questions of an unproven class
+_LATELY = 2_000  # questions: as a cache fills more of them find an answer, so that older ones say too little of wrong ones
 _PRIOR_MARGIN = 1 / 6  # of the bound: what the prior had shown to be 2.5 % was 8 to 15 % of another stream's hits
 _FOLDS = 3
 _PULL = 2.0  # towards the prior's coefficients; without a prior towards none
@@ -128,7 +130,8 @@ class Evidence:
     served: NDArray[np.bool_]
     start: Floats
     giving: frozenset[str]  # classes that give answers for evidence
-    num_asked: dict[str, int]  # questions of each class since the first of its rows
+    asked: NDArray[np.int64]  # by row: its number among all questions of its class
+    num_asked: dict[str, int]  # questions of each class, so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ class Decider:
         self._classes: dict[str, _Class] = {}
         self._window: deque[Seen] = deque(maxlen=_WINDOW)
         self._since_refit = 0
-        self._num_seen = 0
+        self._num_seen = self._num_seen_at_refit = 0
         self._coefficients: Floats | None = None
 
     def chances(self, rows: Floats) -> Floats:
@@ -200,18 +203,18 @@ class Decider:
             this.num_verified += 1
             this.served_labels.append(right)
             self._check_served(this)
-        due = self._since_refit >= (_FIRST_REFIT if self._coefficients is None else _REFIT_EVERY)
+        if self._coefficients is None:
+            due = self._since_refit >= _FIRST_REFIT
+        else:
+            due = self._since_refit >= _REFIT_EVERY or self._num_seen - self._num_seen_at_refit >= _REFIT_AFTER
         return due and len(self._window) > 0  # labels that come late may tell of a change after which nothing was asked
 
     def evidence(self) -> Evidence:
         """Begins a refit: `take(refit(evidence()))`."""
-        self._since_refit = 0
+        self._since_refit, self._num_seen_at_refit = 0, self._num_seen
         for this in self._classes.values():
             this.refit_is_late = False
         window = tuple(self._window)
-        first: dict[str, int] = {}
-        for seen in window:
-            first.setdefault(seen.kind, seen.asked)
         width = len(window[0].row)
         towards = np.zeros(width)
         towards[0] = 1.0 if self._prior.informed else 0.0
@@ -223,7 +226,8 @@ class Decider:
             served=np.array([seen.served for seen in window]),
             start=towards,
             giving=frozenset(kind for kind, this in self._classes.items() if this.state in _GIVING),
-            num_asked={kind: self._classes[kind].num_questions - asked + 1 for kind, asked in first.items()},
+            asked=np.array([seen.asked for seen in window]),
+            num_asked={kind: this.num_questions for kind, this in self._classes.items()},
         )
 
     def refit(self, evidence: Evidence) -> Fitted:
@@ -248,9 +252,15 @@ class Decider:
             served_sizes[kind] = int((told & evidence.served).sum())
             weights = represented(scores[mine], labelled[mine])
             z = CONFIDENCE_Z if kind in evidence.giving else BEGINNING_Z
-            most_wrong = self._max_wrong_requests * evidence.num_asked[kind]
+            num_asked = evidence.num_asked[kind]
             standings[kind] = lowest_threshold(
-                scores[told], 1.0 - right[told], weights, self._max_wrong, z, most_wrong=most_wrong
+                scores[told],
+                1.0 - right[told],
+                weights,
+                self._max_wrong,
+                z,
+                lately=scores[mine & (evidence.asked > num_asked - _LATELY)],
+                most_wrong=self._max_wrong_requests * min(num_asked, _LATELY),
             )
             if told.any():
                 calibrations[kind] = calibrated(scores[told], right[told])

@@ -53,10 +53,10 @@ def test_a_true_share_is_covered() -> None:
 labels = st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.sampled_from([1.0, 2.0, 5.0])), min_size=1, max_size=150)
 
 
-@given(labels, st.sampled_from([0.02, 0.05, 0.1, 0.3]), st.sampled_from([1.0, 3.0, 10.0, math.inf]))
+@given(labels, st.sampled_from([0.02, 0.05, 0.1, 0.3]), st.lists(st.integers(0, 30)), st.sampled_from([1.0, 3.0, math.inf]))
 @settings(max_examples=100, deadline=None)
 def test_the_threshold_is_the_lowest_that_a_search_through_all_would_find(
-    found: list[tuple[int, bool, float]], bound: float, most_wrong: float
+    found: list[tuple[int, bool, float]], bound: float, lately: list[int], most_wrong: float
 ) -> None:
     best: float | None = None
     for threshold in {score / 30 for score, _, _ in found}:
@@ -65,10 +65,10 @@ def test_the_threshold_is_the_lowest_that_a_search_through_all_would_find(
         size = total**2 / sum(weight**2 for _, weight in kept)
         ratio = sum(weight for wrong, weight in kept if wrong) / total
         worst = float(upper_bound(ratio, size))
-        if worst <= bound and worst * total <= most_wrong:
+        if worst <= bound and worst * sum(score / 30 >= threshold for score in lately) <= most_wrong:
             best = threshold if best is None else min(best, threshold)
     scores, wrong, weights = (np.array(column, float) for column in zip(*found, strict=True))
-    standing = lowest_threshold(scores / 30, wrong, weights, bound, most_wrong=most_wrong)
+    standing = lowest_threshold(scores / 30, wrong, weights, bound, lately=np.array(lately, float) / 30, most_wrong=most_wrong)
     assert (None if standing is None else standing.threshold) == best
 
 

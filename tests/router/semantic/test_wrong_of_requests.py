@@ -61,6 +61,16 @@ def test_questions_that_nothing_resembles_count_too() -> None:
     assert wrong <= 0.02 * 20_000
 
 
+def test_when_more_questions_find_an_answer_fewer_of_these_may_be_wrong() -> None:
+    """As a cache fills. Of all that was asked so far the later wrong answers would be few."""
+    decider = new_decider(of_requests=0.02)
+    ask(decider, random.Random(8), 8_000, sure=0.04, unsure=0.06)
+    ask(decider, random.Random(9), 2_000, sure=0.4, unsure=0.6)
+    given, wrong = ask(decider, random.Random(10), 3_000, sure=0.4, unsure=0.6)
+    assert given > 0.2 * 3_000
+    assert wrong <= 0.02 * 3_000
+
+
 def test_the_bound_on_hits_stays() -> None:
     """Few are asked that resemble anything, so the bound on requests would let all of it through."""
     few = {"sure": 0.04, "unsure": 0.06}
