@@ -269,7 +269,7 @@ def train_prior(questions: Questions, allowed: list[int], out: Path, vectors: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=14_000, help="length of the stream")
+    parser.add_argument("--requests", type=int, default=14_000, help="length of the stream, at most")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--bounds",
@@ -300,11 +300,13 @@ def main() -> None:
     outcomes: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = defaultdict(float)
     last: dict[str, Ours] = {}
-    possible = []
+    possible: list[float] = []
+    lengths: list[int] = []  # a file may not have so many questions as are wanted
     edits = edited_questions(questions, to_judge, embedder, options.edits)
     edits_served: dict[str, Counter[str]] = defaultdict(Counter)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         asked = asked_questions(questions, stream(questions, to_judge, options.requests, seed), embedder)
+        lengths.append(len(asked))
         possible.append(1.0 - len({one.kind for one in asked}) / len(asked))
         asked = drifted(asked, options.drift, seed)
         for name, policy in policies(
@@ -320,7 +322,7 @@ def main() -> None:
     rows = [summary(name, found, seconds[name], edits_served[name], len(edits)) for name, found in outcomes.items()]
     report = {
         "embedder": embedder.revision,
-        "requests": options.requests,
+        "requests": round(float(np.mean(lengths))),
         "seeds": options.seeds,
         "drift": options.drift,
         "possible_hit_percent": round(100 * float(np.mean(possible)), 1),
@@ -335,7 +337,7 @@ def main() -> None:
         print(json.dumps(report, indent=1))
         return
     print(
-        f"{report['embedder']}: {options.seeds} x {options.requests} requests, at most {report['possible_hit_percent']} % can hit"
+        f"{report['embedder']}: {options.seeds} x {report['requests']} requests, at most {report['possible_hit_percent']} % hits"
     )
     print("in percent: hits of requests, of the last quarter's; wrong of requests, of hits; verified of hits; edits served")
     print(
