@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from common.errors import TransferBroken
@@ -78,6 +78,11 @@ def encode_table(names: Iterable[PieceName], digests: Iterable[bytes]) -> bytes:
     return b"".join([_DESCRIPTOR.pack(*name, digest) for name, digest in zip(names, digests, strict=True)])
 
 
+def descriptors_in(table: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, int, bytes]]:
+    """Logical block, first layer, number of layers and digest of each."""
+    return _DESCRIPTOR.iter_unpack(table)
+
+
 def decode_header(header: bytes | bytearray | memoryview, *, block_bytes: int) -> Frame:
     """Raises TransferBroken for anything that a peer of this version with blocks of this size would not send."""
     magic, version, kind, nonce, count, amount = _HEADER.unpack(header)
@@ -100,7 +105,7 @@ def decode_table(frame: Frame, table: bytes | bytearray | memoryview, num_layers
     they cannot be of such blocks, or are not what it said."""
     pieces = []
     layers = 0
-    for logical_block, first_layer, of_them, digest in _DESCRIPTOR.iter_unpack(table):
+    for logical_block, first_layer, of_them, digest in descriptors_in(table):
         if of_them == 0 or first_layer + of_them > num_layers:
             raise TransferBroken(f"a piece of the layers from {first_layer}, {of_them} of them, is not in a block")
         pieces.append(Written(PieceName(logical_block, first_layer, of_them), digest, None))

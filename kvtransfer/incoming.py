@@ -181,23 +181,24 @@ class Incoming:
         transfer, counters = self.transfer, self._side.counters
         blocks_before = len(transfer.verified)
         transfer.heard(self._side.clock.monotonic_s())
-        arrived_bytes = verified_bytes = repeated_bytes = 0
-        for (name, stated, _), found in zip(written, self._digests_of(written), strict=True):
+        arrived_layers = verified_layers = repeated_layers = 0
+        for (name, stated, _, _), found in zip(written, self._digests_of(written), strict=True):
             if not transfer.receiving:
                 counters.late_pieces += 1
                 continue
-            piece_bytes = name.num_layers * self._layer_bytes
-            arrived_bytes += piece_bytes
+            num_layers = name[2]
+            arrived_layers += num_layers
             arrival = transfer.piece_arrived(name, stated, found == stated)
             if arrival is Arrival.VERIFIED:
-                verified_bytes += piece_bytes
+                verified_layers += num_layers
             elif arrival is Arrival.DUPLICATE:
-                repeated_bytes += piece_bytes
+                repeated_layers += num_layers
+        verified_bytes = verified_layers * self._layer_bytes
         counters.blocks += len(transfer.verified) - blocks_before
         counters.bytes += verified_bytes
         counters.bytes_by_writer[self.ticket.prefill_worker_id] += verified_bytes
-        self._unspent_bytes -= arrived_bytes
-        self._unreturned_bytes += verified_bytes + repeated_bytes
+        self._unspent_bytes -= arrived_layers * self._layer_bytes
+        self._unreturned_bytes += verified_bytes + repeated_layers * self._layer_bytes
         if self._unspent_bytes < 0:
             transfer.poison(TransferBroken("the writer wrote more than it had credit for"))
         self._return_credit()
@@ -220,23 +221,27 @@ class Incoming:
     # -- within -------------------------------------------------------------------------------------------------------
 
     def _digests_of(self, written: Sequence[Written]) -> Iterable[bytes]:
-        """What the bytes of these pieces are, here and now; where all lie in the pool, one native call says it."""
+        """What the bytes of these pieces are, as their link has found it, or here and now: by one native call, where all lie in
+        the pool."""
+        known = [found for _, _, _, found in written if found is not None]
+        if len(known) == len(written):
+            return known
         nonce, kernel = self.ticket.nonce, piece_kernel()
         if kernel is not None and self._layer_bytes >= kernel.least_bytes:
             packed = self._packed(written)
             if packed:
                 return kernel.digests(packed, nonce)
-        contents = [self._content(name) if dropped is None else dropped for name, _, dropped in written]
+        contents = [self._content(name) if dropped is None else dropped for name, _, dropped, _ in written]
         if self._side.region.on_device:
             read_contents(contents)
-        return (piece_digest(content, nonce, *name) for (name, _, _), content in zip(written, contents, strict=True))
+        return (piece_digest(content, nonce, *name) for (name, *_), content in zip(written, contents, strict=True))
 
     def _packed(self, written: Sequence[Written]) -> list[bytes]:
         """Where each of these pieces lies; nothing if one of them does not lie in one of the ticket's blocks."""
         packed: list[bytes] = []
         pool_address, blocks, first_block = self._side.address, self._blocks, self._first_block
         block_bytes, layer_bytes = self._block_bytes, self._layer_bytes
-        for name, _, dropped in written:
+        for name, _, dropped, _ in written:
             logical_block, first_layer, num_layers = name
             index, start_bytes, piece_bytes = logical_block - first_block, first_layer * layer_bytes, num_layers * layer_bytes
             if pool_address is None or dropped is not None or not 0 <= index < len(blocks):

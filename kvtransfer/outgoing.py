@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.clock import Clock
@@ -34,11 +34,11 @@ from common.errors import (
 from common.types import Ticket
 from kvtransfer.digest import block_digest_of
 from kvtransfer.lease import PULSES_PER_LEASE, Lease
-from kvtransfer.part import mask_of, runs_within
+from kvtransfer.pushes import Pushes
 from kvtransfer.recutting import Cut, Made, Recutting
 from kvtransfer.region import BlockRegion
-from kvtransfer.spans import Span, SpanPieces, names_of, sizes_of
-from kvtransfer.transports.base import Piece, PieceName, SenderLink
+from kvtransfer.spans import Span, SpanPieces, columns_of
+from kvtransfer.transports.base import Piece, SenderLink
 from kvtransfer.window import PeerWindow
 
 BATCH_BYTES = 32 * 1024 * 1024  # written per turn on the link
@@ -95,15 +95,12 @@ class Outgoing:
         self._side = side
         self._enter = enter
         self._recutting = recutting
-        self._window = window
-        self._num_layers = side.num_layers if window is None else window.layout.num_layers
+        self._pushes = Pushes(ticket, side.region, side.num_layers, window)
         self._phase = _Phase.PUSHING
         self._error: HandoffError | None = None
         self._queue: deque[Span | Cut] = deque()
         self._queued_bytes = 0
         self._credit_bytes = 0
-        self._all_layers = mask_of(ticket.part, self._num_layers)  # that the ticket is for
-        self._pushed: dict[int, int] = {}  # logical block -> a bit for each layer
         self._digests: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
         self._bytes = 0
         self._transfer_s = 0.0
@@ -130,19 +127,19 @@ class Outgoing:
         if self._recutting is not None:
             raise IllegalTransition("the peer's blocks are not as ours: they have to be made")
         if self._may_push(blocks):
-            await self._push(self._spans(blocks, *(layers or (0, self._num_layers))))
+            await self._push(self._pushes.spans(blocks, *(layers or (0, self._pushes.num_layers))))
 
     async def push_prompt(self, logical: range, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> None:
         """As `push`, of blocks that are made of ours: `logical` are the peer's, `blocks` all of the prompt's here, in order. May
         be used for any peer."""
         if self._may_push(logical):
-            first, end = layers or (0, self._num_layers)
+            first, end = layers or (0, self._pushes.num_layers)
             if self._recutting is None:
                 if logical.stop > len(blocks):
                     raise TicketRefused(f"the prompt's blocks do not hold all of block {logical.stop - 1}", param="logical_block")
-                await self._push(self._spans([(number, blocks[number]) for number in logical], first, end))
+                await self._push(self._pushes.spans([(number, blocks[number]) for number in logical], first, end))
             else:
-                await self._push(self._cuts(self._recutting, logical, blocks, first, end))
+                await self._push(self._pushes.cuts(self._recutting, logical, blocks, first, end))
 
     @property
     def block_tokens(self) -> int | None:
@@ -153,9 +150,8 @@ class Outgoing:
         """Returns when everything was written and CLOSE was said. Raises what the transfer has failed with, and SealMismatch if
         blocks of the ticket were not pushed, or not all of their layers. When cancelled, call `abort` (or `finish` again)."""
         self._raise_if_over()
-        pushed = sum(layers == self._all_layers for layers in self._pushed.values())
-        if pushed != len(self.ticket.blocks):
-            missing = len(self.ticket.blocks) - pushed
+        missing = self._pushes.num_missing
+        if missing:
             self._fail(SealMismatch(f"{missing} of the ticket's {len(self.ticket.blocks)} blocks were not pushed"))
         elif self._phase is _Phase.PUSHING:
             self._phase = _Phase.FINISHING
@@ -264,10 +260,10 @@ class Outgoing:
 
     async def _write(self, link: SenderLink, pieces: Sequence[Piece]) -> None:
         digests = await link.write(self.ticket.nonce, pieces, self._stopping)
-        written = self._digests
-        for (logical_block, first_layer, num_layers), digest in zip(names_of(pieces), digests, strict=False):
+        columns, written = columns_of(pieces), self._digests
+        for (logical_block, first_layer, num_layers), digest in zip(columns.names(), digests, strict=False):
             written.setdefault(logical_block, []).append((first_layer, num_layers, digest))
-        self._bytes += sum(sizes_of(pieces)[: len(digests)])
+        self._bytes += sum(columns.sizes_bytes[: len(digests)])
         if len(digests) < len(pieces) and not self._stopping():
             raise TransferBroken("the link to the decode worker went away")
 
@@ -325,66 +321,6 @@ class Outgoing:
             self._room.clear()
             await self._room.wait()
             self._raise_if_over()
-
-    def _spans(self, blocks: Sequence[tuple[int, int]], first: int, end: int) -> list[Span | Cut]:
-        """Checked in full before anything is noted down: a refused push leaves no trace."""
-        region, ticket = self._side.region, self.ticket
-        logical_blocks = [logical for logical, _ in blocks]
-        pushed = self._check_new(logical_blocks, first, end)
-        outside = [source for _, source in blocks if not 0 <= source < region.num_blocks]
-        if outside:
-            raise IndexError(f"block {outside[0]} of {region.num_blocks}")
-        layer_bytes = region.block_bytes // self._side.num_layers
-        window, block_bytes, first_block = self._window, region.block_bytes, ticket.first_block
-        block_bytes_there, blocks_there = block_bytes if window is None else window.layout.block_bytes, ticket.blocks
-        spans: list[Span | Cut] = []
-        for run_first, run_end in runs_within(ticket.part, first, end):
-            here_bytes = (run_first if window is None else window.here(run_first, run_end)) * layer_bytes
-            there_bytes = run_first * layer_bytes
-            sources_bytes = [source * block_bytes + here_bytes for _, source in blocks]
-            destinations_bytes = [
-                blocks_there[logical - first_block] * block_bytes_there + there_bytes for logical in logical_blocks
-            ]
-            size_bytes = (run_end - run_first) * layer_bytes
-            spans.append(Span(run_first, run_end - run_first, size_bytes, logical_blocks, sources_bytes, destinations_bytes))
-        self._pushed.update(pushed)
-        return spans
-
-    def _cuts(self, recutting: Recutting, logical: range, blocks: Sequence[int], first: int, end: int) -> list[Span | Cut]:
-        """Likewise."""
-        ticket, block_bytes = self.ticket, recutting.layout.block_bytes
-        pushed = self._check_new(logical, first, end)
-        runs = tuple(runs_within(ticket.part, first, end))
-        cuts: list[Span | Cut] = []
-        for number in logical:
-            table = recutting.covering(number, blocks, ticket.num_tokens)
-            outside = next((block for block in table.blocks if block >= self._side.region.num_blocks), None)
-            if outside is not None:
-                raise IndexError(f"block {outside} of {self._side.region.num_blocks}")
-            for run_first, run_end in runs:
-                name = PieceName(number, run_first, run_end - run_first)
-                size_bytes = recutting.size_bytes(name)
-                start_bytes = run_first * (size_bytes // name.num_layers)
-                offset_bytes = ticket.blocks[number - ticket.first_block] * block_bytes + start_bytes
-                cuts.append(Cut(name, offset_bytes, size_bytes, table))
-        self._pushed.update(pushed)
-        return cuts
-
-    def _check_new(self, logical_blocks: Iterable[int], first: int, end: int) -> dict[int, int]:
-        """What is pushed of each of these blocks once these layers are. Raises TicketRefused."""
-        if not 0 <= first < end <= self._num_layers:
-            raise TicketRefused(f"layers from {first} to {end} of blocks with {self._num_layers}", param="layers")
-        layers = (1 << end) - (1 << first) & self._all_layers
-        first_block, num_destinations = self.ticket.first_block, len(self.ticket.blocks)
-        pushed: dict[int, int] = {}
-        for logical in logical_blocks:
-            if not 0 <= logical - first_block < num_destinations:
-                raise TicketRefused(f"logical block {logical} is not in the ticket", param="logical_block")
-            before = self._pushed.get(logical, 0)
-            if before & layers or logical in pushed:
-                raise TicketRefused("a logical block was pushed twice", param="logical_block")
-            pushed[logical] = before | layers
-        return pushed
 
     def _stopping(self) -> bool:
         return self._phase is _Phase.STOPPING

@@ -211,6 +211,10 @@ class KVReceiver:
             return Refusal.NOT_YOURS
         return incoming.let_in(link)
 
+    def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
+        incoming = self._written_over(link, nonce)
+        return None if incoming is None else incoming.ticket
+
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         incoming = self._written_over(link, nonce)
         return None if incoming is None else incoming.place_of(name)

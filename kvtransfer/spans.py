@@ -2,6 +2,7 @@
 
     span     layers [first, first + number)  of the blocks    | a | b | c | ...      waits in the queue of a transfer
     pieces                                                       a    b    c          (`SpanPieces`), when it is its turn
+    columns    their names, sizes, places, each in a row of its own: what links ask for where there are many
 
 A span says in columns where its blocks' layers lie, so that pushing, queueing and writing many blocks costs the interpreter
 little for each of them: a `Piece` is made only for who asks for one. What waits and goes on in the next layers of the same
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
 from operator import add
-from typing import NamedTuple, overload
+from typing import NamedTuple, Protocol, overload
 
 from kvtransfer.native.kernel import packed_piece
 from kvtransfer.region import BlockRegion
@@ -63,6 +64,23 @@ class Span(NamedTuple):
         return self._replace(num_layers=self.num_layers + other.num_layers, piece_bytes=size_bytes + other.piece_bytes)
 
 
+class Columns(Protocol):
+    """What may be asked of many pieces without making them."""
+
+    @property
+    def sizes_bytes(self) -> list[int]: ...
+
+    def names(self) -> list[PieceName]: ...
+
+    def reach(self) -> tuple[int, int]:
+        """The pool's bytes that they go to lie between these two offsets."""
+        ...
+
+    def packed(self, pool_address: int | None) -> bytes:
+        """Of pieces in host memory, for native code that writes them to the pool at this address, or with none leaves them."""
+        ...
+
+
 class SpanPieces(Sequence[Piece]):
     """The pieces of these spans, in their order."""
 
@@ -94,8 +112,7 @@ class SpanPieces(Sequence[Piece]):
         ends_bytes = [max(span.destinations_bytes) + span.piece_bytes for span in self._spans]
         return min([min(span.destinations_bytes) for span in self._spans]), max(ends_bytes)
 
-    def packed(self, pool_address: int | None) -> list[bytes]:
-        """Of pieces in host memory, for native code that writes them to the pool at this address, or with none leaves them."""
+    def packed(self, pool_address: int | None) -> bytes:
         here, packed = self._region.address, list[bytes]()
         for first, number, size, blocks, sources, destinations in self._spans:
             places = repeat(0) if pool_address is None else [pool_address + place for place in destinations]
@@ -103,7 +120,7 @@ class SpanPieces(Sequence[Piece]):
                 packed_piece(here + start, place, size, block, first, number)
                 for block, start, place in zip(blocks, sources, places, strict=False)
             ]
-        return packed
+        return b"".join(packed)
 
     @cached_property
     def _pieces(self) -> list[Piece]:
@@ -115,30 +132,31 @@ class SpanPieces(Sequence[Piece]):
         ]
 
 
-def names_of(pieces: Sequence[Piece]) -> list[PieceName]:
-    return pieces.names() if isinstance(pieces, SpanPieces) else [piece.name for piece in pieces]
+class ListedPieces:
+    """Pieces that were made one by one, in columns."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.sizes_bytes = [piece.source.nbytes for piece in pieces]
+        self._pieces = pieces
+
+    def names(self) -> list[PieceName]:
+        return [piece.name for piece in self._pieces]
+
+    def reach(self) -> tuple[int, int]:
+        starts_bytes = [piece.destination_offset_bytes for piece in self._pieces]
+        return min(starts_bytes), max(map(add, starts_bytes, self.sizes_bytes))
+
+    def packed(self, pool_address: int | None) -> bytes:
+        return b"".join(
+            [
+                packed_piece(address_of(source), 0 if pool_address is None else pool_address + offset_bytes, source.nbytes, *name)
+                for name, offset_bytes, source in self._pieces
+            ]
+        )
 
 
-def sizes_of(pieces: Sequence[Piece]) -> list[int]:
-    return pieces.sizes_bytes if isinstance(pieces, SpanPieces) else [piece.source.nbytes for piece in pieces]
-
-
-def reach_of(pieces: Sequence[Piece]) -> tuple[int, int]:
-    """The pool's bytes that they go to lie between these two offsets."""
-    if isinstance(pieces, SpanPieces):
-        return pieces.reach()
-    starts_bytes = [piece.destination_offset_bytes for piece in pieces]
-    return min(starts_bytes), max(map(add, starts_bytes, sizes_of(pieces)))
-
-
-def packed_of(pieces: Sequence[Piece], pool_address: int | None) -> list[bytes]:
-    """As `SpanPieces.packed`."""
-    if isinstance(pieces, SpanPieces):
-        return pieces.packed(pool_address)
-    return [
-        packed_piece(address_of(source), 0 if pool_address is None else pool_address + offset_bytes, source.nbytes, *name)
-        for name, offset_bytes, source in pieces
-    ]
+def columns_of(pieces: Sequence[Piece]) -> Columns:
+    return pieces if isinstance(pieces, SpanPieces) else ListedPieces(pieces)
 
 
 def address_of(view: memoryview) -> int:

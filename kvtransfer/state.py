@@ -189,15 +189,16 @@ class IncomingTransfer:
             return self._refuse(DigestMismatch(f"the bytes of logical block {logical_block} are not what was sent"))
         here = self._layers_here.get(logical_block, 0)
         piece = (first_layer, num_layers, digest)
-        pieces = self._pieces.setdefault(logical_block, [])
         if here & layers:
-            if piece in pieces:
+            if piece in self._pieces[logical_block]:
                 return Arrival.DUPLICATE
             return self._refuse(DigestMismatch(f"layers of logical block {logical_block} were sent twice, and differently"))
-        pieces.append(piece)
+        if here:
+            self._pieces[logical_block].append(piece)
+        else:
+            self._pieces[logical_block] = [piece]
         if here | layers == self._all_layers:
-            pieces.sort()
-            block_digest = block_digest_of(pieces)
+            block_digest = block_digest_of(sorted(self._pieces[logical_block])) if here else digest
             if self.seal is not None and self.seal.digests[logical_block] != block_digest:
                 return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
             self.verified[logical_block] = block_digest

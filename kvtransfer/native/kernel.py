@@ -3,6 +3,7 @@
     copy       contents of pieces that are copied
     digests    digests of pieces that lie where they lie
     write      a batch from end to end: copied, digested, framed and sent, a frame at a time
+    follow     the other end of it over shared memory: announcements are read, and what they name is digested
 
 Addresses are plain numbers: whoever calls keeps the memory alive and has checked its bounds. Calls let go of the GIL.
 """
@@ -22,14 +23,16 @@ from xxhash import xxh3_128_digest
 from common.native_build import BuildError
 from kvtransfer.digest import DIGEST_BYTES, binding_of, piece_digest
 
-_INTERFACE = 2
+_INTERFACE = 3
 _CHECKED_NONCE = bytes(range(200, 216))
 _CHECKED_SIZES = (241, 256, 257, 1023, 1024, 1025, 4096, 4097, 12_288, 65_536 + 33)
 NAME_BYTES = 8
 DESCRIPTOR_BYTES = NAME_BYTES + DIGEST_BYTES
 _BYTES_PER_BUFFER = 16
 
-packed_piece = struct.Struct("<QQQIHH").pack
+_PIECE = struct.Struct("<QQQIHH")
+PIECE_BYTES = _PIECE.size
+packed_piece = _PIECE.pack
 """A piece, as all calls take it: address of the source, address of the destination (0: it stays where it is), bytes, and its
 name: logical block, first layer, number of layers. Raises struct.error for what has no room."""
 
@@ -56,6 +59,58 @@ class Outlet(NamedTuple):
 _pack_link = struct.Struct("=iiII32s28sI").pack  # the outlet, a header, what digests are bound to, and whether payload follows
 
 
+class WriterEntry(ctypes.Structure):
+    """A writer that was let in, as `follow` knows it: `blocks` is the address of its ticket's blocks, 32 bits each."""
+
+    _fields_ = (
+        ("header", ctypes.c_uint8 * 32),  # of an announcement without pieces
+        ("binding", ctypes.c_uint8 * 28),
+        ("first_block", ctypes.c_uint32),
+        ("num_blocks", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("blocks", ctypes.c_uint64),
+        ("left_bytes", ctypes.c_uint64),  # that it has not announced yet
+    )
+
+
+class FollowedPool(ctypes.Structure):
+    """Where announced pieces lie, the socket that they are announced on, and when a call is over."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("block_bytes", ctypes.c_uint64),
+        ("layer_bytes", ctypes.c_uint64),
+        ("num_layers", ctypes.c_uint32),
+        ("socket", ctypes.c_int32),
+        ("most_bytes", ctypes.c_uint64),
+        ("most_pieces", ctypes.c_uint32),
+        ("patience_us", ctypes.c_uint32),
+    )
+
+
+class InboxEntry(ctypes.Structure):
+    """What was read from a socket, and not looked at, lies between `begin` and `end`."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("size_bytes", ctypes.c_uint64),
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+    )
+
+
+class Followed(ctypes.Structure):
+    """What a call of `follow` has found: so many pieces, how many of them do not have the digest that was announced, which
+    writer's they are, and whether the socket was empty after them."""
+
+    _fields_ = (
+        ("num_pieces", ctypes.c_uint64),
+        ("num_unlike", ctypes.c_uint64),
+        ("writer", ctypes.c_uint64),
+        ("drained", ctypes.c_uint64),
+    )
+
+
 class PieceKernel:
     def __init__(self, path: Path) -> None:
         """Raises BuildError if this is not the library that belongs to this file."""
@@ -77,6 +132,10 @@ class PieceKernel:
         self._digests.argtypes, self._digests.restype = (text, number, text, pointer), None
         self._write.argtypes = (text, text, pointer, number, pointer, pointer, pointer)
         self._write.restype = ctypes.c_int64
+        self.follow = library.pdserve_pieces_follow
+        """Takes pool, writers and their number, inbox; then room for descriptors and digests, and for what was found."""
+        self.follow.argtypes = (pointer, pointer, number, pointer, pointer, pointer, pointer)
+        self.follow.restype = None
 
     def copy(self, pieces: Sequence[bytes]) -> list[bytes]:
         """Copies each, of at least `least_bytes`; xxh3-128 of what was read, in one pass. When it returns, all copies are there
@@ -92,25 +151,25 @@ class PieceKernel:
         return _parted(digests.raw, 0, DIGEST_BYTES)
 
     def write(
-        self, pieces: Sequence[bytes], ends: Sequence[int], outlet: Outlet, nonce: bytes, header: bytes, *, with_payload: bool
+        self, pieces: bytes, ends: Sequence[int], outlet: Outlet, nonce: bytes, header: bytes, *, with_payload: bool
     ) -> tuple[list[bytes], Outcome]:
-        """Copies and digests pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the last of
-        which is their number: `header` with its own count of pieces, and amount of payload if there is any; descriptors; payload.
-        Returns the digests of those whose frames were sent in full."""
+        """Copies and digests packed pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the
+        last of which is their number: `header` with its own count of pieces, and amount of payload if there is any; descriptors;
+        payload. Returns the digests of those whose frames were sent in full."""
         frames = array("I", ends)
-        descriptors = ctypes.create_string_buffer(DESCRIPTOR_BYTES * len(pieces))
-        buffers = ctypes.create_string_buffer(_BYTES_PER_BUFFER * (len(pieces) + 2))
+        table_bytes = DESCRIPTOR_BYTES * ends[-1]
+        room = ctypes.create_string_buffer(table_bytes + _BYTES_PER_BUFFER * (ends[-1] + 2))  # descriptors, then buffers to send
         written = ctypes.c_uint64(0)
         outcome = self._write(
             _pack_link(*outlet, header, binding_of(nonce), with_payload),
-            b"".join(pieces),
+            pieces,
             frames.buffer_info()[0],
             len(frames),
-            ctypes.addressof(descriptors),
-            ctypes.addressof(buffers),
+            ctypes.addressof(room),
+            ctypes.addressof(room) + table_bytes,
             ctypes.addressof(written),
         )
-        return _parted(descriptors.raw[: DESCRIPTOR_BYTES * written.value], NAME_BYTES, DESCRIPTOR_BYTES), Outcome(outcome)
+        return _parted(room.raw[: DESCRIPTOR_BYTES * written.value], NAME_BYTES, DESCRIPTOR_BYTES), Outcome(outcome)
 
 
 def _parted(raw: bytes, first_byte: int, stride_bytes: int) -> list[bytes]:

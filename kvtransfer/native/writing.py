@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from kvtransfer.frames import Frame, FrameKind
-from kvtransfer.native.kernel import Outcome, Outlet, PieceKernel
+from kvtransfer.native.kernel import PIECE_BYTES, Outcome, Outlet, PieceKernel
 
 CALL_BYTES = 16 * 1024 * 1024  # a millisecond over shared memory; the interpreter is cold after it and takes its time
 
@@ -33,7 +33,7 @@ def write_natively(
     send: NativeSend,
     kind: FrameKind,
     nonce: bytes,
-    packed: Sequence[bytes],
+    packed: bytes,
     sizes_bytes: Sequence[int],
     ends: Sequence[int],
     stop: Callable[[], bool],
@@ -43,12 +43,12 @@ def write_natively(
     header, with_payload = Frame(kind, nonce).encode(), kind is FrameKind.BLOCKS
     ends_bytes = [0, *accumulate(sizes_bytes)]
     digests: list[bytes] = []
-    while (first := len(digests)) < len(packed) and not stop():
+    while (first := len(digests)) < len(sizes_bytes) and not stop():
         frame = bisect_right(ends, first)
         last = bisect_left(ends_bytes, ends_bytes[first] + CALL_BYTES, first)  # pieces before it are enough for a call
         frames = ends[frame : bisect_left(ends, last) + 1]
         written, outcome = kernel.write(
-            packed[first : frames[-1]],
+            packed[first * PIECE_BYTES : frames[-1] * PIECE_BYTES],
             [end - first for end in frames],
             send.outlet,
             nonce,

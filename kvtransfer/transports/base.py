@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from common.errors import HandoffError, TicketRefused
-from common.types import KVLayout
+from common.types import KVLayout, Ticket
 from kvtransfer.region import BlockRegion
 
 
@@ -81,6 +81,7 @@ class Written(NamedTuple):
     name: PieceName
     digest: bytes
     dropped: memoryview | None  # None: it is in the pool; else its bytes, which had nowhere to go
+    found: bytes | None = None  # the digest that its bytes have here, where the link has looked
 
 
 class Refusal(enum.IntEnum):
@@ -134,6 +135,10 @@ class Landing(Protocol):
     def writer_opened(self, link: ReceiverLink, nonce: bytes) -> int | Refusal:
         """May it write? The bytes that it may write at first, to be sent with the grant; or why not (told apart by type: a
         Refusal is an int as well)."""
+        ...
+
+    def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
+        """Of a writer that was let in, for a link that looks at what is written before it reports it. None = look not."""
         ...
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:

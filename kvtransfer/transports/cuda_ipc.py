@@ -31,7 +31,7 @@ from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
-from kvtransfer.transports.receiving import StreamListener
+from kvtransfer.transports.listening import StreamListener
 from kvtransfer.transports.sending import Send, StreamSenderLink
 from kvtransfer.transports.unix_socket import connect_to, listen_at
 

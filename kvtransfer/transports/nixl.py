@@ -46,8 +46,9 @@ from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.region import BlockRegion, use_huge_pages
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink, Written
+from kvtransfer.transports.listening import StreamListener
 from kvtransfer.transports.nixl_agent import NixlAgent, Ring, load_nixl
-from kvtransfer.transports.receiving import StreamListener, StreamReceiverLink
+from kvtransfer.transports.receiving import StreamReceiverLink
 from kvtransfer.transports.sending import Send, StreamSenderLink
 from kvtransfer.transports.tcp import dial, listen_on, tune
 

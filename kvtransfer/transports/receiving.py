@@ -1,14 +1,15 @@
-"""The decode worker's end of a link over a socket, shared by tcp and shm: accept, authenticate, read frames, report.
+"""The decode worker's end of a link over a socket, shared by tcp and shm: reads frames and reports.
 
-    accept -> authenticate -> frames: OPEN ... BLOCKS|WRITTEN ... CLOSE ... -> end of the link -> landing.link_lost
+    frames: OPEN ... BLOCKS|WRITTEN ... CLOSE ... -> end of the link -> landing.link_lost
 
 A link reads on the event loop: header, table of pieces, and then straight into the places that the landing names, several pieces
 with one system call. It asks anew before each read: once the landing says "nowhere", what is still on the wire goes to scratch.
 Where no payload comes over the socket, all frames that are there are read at once; else a header and as long a table as the last
 one was, and what turns out to be payload is copied to its place. At most `READS_PER_WAKEUP` reads happen, and pieces of about
-`BYTES_PER_WAKEUP` are looked at, before others get their turn. A peer that breaks the rules is hung up on. If it writes into the
-pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn: before that it may still be
-writing.
+`BYTES_PER_WAKEUP` are looked at, before others get their turn. Where a writer writes into the pool by itself, and a compiled
+library is there, that reads what is announced and digests it meanwhile (`native.following`). A peer that breaks the rules is hung
+up on. If it writes into the pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn:
+before that it may still be writing.
 """
 
 from __future__ import annotations
@@ -17,23 +18,22 @@ import asyncio
 import contextlib
 import enum
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-from common.errors import HandoffError, TransferBroken
+from common.errors import TransferBroken
 from common.types import KVLayout
 from kvtransfer.frames import HEADER_BYTES, MAX_TABLE_BYTES, Frame, FrameKind, decode_header, decode_table
 from kvtransfer.layout import layer_bytes as pool_layer_bytes
-from kvtransfer.region import BlockRegion
-from kvtransfer.transports.authentication import PoolShape, authenticate_as_decode
-from kvtransfer.transports.base import Landing, LinkCredentials, PeerName, Refusal, Written
+from kvtransfer.native.choice import piece_kernel
+from kvtransfer.native.following import Following, PoolPlaces
+from kvtransfer.transports.base import Landing, PeerName, Refusal, Written
 
 READS_PER_WAKEUP = 4
+PARTS_PER_WAKEUP = 64  # headers and tables that are looked at beside native code
 BYTES_PER_WAKEUP = 4 * 1024 * 1024  # announced by the frames that are looked at in one turn
 MAX_PLACES_PER_READ = 64
 MIN_READ_BYTES, MAX_READ_BYTES = 64 * 1024, 1024 * 1024  # places are asked for in proportion to what a read brought last
 WORTH_WAKING_BYTES = 512 * 1024
-MAX_UNAUTHENTICATED = 64
-ACCEPT_BACKOFF_S = 0.1
 
 
 class _Part(enum.Enum):
@@ -60,6 +60,7 @@ class StreamReceiverLink:
         data_kind: FrameKind,  # BLOCKS: payload comes over the socket; WRITTEN: the peer writes into the pool
         on_end: Callable[[StreamReceiverLink], None],
         layer_bytes: int | None = None,  # on the wire; None = as in the pool
+        pool_address: int | None = None,  # where the peer's pieces can be read while it writes more of them
     ) -> None:
         self.kind = kind
         self.peer = peer
@@ -86,6 +87,8 @@ class StreamReceiverLink:
         self._read_bytes = MIN_READ_BYTES
         self._enough_bytes = 1  # for the kernel to wake us
         self._ended = False
+        self._pool_address = pool_address
+        self._following: Following | None = None  # once there is a writer that native code can follow
         self._loop.add_reader(sock, self._readable)
 
     def end(self) -> None:
@@ -127,6 +130,9 @@ class StreamReceiverLink:
         if self._ended:
             return
         self._allowance_bytes = BYTES_PER_WAKEUP
+        if self._following is not None:
+            self._follow(self._following)
+            return
         self._handle_frames()  # that were left to this turn
         for _ in range(READS_PER_WAKEUP):
             if self._ended or self._has_more or not self._read_once():
@@ -137,6 +143,27 @@ class StreamReceiverLink:
             self._loop.call_soon(self._readable)
         else:
             self._wait_for_enough()
+
+    def _follow(self, following: Following) -> None:
+        """Announcements are read and looked after by native code, everything else here; after a report others get their turn."""
+        for _ in range(PARTS_PER_WAKEUP):
+            if self._part is _Part.HEADER:
+                nonce, pieces, self._begin, self._end, drained = following.follow(self._begin, self._end)
+                if pieces:
+                    self._landing.pieces_written(self, nonce, pieces)
+                if drained or self._ended:
+                    return
+                if pieces:
+                    break
+            if self._has_more:
+                self._handle_part()
+            elif not self._read_once():
+                return
+            if self._ended:
+                return
+            if self._allowance_bytes <= 0:
+                break
+        self._loop.call_soon(self._readable)
 
     def _read_once(self) -> bool:
         """One receive; False when the socket has no more for now, or for ever."""
@@ -193,17 +220,21 @@ class StreamReceiverLink:
         return self._part in _FRAMED and self._end - self._begin >= self._part_bytes
 
     def _handle_frames(self) -> None:
+        while not self._ended and self._has_more and self._allowance_bytes > 0:
+            self._handle_part()
+
+    def _handle_part(self) -> None:
+        """A header or a table, and what was read behind it of a payload."""
+        part = self._inbox[self._begin : self._begin + self._part_bytes]
+        self._begin += len(part)
         try:
-            while not self._ended and self._has_more and self._allowance_bytes > 0:
-                part = self._inbox[self._begin : self._begin + self._part_bytes]
-                self._begin += len(part)
-                if self._part is _Part.HEADER:
-                    self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
-                else:
-                    self._part = _Part.HEADER
-                    self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
-                while self._part is _Part.PAYLOAD and self._begin < self._end:
-                    self._take_payload()
+            if self._part is _Part.HEADER:
+                self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
+            else:
+                self._part = _Part.HEADER
+                self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
+            while self._part is _Part.PAYLOAD and self._begin < self._end:
+                self._take_payload()
         except TransferBroken:
             self._condemn()
 
@@ -213,7 +244,10 @@ class StreamReceiverLink:
                 answer = self._landing.writer_opened(self, frame.nonce)
                 kind = FrameKind.REFUSE if isinstance(answer, Refusal) else FrameKind.GRANT
                 self._say(Frame(kind, frame.nonce, amount=answer))
+                self._let_in(frame.nonce)
             case FrameKind.CLOSE:
+                if self._following is not None:
+                    self._following.forget(frame.nonce)
                 self._landing.writer_closed(self, frame.nonce)
             case FrameKind.PULSE:
                 self._landing.writer_alive(self, frame.nonce)
@@ -222,6 +256,18 @@ class StreamReceiverLink:
                 self._part = _Part.TABLE
             case _:
                 raise TransferBroken(f"a {frame.kind.name} frame does not belong on a {self.kind} link")
+
+    def _let_in(self, nonce: bytes) -> None:
+        kernel = piece_kernel()
+        if kernel is None or self._pool_address is None or self._layer_bytes < kernel.least_bytes:
+            return
+        ticket = self._landing.ticket_of(self, nonce)
+        if ticket is None:
+            return
+        if self._following is None:
+            places = PoolPlaces(self._pool_address, self._layout.block_bytes, self._layer_bytes, self._layout.num_layers)
+            self._following = Following(kernel, self._sock.fileno(), places, self._inbox)
+        self._following.let_in(ticket)
 
     def _table_received(self, pieces: list[Written]) -> None:
         if self._frame.kind is FrameKind.BLOCKS:
@@ -232,7 +278,7 @@ class StreamReceiverLink:
             self._dropping = False
             self._reads_ahead_bytes = HEADER_BYTES + self._frame.table_bytes
         else:
-            self._allowance_bytes -= sum([name.num_layers for name, _, _ in pieces]) * self._layer_bytes
+            self._allowance_bytes -= sum([name.num_layers for name, *_ in pieces]) * self._layer_bytes
             self._landing.pieces_written(self, self._frame.nonce, pieces)
 
     # -- payload ------------------------------------------------------------------------------------------------------
@@ -241,7 +287,7 @@ class StreamReceiverLink:
         """Where the next bytes go: to the places of pieces in turn, as far as a read may bring; to scratch alone."""
         places: list[memoryview] = []
         ahead_bytes = -self._into_piece
-        for name, _, _ in self._pieces[self._next : self._next + MAX_PLACES_PER_READ]:
+        for name, *_ in self._pieces[self._next : self._next + MAX_PLACES_PER_READ]:
             place = None if self._dropping else self._landing.destination(self, self._frame.nonce, name)
             if place is None:
                 if not places:
@@ -301,87 +347,3 @@ class StreamReceiverLink:
         self._part = _Part.REMAINS
         with contextlib.suppress(OSError):  # already gone: the next read says so
             self._sock.shutdown(socket.SHUT_WR)
-
-
-class StreamListener:
-    """Accepts, authenticates, and keeps the links of one listening socket."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        address: str,
-        landing: Landing,
-        credentials: LinkCredentials,
-        region: BlockRegion,
-        layout: KVLayout,
-        *,
-        kind: str,
-        data_kind: FrameKind,
-        introduce: Callable[[socket.socket], Awaitable[None]],  # what follows authentication, before the first frame
-    ) -> None:
-        self.address = address
-        self._sock = sock
-        self._landing = landing
-        self._credentials = credentials
-        self._shape = PoolShape(region.num_blocks, region.block_bytes)
-        self._layout = layout
-        self._kind = kind
-        self._data_kind = data_kind
-        self._introduce = introduce
-        self._links: set[StreamReceiverLink] = set()
-        self._greetings: set[asyncio.Task[None]] = set()
-        self._unauthenticated = asyncio.Semaphore(MAX_UNAUTHENTICATED)
-        self._accepting = asyncio.create_task(self._accept(), name=f"kv-accept-{kind}")
-
-    async def close(self) -> None:
-        tasks = [self._accepting, *self._greetings]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        self._sock.close()
-        for link in tuple(self._links):
-            link.end()
-
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._unauthenticated.acquire()
-            try:
-                sock, _ = await loop.sock_accept(self._sock)
-            except OSError:  # out of descriptors, or the peer was gone before we looked: neither ends the listener
-                self._unauthenticated.release()
-                await asyncio.sleep(ACCEPT_BACKOFF_S)
-                continue
-            greeting = asyncio.create_task(self._greet(sock), name=f"kv-greet-{self._kind}")
-            self._greetings.add(greeting)
-            greeting.add_done_callback(self._greeted)
-
-    def _greeted(self, greeting: asyncio.Task[None]) -> None:
-        self._greetings.discard(greeting)
-        self._unauthenticated.release()
-
-    async def _greet(self, sock: socket.socket) -> None:
-        link = None
-        try:
-            sock.setblocking(False)
-            peer = await authenticate_as_decode(sock, self._credentials, self._shape, self._landing.admit)
-            link = await self._welcome(sock, peer)
-        except HandoffError as error:
-            self._landing.link_refused(error)
-            return
-        finally:
-            if link is None:
-                sock.close()
-        self._links.add(link)
-
-    async def _welcome(self, sock: socket.socket, peer: PeerName) -> StreamReceiverLink:
-        await self._introduce(sock)
-        return StreamReceiverLink(
-            sock,
-            peer,
-            self._landing,
-            self._layout,
-            kind=self._kind,
-            data_kind=self._data_kind,
-            on_end=self._links.discard,
-        )

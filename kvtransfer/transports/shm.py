@@ -36,10 +36,10 @@ from kvtransfer.host_identity import this_host
 from kvtransfer.native.choice import piece_kernel
 from kvtransfer.native.writing import write_natively
 from kvtransfer.region import BlockRegion, use_huge_pages
-from kvtransfer.spans import address_of, packed_of, reach_of, sizes_of
+from kvtransfer.spans import address_of, columns_of
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
-from kvtransfer.transports.receiving import StreamListener
+from kvtransfer.transports.listening import StreamListener
 from kvtransfer.transports.sending import Send, SocketSend, StreamSenderLink
 from kvtransfer.transports.unix_socket import connect_to, listen_at
 
@@ -128,12 +128,13 @@ class MappedWriter:
         if not pieces:
             return []
         kernel = piece_kernel()
-        sizes_bytes = sizes_of(pieces)
+        columns = columns_of(pieces)
+        sizes_bytes = columns.sizes_bytes
         if kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
-            first_bytes, end_bytes = reach_of(pieces)
+            first_bytes, end_bytes = columns.reach()
             self._check(first_bytes, end_bytes - first_bytes)
             ends = announcements(len(pieces), sizes_bytes[0])
-            packed = packed_of(pieces, self._pool_address)
+            packed = columns.packed(self._pool_address)
             return write_natively(kernel, send, FrameKind.WRITTEN, nonce, packed, sizes_bytes, ends, stop)
         batch = _Batch(nonce, pieces, stop, send)
         worth_helping = batch.piece_bytes >= LARGE_PIECE_BYTES and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES

@@ -18,10 +18,10 @@ from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.native.choice import piece_kernel
 from kvtransfer.native.writing import write_natively
 from kvtransfer.region import BlockRegion
-from kvtransfer.spans import packed_of, sizes_of
+from kvtransfer.spans import columns_of
 from kvtransfer.transports.authentication import AUTHENTICATION_TIMEOUT_S, PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
-from kvtransfer.transports.receiving import StreamListener
+from kvtransfer.transports.listening import StreamListener
 from kvtransfer.transports.sending import Send, SocketSend, StreamSenderLink
 
 KIND = "tcp"
@@ -68,10 +68,11 @@ class WireWriter:
 
     def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         kernel = piece_kernel()
-        sizes_bytes = sizes_of(pieces)
+        columns = columns_of(pieces)
+        sizes_bytes = columns.sizes_bytes
         ends = _ends_of_frames(sizes_bytes)
         if pieces and kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
-            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, packed_of(pieces, None), sizes_bytes, ends, stop)
+            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, columns.packed(None), sizes_bytes, ends, stop)
         digests: list[bytes] = []
         for end in ends:
             if stop():

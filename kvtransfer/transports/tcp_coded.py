@@ -20,7 +20,8 @@ from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.authentication import PoolShape, authenticate_as_prefill
 from kvtransfer.transports.base import Landing, LinkCredentials, Listener, PeerName, Piece, SenderLink
-from kvtransfer.transports.receiving import StreamListener, StreamReceiverLink
+from kvtransfer.transports.listening import StreamListener
+from kvtransfer.transports.receiving import StreamReceiverLink
 from kvtransfer.transports.sending import Send, StreamSenderLink
 from kvtransfer.transports.tcp import FRAME_BYTES, dial, listen_on, tune
 from kvtransfer.wire_dtype import WireDtype, WireFormat, decode, encode

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from common.errors import HandoffError
-from common.types import KVLayout
+from common.types import KVLayout, Ticket
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.transports import receiving
 from kvtransfer.transports.base import PeerName, PieceName, ReceiverLink, Refusal, Written
@@ -49,6 +49,9 @@ class Notes:
         self.opened.append(nonce)
         return 12345 if nonce == NONCE else Refusal.NOT_YOURS
 
+    def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
+        return None
+
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         self.asked += 1
         self.fenced = self.fenced or (self.fence_after is not None and self.asked > self.fence_after)
@@ -58,7 +61,7 @@ class Notes:
         return memoryview(self.pool)[start : start + name.num_layers * LAYER_BYTES]
 
     def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
-        for name, digest, dropped in written:
+        for name, digest, dropped, _ in written:
             self.written.append((nonce, name, digest, None if dropped is None else bytes(dropped)))
 
     def writer_alive(self, link: ReceiverLink, nonce: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from kvtransfer.region import BlockRegion
-from kvtransfer.spans import Span, SpanPieces, address_of, names_of, packed_of, reach_of, sizes_of
+from kvtransfer.spans import Span, SpanPieces, address_of, columns_of
 from kvtransfer.transports.base import Piece, PieceName
 
 LAYERS, LAYER_BYTES, BLOCKS = 6, 512, 16
@@ -67,16 +67,16 @@ def test_spans_stand_for_their_pieces(region: BlockRegion, seed: int) -> None:
     assert len(pieces) == 8
     assert [pieces[index] for index in range(8)] == expected
     assert pieces[2:7] == expected[2:7]
-    for told in (pieces, expected):
-        assert names_of(told) == [piece.name for piece in expected]
-        assert sizes_of(told) == [piece.source.nbytes for piece in expected]
+    for told in (columns_of(pieces), columns_of(expected)):
+        assert told.names() == [piece.name for piece in expected]
+        assert told.sizes_bytes == [piece.source.nbytes for piece in expected]
         starts = [piece.destination_offset_bytes for piece in expected]
-        assert reach_of(told) == (
+        assert told.reach() == (
             min(starts),
             max(start + piece.source.nbytes for start, piece in zip(starts, expected, strict=True)),
         )
         for pool_address in (POOL_ADDRESS, None):
-            rows = [struct.unpack("<QQQIHH", row) for row in packed_of(told, pool_address)]
+            rows = list(struct.iter_unpack("<QQQIHH", told.packed(pool_address)))
             assert [row[0] for row in rows] == [address_of(piece.source) for piece in expected]
             assert [row[1] for row in rows] == [0 if pool_address is None else pool_address + start for start in starts]
             assert [(row[2], PieceName(*row[3:])) for row in rows] == [(piece.source.nbytes, piece.name) for piece in expected]

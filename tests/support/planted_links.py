@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from common.errors import HandoffError
-from common.types import KVLayout, WorkerRef
+from common.types import KVLayout, Ticket, WorkerRef
 from common.wire import worker_pb2
 from decode_worker.prefill_peer import GrpcPrefillPeer
 from kvtransfer.region import BlockRegion
@@ -157,6 +157,9 @@ class PlantedLanding:
 
     def writer_opened(self, link: ReceiverLink, nonce: bytes) -> int | Refusal:
         return self._inner.writer_opened(link, nonce)
+
+    def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
+        return None  # what arrives may be spoiled in `pieces_written`: nobody looks before
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         return self._inner.destination(link, nonce, name)

@@ -1,6 +1,8 @@
-// A batch of pieces from end to end: copied or read, digested in the same pass, framed, and sent or announced, in one call.
+// A batch of pieces from end to end: copied or read, digested in the same pass, framed, and sent or announced, in one call; and the
+// other end, where what was announced is read from the socket and digested, announcement after announcement, in one call.
 //
 //   for each frame:   pieces -> copy and digest (shm) | digest (tcp) -> header, table of descriptors, payload (tcp) -> socket
+//   the other end:    socket -> header, table of descriptors -> digests of what they name (shm)
 //
 // Addresses were checked by the caller. The layout of frames is that of `kvtransfer/frames.py`, whose header is handed over as a
 // template. A socket that takes no more is waited for here, together with an event that says that the link was given up.
@@ -16,9 +18,10 @@
 
 namespace {
 
-constexpr int64_t INTERFACE = 2;
+constexpr int64_t INTERFACE = 3;
 constexpr size_t HEADER = 32, COUNT_AT = 24, AMOUNT_AT = 28, DESCRIPTOR = NAME + DIGEST;
 constexpr size_t BUFFERS = 512;  // of one system call
+constexpr uint32_t MOST = 1024;  // pieces of a frame
 
 enum Outcome : int64_t { DONE = 0, WAITED = 1, WOKEN = 2, STALLED = 3, BROKEN = 4 };
 
@@ -34,6 +37,12 @@ struct Link {
     uint8_t tag_nonce[TAG_NONCE];
     uint32_t with_payload;
 };
+
+uint32_t get32(const uint8_t* at) {
+    uint32_t value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
 
 void put32(uint8_t* at, uint32_t value) { std::memcpy(at, &value, sizeof value); }
 
@@ -54,9 +63,80 @@ void content_of(const Piece& piece, uint8_t* content) {
         pass<Copy::STORED>(from, to, piece.size, content);
 }
 
-int64_t now_ms() {
+void digest_of(const Piece& piece, const uint8_t* tag_nonce, uint8_t* digest) {
+    uint8_t content[DIGEST];
+    content_of(piece, content);
+    bound(tag_nonce, piece.name, content, digest);
+}
+
+int64_t now_us() {
     using namespace std::chrono;
-    return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
+    return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t now_ms() { return now_us() / 1000; }
+
+// Whoever waits for a moment on a core of its own.
+void pause_briefly() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// A writer that was let in, and what its ticket's blocks are in the pool.
+struct Writer {
+    uint8_t header[HEADER];  // of an announcement of its pieces, but for their number
+    uint8_t tag_nonce[TAG_NONCE];
+    uint32_t first_block, num_blocks, padding;
+    const uint32_t* blocks;
+    uint64_t left;  // bytes that it has not announced
+};
+
+struct Pool {
+    uint64_t address, block_bytes, layer_bytes;
+    uint32_t num_layers;
+    int32_t socket;
+    uint64_t most_bytes;  // digested in one call
+    uint32_t most_pieces, patience_us;
+};
+
+struct Inbox {
+    uint8_t* bytes;
+    uint64_t size, begin, end;  // what was read, and not looked at, lies between
+};
+
+struct Followed {
+    uint64_t pieces, unlike, writer, drained;  // unlike: pieces whose bytes do not have the digest that was announced
+};
+
+// Where the pieces of a whole frame are, if all of them are some of the writer's.
+bool find_pieces(const Pool& pool, const Writer& writer, const uint8_t* table, uint32_t count, Piece* pieces) {
+    for (uint32_t i = 0; i < count; ++i, table += DESCRIPTOR) {
+        uint16_t first_layer, num_layers;
+        std::memcpy(&first_layer, table + 4, 2);
+        std::memcpy(&num_layers, table + 6, 2);
+        const uint32_t index = get32(table) - writer.first_block;
+        if (index >= writer.num_blocks || num_layers == 0 || first_layer + num_layers > pool.num_layers) return false;
+        const uint64_t start = pool.block_bytes * writer.blocks[index] + pool.layer_bytes * first_layer;
+        pieces[i] = {pool.address + start, 0, pool.layer_bytes * num_layers, {}};
+        std::memcpy(pieces[i].name, table, NAME);
+    }
+    return true;
+}
+
+constexpr ssize_t NOTHING = -1, GONE = 0;
+
+// What is there, waited for no longer than so, awake: it costs less than to be woken.
+ssize_t received(int socket, uint8_t* to, size_t size, int64_t patience_us) {
+    const int64_t until_us = patience_us > 0 ? now_us() + patience_us : 0;
+    while (true) {
+        const ssize_t got = recv(socket, to, size, MSG_DONTWAIT);
+        if (got >= 0) return got;
+        if (errno == EINTR) continue;
+        if (errno != EAGAIN && errno != EWOULDBLOCK) return GONE;
+        if (until_us == 0 || now_us() >= until_us) return NOTHING;
+        for (int i = 0; i < 8; ++i) pause_briefly();
+    }
 }
 
 // All of `buffers`, which it uses up. Adds the time that it waited to `waited_ms`.
@@ -144,5 +224,57 @@ int64_t pdserve_pieces_write(
         if (waited_ms > link->patience_ms && frame + 1 < frames) return WAITED;
     }
     return DONE;
+}
+
+// Reads announcements of one writer and digests what they name, until there is something else in the inbox, the socket was empty for
+// as long as there is patience, everything was announced, or it is enough for a call. The descriptors go to `table`, what the bytes
+// of their pieces were found to be to `digests`. What is left in the inbox is the caller's to judge, and so is the end of the link.
+void pdserve_pieces_follow(
+    const Pool* pool, Writer* writers, uint64_t num_writers, Inbox* inbox, uint8_t* table, uint8_t* digests, Followed* followed) {
+    Piece pieces[MOST];
+    Writer* writer = nullptr;
+    uint64_t taken_bytes = 0;
+    *followed = {};
+    while (taken_bytes < pool->most_bytes) {
+        const uint8_t* frame = inbox->bytes + inbox->begin;
+        const uint64_t here = inbox->end - inbox->begin;
+        uint64_t wanted = HEADER;
+        if (here >= HEADER) {
+            Writer* of = writer != nullptr ? writer : writers;
+            Writer* const last = writer != nullptr ? writer + 1 : writers + num_writers;
+            while (of != last && std::memcmp(of->header, frame, COUNT_AT) != 0) ++of;
+            const uint32_t count = get32(frame + COUNT_AT);
+            const bool fits = count > 0 && count <= MOST && followed->pieces + count <= pool->most_pieces;
+            if (of == last || !fits || get32(frame + AMOUNT_AT) != 0) return;
+            wanted += DESCRIPTOR * count;
+            if (here >= wanted) {
+                if (!find_pieces(*pool, *of, frame + HEADER, count, pieces)) return;
+                std::memcpy(table + DESCRIPTOR * followed->pieces, frame + HEADER, DESCRIPTOR * count);
+                for (uint32_t i = 0; i < count; ++i) {
+                    uint8_t* digest = digests + DIGEST * followed->pieces++;
+                    digest_of(pieces[i], of->tag_nonce, digest);
+                    followed->unlike += std::memcmp(digest, frame + HEADER + DESCRIPTOR * i + NAME, DIGEST) != 0;
+                    taken_bytes += pieces[i].size;
+                    of->left -= pieces[i].size < of->left ? pieces[i].size : of->left;
+                }
+                inbox->begin += wanted;
+                writer = of;
+                followed->writer = of - writers;
+                continue;
+            }
+        }
+        if (here == 0 || inbox->begin + wanted > inbox->size) {
+            std::memmove(inbox->bytes, frame, here);
+            inbox->begin = 0;
+            inbox->end = here;
+        }
+        const bool waits = writer != nullptr && writer->left > 0;
+        const ssize_t got = received(pool->socket, inbox->bytes + inbox->end, inbox->size - inbox->end, waits ? pool->patience_us : 0);
+        if (got <= 0) {
+            followed->drained = got == NOTHING;
+            return;
+        }
+        inbox->end += got;
+    }
 }
 }

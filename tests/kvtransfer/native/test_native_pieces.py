@@ -44,7 +44,7 @@ class Calls:
         self.written = self.checked = 0
         self._kernel = kernel
 
-    def write(self, pieces: list[bytes], *arguments: Any, **options: Any) -> tuple[list[bytes], Outcome]:
+    def write(self, pieces: bytes, *arguments: Any, **options: Any) -> tuple[list[bytes], Outcome]:
         digests, outcome = self._kernel.write(pieces, *arguments, **options)
         self.written += len(digests)
         return digests, outcome

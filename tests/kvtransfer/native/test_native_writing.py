@@ -116,11 +116,11 @@ def pieces_of(memory: bytearray) -> list[Piece]:
     ]
 
 
-def packed(pieces: list[Piece]) -> list[bytes]:
-    return [packed_piece(address_of(piece.source), 0, piece.source.nbytes, *piece.name) for piece in pieces]
+def packed(pieces: list[Piece]) -> bytes:
+    return b"".join(packed_piece(address_of(piece.source), 0, piece.source.nbytes, *piece.name) for piece in pieces)
 
 
-def told(pieces: list[Piece]) -> tuple[list[bytes], list[int]]:
+def told(pieces: list[Piece]) -> tuple[bytes, list[int]]:
     return packed(pieces), [piece.source.nbytes for piece in pieces]
 
 
@@ -151,7 +151,7 @@ def test_what_is_announced_was_copied(compiled: PieceKernel, pair: Pair) -> None
         for piece, place in zip(pieces, places, strict=True)
     ]
     pair.read()
-    digests, _ = compiled.write(moves, [2, 3], pair.outlet(), NONCE, header(FrameKind.WRITTEN), with_payload=False)
+    digests, _ = compiled.write(b"".join(moves), [2, 3], pair.outlet(), NONCE, header(FrameKind.WRITTEN), with_payload=False)
     frames = frames_in(pair.all())
     told = [(frame.kind, len(frame.names), frame.payload) for frame in frames]
     assert told == [(FrameKind.WRITTEN, 2, b""), (FrameKind.WRITTEN, 1, b"")]

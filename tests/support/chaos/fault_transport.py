@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.errors import HandoffError, TransferBroken
-from common.types import KVLayout
+from common.types import KVLayout, Ticket
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import (
     Landing,
@@ -229,6 +229,9 @@ class FaultLanding:
 
     def writer_opened(self, link: ReceiverLink, nonce: bytes) -> int | Refusal:
         return self._inner.writer_opened(link, nonce)
+
+    def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
+        return None  # what arrives may be spoiled in `pieces_written`: nobody looks before
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         return self._inner.destination(link, nonce, name)
