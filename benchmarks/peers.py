@@ -70,6 +70,7 @@ _REQUEST_TIMEOUT_S = 300.0
 _LOOK_S = 3.0
 _UNLOADED_TIMES = 3
 _WORKLOADS = ["w1", "w2", "w3", "w3x4", "w5", "w4", "w6"]
+_QUICK_WORKLOADS = [name for name in _WORKLOADS if name != "w3x4"]
 _KV_POOL_TOKENS = 40_960  # holds the 32 prompts of w5 even if nothing of them is shared
 EXIT_BUSY = 3
 
@@ -206,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--folder", type=Path, default=pdserve_home() / "peers", help="where peers, weights and logs are kept")
     result.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a name that `pdserve pull` knows")
     result.add_argument("--peers", type=lambda text: [one for one in text.split(",") if one], default=[VLLM, LLAMA])
-    result.add_argument("--workloads", type=lambda text: text.split(","), default=_WORKLOADS)
+    result.add_argument("--workloads", type=lambda text: text.split(","), help="default: all")
     result.add_argument(
         "--weights",
         choices=("model", "int8", "int4", "file"),
@@ -214,9 +215,9 @@ def parser() -> argparse.ArgumentParser:
         help="of our best setting; `file` is for GGUF files",
     )
     result.add_argument("--exact", action="store_true", help="what exact mode costs, beside it: ours alone, w1 to w5")
-    result.add_argument("--blocks", type=int, default=5)
+    result.add_argument("--blocks", type=int, help="default: 5, or 3 of the quick ones")
     result.add_argument("--seconds", type=float, help="a server with so many behind it in a workload gets no more runs of it")
-    result.add_argument("--quick", action="store_true", help="smaller loads, and less patience with slow servers")
+    result.add_argument("--quick", action="store_true", help="smaller and fewer loads, and less patience with slow servers")
     result.add_argument("--anyway", action="store_true", help="measure on a busy machine too, and judge nothing")
     result.add_argument("--install-only", action="store_true")
     result.add_argument("--json", type=Path, metavar="FILE", help="everything; other workloads that are in it stay")
@@ -254,7 +255,9 @@ async def measure(
     options: argparse.Namespace, fleet: Fleet, keep: Callable[[Sequence[Run], Mapping[str, Unloaded]], object]
 ) -> tuple[list[Run], dict[str, Unloaded]]:
     """`keep` is called after each workload with all that there is."""
-    chosen = [load for name, load in workloads(quick=options.quick).items() if name in options.workloads]
+    wanted = options.workloads or (_QUICK_WORKLOADS if options.quick else _WORKLOADS)
+    blocks = options.blocks or (3 if options.quick else 5)
+    chosen = [load for name, load in workloads(quick=options.quick).items() if name in wanted]
     lines = EXACT_LINES if options.exact else (*LINES, *SLOWER_LINES)
     budget_s = options.seconds or (25.0 if options.quick else 60.0)
     runs: list[Run] = []
@@ -266,10 +269,10 @@ async def measure(
             if load.users is None and VLLM in fleet.up:
                 bases[load.name] = await unloaded_latencies(fleet.up[VLLM])
             for name in names:  # whoever is new has pages to touch and choices to make, which is said elsewhere
-                await drive(fleet.up[name], load.plan(options.blocks)[:1], users=1)
+                await drive(fleet.up[name], load.plan(blocks)[:1], users=1)
             spent_s: dict[str, float] = defaultdict(float)
             timer = SystemTimer()
-            for block in range(options.blocks):
+            for block in range(blocks):
                 for name in order_of(names, block):
                     if spent_s[name] < budget_s:
                         started_s = timer.now()
