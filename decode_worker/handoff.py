@@ -32,7 +32,7 @@ from common.codec import (
 )
 from common.config import TransferConfig
 from common.engine.heads.rows import HiddenRow
-from common.errors import EngineFailure, HandoffError, PdserveError, SealMismatch, WorkerLost
+from common.errors import EngineFailure, HandoffError, PdserveError, SealMismatch, TransferBroken, WorkerLost
 from common.logs import get_logger
 from common.metrics import LeaseReadings
 from common.tracing.span import Kind, Span, Value, current_span, within
@@ -58,6 +58,8 @@ from kvtransfer.transports.base import TransportOffer
 
 _log = get_logger(__name__)
 __all__ = ["DecodeHandoff", "MakeReceiver", "PoolMemory", "region_of_pool"]
+
+_REASON_S = 0.25  # in which a writer that stopped says why
 
 
 class MakeReceiver(Protocol):
@@ -291,6 +293,9 @@ class DecodeHandoff:
         failed = asyncio.ensure_future(incoming.wait_failed())
         try:
             await asyncio.wait({run, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not run.done() and isinstance(failed.result(), TransferBroken):
+                # Who stops writing answers as well, on another connection, and that tells why.
+                await asyncio.wait({run}, timeout=_REASON_S)
             if not run.done():
                 raise failed.result()
             reply = run.result()

@@ -226,7 +226,19 @@ async def test_drain_lets_requests_finish_and_admits_none(model_path: Path) -> N
 
 
 async def test_a_failed_engine_fails_its_requests_and_says_so(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the end of its writing is heard of before the reason."""
     async with running_workers(model_path, engine=ENGINE, decode=REMOTE) as workers:
+        runs = workers.prefill[0]._runs
+        run = runs.run
+
+        async def answering_late(message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
+            try:
+                return await run(message)
+            except PdserveError:
+                await asyncio.sleep(0.05)
+                raise
+
+        monkeypatch.setattr(runs, "run", answering_late)
 
         def broken(batch: object) -> None:
             raise RuntimeError("planted")
