@@ -1,7 +1,7 @@
 """pdserve against other servers: the same weights, the same loads, the same cores, in turns.
 
     python -m benchmarks.peers --install-only                       the peers, once: half an hour, a package index, cmake
-    python -m benchmarks.peers --quick --json peers.json            the table in about ten minutes
+    python -m benchmarks.peers --quick --json peers.json            the table in about eleven minutes
     python -m benchmarks.peers --workloads w1,w2 --json peers.json  some of it, longer; the file keeps what others are in it
     python -m benchmarks.peers --exact --quick --json exact.json    what exact mode costs, ours against ours
 

@@ -54,7 +54,7 @@ class Following:
         self._num_layers = places.num_layers
         self._pool = FollowedPool(*places, socket, CALL_BYTES, _MOST_PIECES, PATIENCE_US)
         self._inbox = InboxEntry(ctypes.addressof(ctypes.c_char.from_buffer(inbox)), inbox.nbytes, 0, 0)
-        self._kept_inbox = inbox
+        self._kept_inbox = inbox  # its memory is read by address
         self._nonces: list[bytes] = []  # of the writers that were let in, in the order of the entries
         self._blocks: list[array[int]] = []
         self._writers = (WriterEntry * _FIRST_ROOM)()
@@ -89,10 +89,6 @@ class Following:
             self._writers[index] = self._writers[last]
             self._nonces[index], self._blocks[index] = self._nonces[last], self._blocks[last]
             del self._nonces[last], self._blocks[last]
-
-    @property
-    def any_let_in(self) -> bool:
-        return bool(self._nonces)
 
     def follow(self, begin: int, end: int) -> Caught:
         """Of what the inbox has between these two, and of what comes behind it on the socket."""
