@@ -3,7 +3,6 @@ under preemption by swap and by recomputation, with other answers beside and wit
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from common.engine.captured.buckets import make_buckets
 from common.engine.captured.steps import DecodeSteps
 from common.engine.engine import Engine, build_engine
 from common.engine.kv_pool import FIRST_BLOCK
-from common.types import Request, SamplingParams
 from decode_worker.step_ahead import Asking, Wait, overlaps
 from support.host_draws import HostDraws
-from support.served_core import Answer, Served
+from support.served_core import PLAIN_WORK, Answer, Served, one_by_one, request
 from support.tiny_models import make_tiny_model
 
 POOL_BLOCKS = 14
@@ -40,38 +38,16 @@ def engine(tiny: Path) -> Engine:
     return built(tiny, exact=True)
 
 
-def request(name: str, length: int, **sampling: object) -> Request:
-    values = {"max_tokens": 12, "seed": 5, "temperature": 0.0, "logprobs": 0, **sampling}
-    prompt = tuple(3 + (7 * place + 31 * len(name) + ord(name[-1])) % 300 for place in range(length))
-    return Request(name, "m", prompt, SamplingParams(**values))  # type: ignore[arg-type]
-
-
-WORK = [
-    request("a", 9),
-    request("b", 5, temperature=0.9),
-    request("c", 13, temperature=1.0, top_k=20),
-    request("d", 3, min_tokens=4, stop_token_ids=(2,)),
-    request("e", 17),
-]
-
-
 @pytest.fixture(scope="module")
 def alone(engine: Engine) -> dict[str, Answer]:
     """Each by itself, step after step."""
-
-    async def all_of_them() -> dict[str, Answer]:
-        found: dict[str, Answer] = {}
-        for item in WORK:
-            found |= await Served(engine, overlap=False).run([item])
-        return found
-
-    return asyncio.run(all_of_them())
+    return one_by_one(engine, PLAIN_WORK)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 async def test_answers_are_those_of_each_alone(engine: Engine, alone: dict[str, Answer], preemption: str) -> None:
     served = Served(engine, overlap=True, preemption=preemption)
-    assert await served.run(WORK) == alone
+    assert await served.run(PLAIN_WORK) == alone
     totals = served.scheduler.totals
     assert totals.steps_ahead > 10
     assert totals.preemptions > 0, "the pool is not small enough for this test"
@@ -84,9 +60,9 @@ async def test_what_only_a_token_reveals_is_thrown_away(engine: Engine, alone: d
     """A stop token ends an answer one step after the next one was launched: nothing of that is seen, and no block is lost."""
     stop = alone["e"][5][0]
     first = next(place for place, (token_id, _) in enumerate(alone["e"]) if token_id == stop)
-    stopped = replace(WORK[4], sampling=replace(WORK[4].sampling, stop_token_ids=(stop,)))
+    stopped = replace(PLAIN_WORK[4], sampling=replace(PLAIN_WORK[4].sampling, stop_token_ids=(stop,)))
     served = Served(engine, overlap=True)
-    answers = await served.run([stopped, WORK[1]])
+    answers = await served.run([stopped, PLAIN_WORK[1]])
     assert answers["e"] == alone["e"][:first]
     assert answers["b"] == alone["b"]
     assert served.scheduler.totals.surplus_rows == 1
@@ -94,7 +70,9 @@ async def test_what_only_a_token_reveals_is_thrown_away(engine: Engine, alone: d
 
 
 async def test_who_leaves_while_a_step_is_under_way_disturbs_nobody(engine: Engine, alone: dict[str, Answer]) -> None:
-    work = [replace(item, sampling=replace(item.sampling, max_tokens=30)) if item.request_id in "ae" else item for item in WORK]
+    work = [
+        replace(item, sampling=replace(item.sampling, max_tokens=30)) if item.request_id in "ae" else item for item in PLAIN_WORK
+    ]
     served = Served(engine, overlap=True, preemption="swap")
     answers = await served.run(work, abort=["a", "e"])
     assert answers == {name: alone[name] for name in "bcd"}
@@ -121,7 +99,7 @@ async def test_steps_of_fixed_shape_overlap_as_well(tiny: Path, drawn: str) -> N
     # The last block is the programs' own.
     blocks = BlockManager(engine.pool.num_blocks - 1, 4, engine.blocks.root, prefix_cache=False, first_block=FIRST_BLOCK)
     packed = replace(engine, runner=runner, blocks=blocks)
-    work = [replace(item, sampling=replace(item.sampling, logprobs=None)) for item in WORK]
+    work = [replace(item, sampling=replace(item.sampling, logprobs=None)) for item in PLAIN_WORK]
     if drawn == "best by the device":
         work = [replace(item, sampling=replace(item.sampling, temperature=0.0, min_tokens=0)) for item in work]
     one_by_one = await Served(packed, overlap=False).run(work)

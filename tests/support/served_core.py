@@ -14,12 +14,27 @@ from common.engine.engine import Engine
 from common.engine.loop import EngineLoop
 from common.errors import EngineFailure
 from common.metrics import WorkerMetrics, WorkerReadings
-from common.types import Request
+from common.types import Request, SamplingParams
 from decode_worker.events import Event, Failed, Output
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.swapper import create_swapper
 
 Answer = list[tuple[int, float]]
+
+
+def request(name: str, length: int, **sampling: object) -> Request:
+    values = {"max_tokens": 12, "seed": 5, "temperature": 0.0, "logprobs": 0, **sampling}
+    prompt = tuple(3 + (7 * place + 31 * len(name) + ord(name[-1])) % 300 for place in range(length))
+    return Request(name, "m", prompt, SamplingParams(**values))  # type: ignore[arg-type]
+
+
+PLAIN_WORK = [
+    request("a", 9),
+    request("b", 5, temperature=0.9),
+    request("c", 13, temperature=1.0, top_k=20),
+    request("d", 3, min_tokens=4, stop_token_ids=(2,)),
+    request("e", 17),
+]
 
 
 class Served:
@@ -82,3 +97,15 @@ class Served:
 
 def _nobody_reads() -> WorkerReadings:
     raise EngineFailure("nobody scrapes a test")
+
+
+def one_by_one(engine: Engine, work: Sequence[Request]) -> dict[str, Answer]:
+    """The answer of each by itself, step after step."""
+
+    async def all_of_them() -> dict[str, Answer]:
+        found: dict[str, Answer] = {}
+        for item in work:
+            found |= await Served(engine, overlap=False).run([item])
+        return found
+
+    return asyncio.run(all_of_them())

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from common.engine.batch import SampleSpec, ScheduledBatch, SequenceSlice
-from common.engine.engine import Engine
 from common.engine.in_flight_step import placeholder_of
 from common.errors import EngineFailure
-from common.types import Request, SamplingParams
+from common.types import Request
 from decode_worker.step_ahead import overlaps
 from support.ranks import ThreadRanks
-from support.served_core import Answer, Served
+from support.served_core import PLAIN_WORK, Answer, Served, one_by_one, request
 from support.stages import Records, built
 from support.tiny_models import make_tiny_model
 
@@ -31,32 +30,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"), layers=4)
 
 
-def request(name: str, length: int, **sampling: object) -> Request:
-    values = {"max_tokens": 12, "seed": 5, "temperature": 0.0, "logprobs": 0, **sampling}
-    prompt = tuple(3 + (7 * place + 31 * len(name) + ord(name[-1])) % 300 for place in range(length))
-    return Request(name, "m", prompt, SamplingParams(**values))  # type: ignore[arg-type]
-
-
 WORK = [
-    request("a", 9),
-    request("b", 5, temperature=0.9),
-    request("c", 13, temperature=1.0, top_k=20),
-    request("d", 3, min_tokens=4, stop_token_ids=(2,)),
-    request("e", 17),
+    *PLAIN_WORK,
     replace(request("f", 6, temperature=1.0), num_choices=3),
     request("p", 21, prompt_logprobs=1),
     request("q", 4, frequency_penalty=0.4),
 ]
-
-
-def one_by_one(engine: Engine) -> dict[str, Answer]:
-    async def all_of_them() -> dict[str, Answer]:
-        found: dict[str, Answer] = {}
-        for item in WORK:
-            found |= await Served(engine, overlap=False).run([item])
-        return found
-
-    return asyncio.run(all_of_them())
 
 
 def of_these(answers: dict[str, Answer], work: list[Request]) -> dict[str, Answer]:
@@ -69,7 +48,7 @@ def of_these(answers: dict[str, Answer], work: list[Request]) -> dict[str, Answe
 def alone(tiny: Path) -> dict[str, Answer]:
     """In one process, each by itself, step after step."""
     with built(tiny, 1, 1) as engine:
-        return one_by_one(engine)
+        return one_by_one(engine, WORK)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), DEGREES)
@@ -103,7 +82,7 @@ def test_who_leaves_while_steps_are_under_way_disturbs_nobody(tiny: Path, kernel
         replace(item, sampling=replace(item.sampling, max_tokens=30)) if item.request_id in "ae" else item for item in WORK[:6]
     ]
     with built(tiny, 1, 1, kernels=kernels) as engine:
-        alone = one_by_one(engine)
+        alone = one_by_one(engine, WORK)
     with built(tiny, 1, 2, kernels=kernels) as engine:
         served = Served(engine, overlap=True, preemption="swap")
         answers = asyncio.run(served.run(work, abort=["a", "e"]))
