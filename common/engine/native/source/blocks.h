@@ -52,27 +52,11 @@ struct BlockRows {
         uint32_t* to = &words[size_t(first_row * blocks * BLOCK_RECORD + row - first_row)];
         for (int64_t block = 0; block < blocks; ++block, to += BLOCK_RECORD * height) {
             const int64_t first = block * BLOCK, count = width - first < BLOCK ? width - first : BLOCK;
-            float values[BLOCK] = {};
-            for (int64_t i = 0; i < count; ++i) values[i] = Element::widen(from[first + i]);
-            Floats most = {}, strange = {};
-            for (int i = 0; i < BLOCK; i += LANES) {
-                const Floats value = load(values + i);
-                most = larger(most, larger(value, -value));
-                strange += value - value;  // not zero for what is not finite
-            }
-            const bool finite = sum(strange) == 0.0f;
-            const float highest = finite ? largest(most) : 0.0f;
-            const float inverse = highest > 1e-30f ? 127.0f / highest : 0.0f;
-            const float scale = finite ? highest / 127.0f : __builtin_nanf("");  // broken memory must not look like zeros
-            int8_t rounded[BLOCK];
-            int32_t total = 0;
-            for (int i = 0; i < BLOCK; ++i) {
-                rounded[i] = int8_t(__builtin_rintf((finite ? values[i] : 0.0f) * inverse));
-                total += rounded[i];
-            }
-            for (int word = 0; word < BLOCK_WORDS; ++word) memcpy(to + word * height, rounded + 4 * word, 4);
-            to[BLOCK_WORDS * height] = as_bits(scale);
-            to[(BLOCK_WORDS + 1) * height] = zero ? uint32_t(-zero * total) : as_bits(scale * float(total));
+            int8_t steps[BLOCK];
+            const Rounded rounded = round_values<Element, BLOCK>(from + first, count, steps);
+            for (int word = 0; word < BLOCK_WORDS; ++word) memcpy(to + word * height, steps + 4 * word, 4);
+            to[BLOCK_WORDS * height] = as_bits(rounded.scale);
+            to[(BLOCK_WORDS + 1) * height] = zero ? uint32_t(-zero * rounded.total) : as_bits(rounded.scale * float(rounded.total));
         }
     }
 };

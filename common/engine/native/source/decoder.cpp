@@ -23,6 +23,7 @@
 #include "company.h"
 #include "machine_limits.h"
 #include "matrix.h"
+#include "rotary.h"
 #include "stages.h"
 
 namespace pdserve {
@@ -375,30 +376,20 @@ private:
         const int64_t head_dim = model_.head_dim, half = head_dim / 2, position = step.positions[row];
         const float* heads = &qkv_[size_t(row * qkv_stride_)];
         const float *cosines = model_.cosines + position * half, *sines = model_.sines + position * half;
-        const auto turn_values = [&](const float* head, float* turned) {
-            for (int64_t i = 0; i < half; ++i) {
-                turned[i] = head[i] * cosines[i] - head[half + i] * sines[i];
-                turned[half + i] = head[half + i] * cosines[i] + head[i] * sines[i];
-            }
-        };
-        const auto turn_head = [&](const float* head, Stored* to) {
-            float turned[512];
-            turn_values(head, turned);
-            Element::narrow(turned, to, head_dim);
-        };
         Stored* queries = reinterpret_cast<Stored*>(queries_.data()) + (kv_head * step.num_rows + row) * group_ * head_dim;
-        for (int64_t i = 0; i < group_; ++i) turn_head(heads + (kv_head * group_ + i) * head_dim, queries + i * head_dim);
+        for (int64_t i = 0; i < group_; ++i)
+            turn_head<Element>(heads + (kv_head * group_ + i) * head_dim, cosines, sines, half, queries + i * head_dim);
         const int64_t block = table[position / model_.block_tokens], offset = position % model_.block_tokens * pool_.row_values;
         Stored* keys = pool_.keys_of(block, layer, kv_head) + offset;
         const float* key = heads + (model_.num_heads + kv_head) * head_dim;
         const float* value = key + model_.num_kv_heads * head_dim;
         if (pool_.rounded) {
             float turned[512];
-            turn_values(key, turned);
+            turn_head<Float32>(key, cosines, sines, half, turned);
             round_row(turned, head_dim, keys);
             round_row(value, head_dim, keys + pool_.values_offset());
         } else {
-            turn_head(key, keys);
+            turn_head<Element>(key, cosines, sines, half, keys);
             Element::narrow(value, keys + pool_.values_offset(), head_dim);
         }
     }

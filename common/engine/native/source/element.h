@@ -28,6 +28,7 @@ struct Float32 {
 
     static inline Floats dot(Floats sum, Words weights, uint32_t input) { return fused((Floats)weights, all(as_float(input)), sum); }
     static inline float widen(Stored value) { return value; }
+    static inline Floats widen_vector(const Stored* from) { return load(from); }
     static inline void narrow(const float* from, Stored* to, int64_t count) { memcpy(to, from, size_t(count) * sizeof(float)); }
     static inline void narrow(Floats values, Stored* to) { store(to, values); }
 
@@ -54,6 +55,12 @@ struct BFloat16 {
 #endif
     }
     static inline float widen(Stored value) { return as_float(uint32_t(value) << 16); }
+    static inline Floats widen_vector(const Stored* from) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        memcpy(&halves, from, sizeof halves);
+        return (Floats)(__builtin_convertvector(halves, Words) << 16);
+    }
     static inline void narrow(const float* from, Stored* to, int64_t count) {
         int64_t i = 0;
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -69,9 +76,14 @@ struct BFloat16 {
         }
     }
     static inline void narrow(Floats values, Stored* to) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
+        memcpy(to, &rounded, sizeof rounded);
+#else
         float all[LANES];
         store(all, values);
         narrow(all, to, LANES);
+#endif
     }
 
     // Exact: integers of 8 bits are bf16 numbers.

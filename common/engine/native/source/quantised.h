@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "product.h"
+#include "rounding.h"
 
 namespace pdserve {
 
@@ -64,27 +65,11 @@ struct QuantisedRows {
         uint32_t* to = &words[size_t(first_row * groups * GROUP_RECORD + row - first_row)];
         for (int64_t group = 0; group < groups; ++group, to += GROUP_RECORD * height) {
             const int64_t first = group * GROUP, count = width - first < GROUP ? width - first : GROUP;
-            float values[GROUP] = {};
-            for (int64_t i = 0; i < count; ++i) values[i] = Element::widen(from[first + i]);
-            Floats most = {}, strange = {};
-            for (int i = 0; i < GROUP; i += LANES) {
-                const Floats value = load(values + i);
-                most = larger(most, larger(value, -value));
-                strange += value - value;  // not zero for what is not finite
-            }
-            const bool finite = sum(strange) == 0.0f;
-            const float highest = finite ? largest(most) : 0.0f;
-            const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
-            int8_t rounded[GROUP];
-            int32_t total = 0;
-            for (int i = 0; i < GROUP; ++i) {
-                rounded[i] = int8_t(__builtin_rintf(values[i] * inverse));
-                total += rounded[i];
-            }
-            for (int word = 0; word < GROUP_WORDS; ++word) memcpy(to + word * height, rounded + 4 * word, 4);
-            // Broken memory must not look like zeros.
-            to[GROUP_WORDS * height] = as_bits(finite ? highest / 127.0f : __builtin_nanf(""));
-            to[(GROUP_WORDS + 1) * height] = uint32_t(-128 * total);
+            int8_t steps[GROUP];
+            const Rounded rounded = round_values<Element, GROUP>(from + first, count, steps);
+            for (int word = 0; word < GROUP_WORDS; ++word) memcpy(to + word * height, steps + 4 * word, 4);
+            to[GROUP_WORDS * height] = as_bits(rounded.scale);
+            to[(GROUP_WORDS + 1) * height] = uint32_t(-128 * rounded.total);
         }
     }
 };

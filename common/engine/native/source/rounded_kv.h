@@ -5,11 +5,9 @@
 // A row's rounding depends on the row alone. Rows of zeros have the scale 0; what is not finite makes the whole row NaN.
 #pragma once
 
-#include "vectors.h"
+#include "rounding.h"
 
 namespace pdserve {
-
-constexpr float SMALLEST = 1e-30f;  // rows without a larger value are zeros: their steps would not be
 
 inline int64_t scale_offset(int64_t head_dim) { return round_up(head_dim, 4); }
 

@@ -89,6 +89,49 @@ inline float largest(Floats values) {
     return found;
 }
 
+inline Words larger(Words a, Words b) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline uint32_t largest(Words values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epu32((__m512i)values);
+#endif
+    uint32_t found = values[0];
+    for (int lane = 1; lane < LANES; ++lane) found = values[lane] > found ? values[lane] : found;
+    return found;
+}
+
+inline int32_t sum(Integers values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)values);
+#endif
+    int32_t total = values[0];
+    for (int lane = 1; lane < LANES; ++lane) total += values[lane];
+    return total;
+}
+
+// The nearest integers, even ones where two are as near; of values below 2^22.
+inline Integers nearest(Floats values) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_cvtps_epi32((__m512)values);
+#else
+    const Floats magic = all(12582912.0f);
+    return (Integers)(values + magic) - (Integers)magic;
+#endif
+}
+
+// The lowest byte of each.
+inline void store_bytes(int8_t* to, Integers values) {
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    const Bytes bytes = __builtin_convertvector(values, Bytes);
+    memcpy(to, &bytes, sizeof bytes);
+}
+
 // e^x to about two units in the last place; 0 below -87, never infinite, NaN stays NaN.
 inline Floats exponential(Floats x) {
     const Floats lowest = all(-87.0f), magic = all(12582912.0f);
