@@ -124,18 +124,17 @@ inline void multiply_blocks_rows(int64_t height, const uint32_t* rows, int64_t b
     multiply_blocks_tile<BITS, MINIMA, ROWS>(rows, blocks, panel, ahead, sums);
 }
 
-// As multiply_panel, of the panel `index` of a matrix.
+// As multiply_panel.
 template <int BITS, bool MINIMA, class Finish>
-inline void multiply_blocks_panel(int64_t num_rows, const BlockRows& input, int64_t blocks, const uint32_t* matrix, int64_t index,
+inline void multiply_blocks_panel(int64_t num_rows, const BlockRows& input, int64_t blocks, const PanelAt& panel,
                                   const Finish& finish) {
     const RowTiles tiles = block_tiles(num_rows);
-    const int64_t panel_words = blocks * BlockFormat<BITS, MINIMA>::PANEL_WORDS;
-    const uint32_t* panel = matrix + index * panel_words;
+    const int64_t panel_bytes = blocks * BlockFormat<BITS, MINIMA>::PANEL_WORDS * int64_t(sizeof(uint32_t));
     PanelSums sums;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t first = tiles.first(tile), height = tiles.height(tile);
-        const Ahead ahead = Ahead::of(panel, panel_words * int64_t(sizeof(uint32_t)), tile, tiles.count, height);
-        multiply_blocks_rows<BITS, MINIMA>(height, input.of_tile(first, blocks), blocks, panel, ahead, sums);
+        const Ahead ahead = Ahead::of(panel, panel_bytes, tile, tiles.count, height);
+        multiply_blocks_rows<BITS, MINIMA>(height, input.of_tile(first, blocks), blocks, panel.here, ahead, sums);
         finish(first, height, sums);
     }
 }

@@ -192,7 +192,7 @@ private:
 
     template <class Part>
     void share_rows(int member, int64_t count, const Part& part) {
-        team_.share(member, count, part);
+        team_.share(member, count, [&](int64_t i, int64_t) { part(i); });
     }
 
     // What a product is of: rows of `input`, or rows [row][hidden_stride_] that are normed first, into `input` or each member's own.
@@ -230,11 +230,11 @@ private:
             for (int64_t row = 0; row < num_rows && input.from; ++row) norm(row);
             for (int64_t part = 0; part < parts; ++part) prepare(part);
         };
-        team_.share(member, (num_outputs + PANEL - 1) / PANEL, ready, [&](int64_t panel) {
+        team_.share(member, (num_outputs + PANEL - 1) / PANEL, ready, [&](int64_t panel, int64_t next) {
             const auto finish_rows = [&](int64_t first, int64_t count, const PanelSums& sums) {
                 for (int64_t row = 0; row < count; ++row) finish(first + row, panel * PANEL, sums.of[row]);
             };
-            multiply_any_panel<Element>(num_rows, rows.data(), stride_words, prepared, matrix, input.width, panel, finish_rows);
+            multiply_any_panel<Element>(num_rows, rows.data(), stride_words, prepared, matrix, input.width, panel, next, finish_rows);
         });
     }
 
@@ -302,11 +302,11 @@ private:
             }
             end(TURN_AND_WRITE, member);
         }
-        team_.share(member, int64_t(companies_.all.size()) * model_.num_kv_heads, [&](int64_t i) {
+        team_.share(member, int64_t(companies_.all.size()) * model_.num_kv_heads, [&](int64_t i, int64_t next) {
             const Company& company = companies_.all[size_t(i / model_.num_kv_heads)];
             const int64_t kv_head = i % model_.num_kv_heads;
             if (at_once) turn_and_write(step, layer, company, kv_head);
-            attend_together(step, layer, company, kv_head, scratch_[size_t(member)], upcoming(step, layer, i + team_.size()));
+            attend_together(step, layer, company, kv_head, scratch_[size_t(member)], upcoming(step, layer, next));
         });
         end(ATTEND, member);
         product(member, rows, {attended_, attended_stride_, attended_size_}, weights.output, model_.hidden_size,
@@ -331,7 +331,7 @@ private:
         end(DOWN, member);
     }
 
-    // Where a member probably goes on that has done the unit of attention before `unit`; units are companies by KV heads.
+    // Where a unit of attention begins to read; units are companies by KV heads.
     Upcoming upcoming(const Step& step, int64_t layer, int64_t unit) const {
         const size_t company = size_t(unit / model_.num_kv_heads);
         if (company >= companies_.all.size()) return {};

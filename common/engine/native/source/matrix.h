@@ -68,25 +68,32 @@ private:
     std::vector<uint32_t> packed_;
 };
 
-// As multiply_panel; `rows` hold the same as `input` where they were prepared.
+// Words of a panel of a matrix that is so wide.
+template <class Element>
+inline int64_t panel_words(int64_t held, int64_t width) {
+    switch (held) {
+        case GROUPS_8: return num_groups(width) * PANEL_GROUP_WORDS;
+        case BLOCKS_8: return num_blocks(width) * BlockFormat<8, false>::PANEL_WORDS;
+        case BLOCKS_4: return num_blocks(width) * BlockFormat<4, false>::PANEL_WORDS;
+        case BLOCKS_4_MINIMA: return num_blocks(width) * BlockFormat<4, true>::PANEL_WORDS;
+        default: return (width + Element::PER_WORD - 1) / Element::PER_WORD * PANEL;
+    }
+}
+
+// As multiply_panel, of panel number `panel`; `next` is the thread's next one. `rows` hold the same as `input` where they were prepared.
 template <class Element, class Finish>
 inline void multiply_any_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const ProductRows& rows,
-                               const Matrix& matrix, int64_t width, int64_t panel, const Finish& finish) {
-    const int64_t blocks = num_blocks(width);
+                               const Matrix& matrix, int64_t width, int64_t panel, int64_t next, const Finish& finish) {
+    const int64_t blocks = num_blocks(width), words = panel_words<Element>(matrix.held, width);
+    const PanelAt at{matrix.panels + panel * words, matrix.panels + next * words};
     switch (matrix.held) {
-        case GROUPS_8:
-            return multiply_quantised_panel(num_rows, rows.groups(), num_groups(width),
-                                            matrix.panels + panel * num_groups(width) * PANEL_GROUP_WORDS, finish);
-        case BLOCKS_8: return multiply_blocks_panel<8, false>(num_rows, rows.blocks(), blocks, matrix.panels, panel, finish);
-        case BLOCKS_4: return multiply_blocks_panel<4, false>(num_rows, rows.blocks(), blocks, matrix.panels, panel, finish);
-        case BLOCKS_4_MINIMA: return multiply_blocks_panel<4, true>(num_rows, rows.blocks(), blocks, matrix.panels, panel, finish);
-        default: {
-            const int64_t num_words = (width + Element::PER_WORD - 1) / Element::PER_WORD;
-            const uint32_t* weights = matrix.panels + panel * num_words * PANEL;
-            if (num_rows > TILE_ROWS)
-                return multiply_panel<Element, true>(num_rows, rows.packed(), 0, weights, num_words, finish);
-            return multiply_panel<Element>(num_rows, input, stride_words, weights, num_words, finish);
-        }
+        case GROUPS_8: return multiply_quantised_panel(num_rows, rows.groups(), num_groups(width), at, finish);
+        case BLOCKS_8: return multiply_blocks_panel<8, false>(num_rows, rows.blocks(), blocks, at, finish);
+        case BLOCKS_4: return multiply_blocks_panel<4, false>(num_rows, rows.blocks(), blocks, at, finish);
+        case BLOCKS_4_MINIMA: return multiply_blocks_panel<4, true>(num_rows, rows.blocks(), blocks, at, finish);
+        default:
+            if (num_rows > TILE_ROWS) return multiply_panel<Element, true>(num_rows, rows.packed(), 0, at, words / PANEL, finish);
+            return multiply_panel<Element>(num_rows, input, stride_words, at, words / PANEL, finish);
     }
 }
 

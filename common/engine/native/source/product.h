@@ -18,10 +18,15 @@ constexpr int TILE_ROWS = LANES == 16 ? 14 : LANES == 8 ? 2 : 1;  // as many sum
 
 // How far ahead of use weights are asked for, and into which cache: low tiles wait for memory and want it close, high ones have
 // time but need the first-level cache for their input. Measured; a wrong choice costs up to a third of a step. A panel that
-// several tiles pass over was asked for while the tiles of the panel before it computed, an equal part by each: memory and
-// arithmetic then work at the same time.
+// several tiles pass over was asked for while the tiles of the panel that the thread had before it computed, an equal part by each:
+// memory and arithmetic then work at the same time.
 constexpr int FEW_ROWS = 4;
 constexpr int64_t AHEAD_OF_FEW_BYTES = 4096, AHEAD_OF_MANY_BYTES = 8192;
+
+// A panel, and the one that its thread probably has after it.
+struct PanelAt {
+    const uint32_t *here, *next;
+};
 
 // What a tile asks for while it computes: `step` bytes for each 128 of weights that it reads, beginning at `from`.
 struct Ahead {
@@ -29,10 +34,10 @@ struct Ahead {
     int64_t step;
 
     // Of tile `tile` of `tiles`, `rows` rows high, over a panel of so many bytes.
-    static Ahead of(const uint32_t* panel, int64_t panel_bytes, int64_t tile, int64_t tiles, int64_t rows) {
-        const char* here = reinterpret_cast<const char*>(panel);
+    static Ahead of(const PanelAt& panel, int64_t panel_bytes, int64_t tile, int64_t tiles, int64_t rows) {
+        const auto *here = reinterpret_cast<const char*>(panel.here), *next = reinterpret_cast<const char*>(panel.next);
         if (tiles == 1) return {here + (rows <= FEW_ROWS ? AHEAD_OF_FEW_BYTES : AHEAD_OF_MANY_BYTES), PANEL * 4};
-        return {here + panel_bytes + panel_bytes * tile / tiles, (PANEL * 4 + tiles - 1) / tiles};
+        return {next + panel_bytes * tile / tiles, (PANEL * 4 + tiles - 1) / tiles};
     }
 };
 
@@ -82,14 +87,14 @@ inline void multiply_rows(int64_t rows, const uint32_t* input, int64_t stride_wo
 
 // Calls finish(first row, rows, sums) for the tiles that cover `num_rows`.
 template <class Element, bool PACKED = false, class Finish>
-inline void multiply_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const uint32_t* panel,
-                           int64_t num_words, const Finish& finish) {
+inline void multiply_panel(int64_t num_rows, const uint32_t* input, int64_t stride_words, const PanelAt& panel, int64_t num_words,
+                           const Finish& finish) {
     const RowTiles tiles(num_rows, TILE_ROWS);
     PanelSums sums;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t first = tiles.first(tile), rows = tiles.height(tile);
         const Ahead ahead = Ahead::of(panel, num_words * PANEL * int64_t(sizeof(uint32_t)), tile, tiles.count, rows);
-        multiply_rows<Element, PACKED>(rows, input + first * (PACKED ? num_words : stride_words), stride_words, panel, num_words,
+        multiply_rows<Element, PACKED>(rows, input + first * (PACKED ? num_words : stride_words), stride_words, panel.here, num_words,
                                        ahead, sums);
         finish(first, rows, sums);
     }

@@ -139,14 +139,14 @@ inline void multiply_quantised_rows(int64_t height, const uint32_t* rows, int64_
 
 // As multiply_panel.
 template <class Finish>
-inline void multiply_quantised_panel(int64_t num_rows, const QuantisedRows& input, int64_t groups, const uint32_t* panel,
+inline void multiply_quantised_panel(int64_t num_rows, const QuantisedRows& input, int64_t groups, const PanelAt& panel,
                                      const Finish& finish) {
     const RowTiles tiles = quantised_tiles(num_rows);
     PanelSums sums;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t first = tiles.first(tile), height = tiles.height(tile);
         const Ahead ahead = Ahead::of(panel, groups * PANEL_GROUP_WORDS * int64_t(sizeof(uint32_t)), tile, tiles.count, height);
-        multiply_quantised_rows(height, input.of_tile(first, groups), groups, panel, ahead, sums);
+        multiply_quantised_rows(height, input.of_tile(first, groups), groups, panel.here, ahead, sums);
         finish(first, height, sums);
     }
 }

@@ -1,7 +1,7 @@
 // Values in 8 bits with one scale for all of them: each the nearest of 255 steps, the largest 127 steps from zero.
 //
-// What is missing up to a whole number of vectors is zero. Values none of which is larger than SMALLEST are zeros: their steps would not
-// be. What is not finite makes the scale NaN, for broken memory must not look like zeros.
+// What is missing up to a whole number of vectors is zero. Values none of which is larger than SMALLEST are zeros: their steps would
+// not be. What is not finite makes the scale NaN, for broken memory must not look like zeros.
 #pragma once
 
 #include "element.h"

@@ -1,9 +1,11 @@
 // The threads of one engine: all run the same function, do the parts of its loops together, and sleep in the kernel between calls.
 //
-// A loop is shared out while it runs: a member takes some of what is left, and again when it is through. At a barrier is waited for
-// parts, not for members: who has nothing in hand is waited for by nobody. So a member whose core is needed by somebody else for a
-// while (the router, the worker's own links), or who takes long to wake, costs the others at most the parts that it holds, and
-// goes through the loops that were done without it when it is back. The end of a call waits for whoever has begun it.
+// Each member has a share of a loop, of which it takes half of what is left at a time; who is through with its own takes from others'.
+// So members touch each other's memory about once in a loop, however many parts it has: between two cores that is hundreds of
+// nanoseconds, as long as some parts take. At a barrier is waited for parts, not for members: who has nothing in hand is waited for by
+// nobody. So a member whose core is needed by somebody else for a while (the router, the worker's own links), or who takes long to
+// wake, costs the others at most the parts that it holds, and goes through the loops that were done without it when it is back. The end
+// of a call waits for whoever has begun it.
 //
 // At a barrier a member looks for a short while, then sleeps: other workers may share the cores. A team of one has no threads.
 // Between two calls it can be said that fewer are to take part; the others sleep on and are not woken.
@@ -18,7 +20,7 @@ namespace pdserve {
 
 class Team {
 public:
-    explicit Team(int most) : most_(most), size_(most), calls_(new std::atomic<uint32_t>[size_t(most)]()), progress_(size_t(most)) {
+    explicit Team(int most) : most_(most), size_(most), calls_(new std::atomic<uint32_t>[size_t(most)]()), members_(size_t(most)) {
         for (int member = 1; member < most; ++member) threads_.emplace_back([this, member] { serve(member); });
     }
 
@@ -40,9 +42,11 @@ public:
     void run(const Task& task) {
         task_ = [](const void* what, int member) { (*static_cast<const Task*>(what))(member); };
         argument_ = &task;
-        progress_[0] = {};
-        taken_.store(0, std::memory_order_relaxed);
-        done_.store(0, std::memory_order_relaxed);
+        for (Member& member : members_) {
+            member.taken.store(0, std::memory_order_relaxed);
+            member.done.store(0, std::memory_order_relaxed);
+        }
+        members_[0].begin();
         if (size_ > 1) {
             gate_.store(uint32_t(size_) << SIZE_SHIFT, std::memory_order_release);
             wake(size_);
@@ -52,8 +56,9 @@ public:
         if (size_ > 1) close();
     }
 
-    // Has part(i) called once for each i below count, on some member. Every member calls it, with the same count, and all of them
-    // begin the same loops in the same order; it returns when nothing is left to be begun, which is no barrier.
+    // Has part(i, next) called once for each i below count, on some member; `next` is what that member does after it in this loop, as far
+    // as can be told, or `count`. Every member calls it, with the same count, and all of them begin the same loops in the same order; it
+    // returns when nothing is left to be begun, which is no barrier.
     template <class Part>
     void share(int member, int64_t count, const Part& part) {
         share(member, count, [] {}, part);
@@ -64,40 +69,35 @@ public:
     void share(int member, int64_t count, const Ready& ready, const Part& part) {
         if (size_ == 1) {
             if (count > 0) ready();
-            for (int64_t i = 0; i < count; ++i) part(i);
+            for (int64_t i = 0; i < count; ++i) part(i, i + 1);
             return;
         }
-        Progress& mine = progress_[size_t(member)];
+        Member& mine = members_[size_t(member)];
+        const uint64_t loop = ++mine.loops;
         mine.parts += uint32_t(count);
-        const uint64_t loop = ++mine.loops, end = uint64_t(count);
-        uint64_t taken = taken_.load(std::memory_order_relaxed);
-        for (bool is_ready = false;;) {
-            if (taken >> INDEX_BITS > loop) return;  // others are in a later loop: nothing of this one is left
-            const uint64_t first = taken >> INDEX_BITS < loop ? 0 : taken & INDEX_MASK;
-            if (first >= end) return;
-            // Less and less at a time, so that all come to the end together.
-            const uint64_t size = (end - first + 2 * uint64_t(size_) - 1) / (2 * uint64_t(size_));
-            if (!taken_.compare_exchange_weak(taken, loop << INDEX_BITS | (first + size), std::memory_order_relaxed)) continue;
-            if (!is_ready) ready();
-            is_ready = true;
-            for (uint64_t i = first; i < first + size; ++i) part(int64_t(i));
-            done_.fetch_add(uint32_t(size));
-            if (sleepers_.load()) done_.notify_all();
-            taken = taken_.load(std::memory_order_relaxed);
+        bool is_ready = false;
+        for (int i = 0; i < size_; ++i) {
+            const int whose = member + i < size_ ? member + i : member + i - size_;
+            const int64_t end = end_of(whose, count);
+            for (Lot lot; (lot = take(whose, loop, end_of(whose - 1, count), end)).size > 0;) {
+                if (!is_ready) ready();
+                is_ready = true;
+                for (int64_t at = lot.first; at < lot.first + lot.size; ++at) part(at, at + 1 < end ? at + 1 : count);
+                mine.done.fetch_add(uint32_t(lot.size));
+                if (sleepers_.load()) ring();
+            }
         }
     }
 
     // Returns when all parts are done of the loops that this member has gone through so far.
     void barrier(int member) {
         if (size_ == 1) return;
-        const uint32_t wanted = progress_[size_t(member)].parts;
-        const auto missing = [&](uint32_t done) { return int32_t(done - wanted) < 0; };  // a late member sees more than it asks for
         for (int look = 0; look < LOOKS; ++look) {
-            if (!missing(done_.load(std::memory_order_acquire))) return;
+            if (!is_missing(member)) return;
             pause();
         }
         sleepers_.fetch_add(1);
-        for (uint32_t done; missing(done = done_.load());) done_.wait(done);
+        for (uint32_t rung; rung = rung_.load(), is_missing(member);) rung_.wait(rung);
         sleepers_.fetch_sub(1);
     }
 
@@ -108,10 +108,51 @@ private:
     static constexpr uint32_t CLOSED = 1u << 31, INSIDE_MASK = 0xffff;
     static constexpr int SIZE_SHIFT = 16;
 
-    struct alignas(64) Progress {
-        uint64_t loops = 0;  // that it has begun
-        uint32_t parts = 0;  // of all these loops, whoever did them; differences count
+    // What belongs to one member; others read it, and take from its share when they are through with theirs.
+    struct alignas(128) Member {
+        std::atomic<uint64_t> taken{0};  // of its share: in which loop, and up to which part
+        std::atomic<uint32_t> done{0};   // parts that it did, of all loops of the call; differences count
+        uint64_t loops = 0;              // that it has begun, known to itself alone, as is
+        uint32_t parts = 0;              // how many these have, whoever does them
+
+        void begin() {
+            loops = 0;
+            parts = 0;
+        }
     };
+
+    struct Lot {
+        int64_t first, size;
+    };
+
+    // Shares are of nearly equal size, in the order of members.
+    int64_t end_of(int member, int64_t count) const { return count * (member + 1) / size_; }
+
+    // Half of what is left of somebody's share [first, end), so that others may take of the rest; nothing if nothing is left, be it that
+    // others are in a later loop.
+    Lot take(int whose, uint64_t loop, int64_t first, int64_t end) {
+        std::atomic<uint64_t>& of = members_[size_t(whose)].taken;
+        for (uint64_t taken = of.load(std::memory_order_relaxed);;) {
+            if (taken >> INDEX_BITS > loop) return {end, 0};
+            if (taken >> INDEX_BITS == loop) first = int64_t(taken & INDEX_MASK);
+            const int64_t size = (end - first + 1) / 2;
+            if (size <= 0) return {end, 0};
+            const uint64_t wanted = loop << INDEX_BITS | uint64_t(first + size);
+            if (of.compare_exchange_weak(taken, wanted, std::memory_order_relaxed)) return {first, size};
+        }
+    }
+
+    // Whether parts are to be done of the loops that this member has gone through. Nobody is in a later one then.
+    bool is_missing(int member) const {
+        uint32_t done = 0;
+        for (int i = 0; i < size_; ++i) done += members_[size_t(i)].done.load();
+        return int32_t(done - members_[size_t(member)].parts) < 0;  // a late member sees more than it asks for
+    }
+
+    void ring() {
+        rung_.fetch_add(1);
+        rung_.notify_all();
+    }
 
     static void pause() {
 #if defined(__x86_64__)
@@ -132,7 +173,7 @@ private:
             seen = calls_[size_t(member)].load(std::memory_order_acquire);
             if (ending_.load(std::memory_order_acquire)) return;
             if (!enter(member)) continue;  // it was over before this thread was awake
-            progress_[size_t(member)] = {};
+            members_[size_t(member)].begin();
             task_(argument_, member);
             const uint32_t gate = gate_.fetch_sub(1, std::memory_order_acq_rel);
             if (gate & CLOSED && (gate & INSIDE_MASK) == 1) gate_.notify_one();
@@ -162,11 +203,10 @@ private:
     void (*task_)(const void*, int) = nullptr;
     const void* argument_ = nullptr;
     std::unique_ptr<std::atomic<uint32_t>[]> calls_;  // per member: that it was woken for
-    std::vector<Progress> progress_;                  // per member, in the call that runs
+    std::vector<Member> members_;
     std::atomic<bool> ending_{false};
-    alignas(64) std::atomic<uint64_t> taken_{0};  // which loop, and up to where it was taken
-    alignas(64) std::atomic<uint32_t> done_{0};   // parts, of all loops of the call
-    std::atomic<int> sleepers_{0};                // who wait for it asleep
+    alignas(128) std::atomic<int> sleepers_{0};  // who wait for parts asleep
+    std::atomic<uint32_t> rung_{0};              // raised whenever parts are done while somebody sleeps
     std::atomic<uint32_t> gate_{CLOSED};          // closed; members that may come in; members inside
     std::vector<std::thread> threads_;
 };
