@@ -33,7 +33,7 @@ MODULES = (
 BASE = "fp32"
 SETTINGS = {
     BASE: {"dtype": "float32"},
-    "bf16": {"dtype": "bfloat16"},
+    "bf16": {"dtype": "bfloat16", "weights": "model"},
     "int8, bf16 KV": {"dtype": "bfloat16", "weights": "int8"},
     "int8, fp32 KV": {"dtype": "float32", "weights": "int8"},
     "int4, bf16 KV": {"dtype": "bfloat16", "weights": "int4"},
@@ -41,7 +41,7 @@ SETTINGS = {
     "file, bf16 KV": {"dtype": "bfloat16", "weights": "file"},
     "file, fp32 KV": {"dtype": "float32", "weights": "file"},
     "fp32, int8 KV": {"dtype": "float32", "kv_dtype": "int8"},
-    "bf16, int8 KV": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "bf16, int8 KV": {"dtype": "bfloat16", "weights": "model", "kv_dtype": "int8"},
     "file, int8 KV": {"dtype": "bfloat16", "weights": "file", "kv_dtype": "int8"},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from common.config.part import Part
 
@@ -51,12 +51,15 @@ class EngineConfig(Part):
         " Triton's kernels for all else, on CUDA. auto: native on a CPU, once it is compiled, triton on CUDA, each where it can"
         " be had, and torch elsewhere. In exact mode native kernels are compiled before the start, and have to be had.",
     )
-    weights: Literal["model", "int8", "int4", "fp8", "file"] = Field(
-        "model",
-        description="How matrices are held. int8: 8 bits, 64 weights to a scale, half the bytes to read per token. int4: 4 bits,"
-        " a third of them. file: as a GGUF file holds them (Q4_0, Q4_1, Q8_0), on CPUs; no weight is rounded again, and loading"
-        " needs no other copy. Native kernels compute with rows of 8 bits; torch computes with the rounded weights. fp8 is for"
-        " GPUs; a CPU rounds and gains nothing.",
+    weights: Literal["auto", "model", "int8", "int4", "fp8", "file"] = Field(
+        "auto",
+        validate_default=True,
+        description="How matrices are held. model: in dtype. int8: 8 bits, 64 weights to a scale, half the bytes to read per"
+        " token. int4: 4 bits, a third of them. file: as a GGUF file holds them (Q4_0, Q4_1, Q8_0), on CPUs; no weight is rounded"
+        " again, and loading needs no other copy. Native kernels compute with rows of 8 bits; torch computes with the rounded"
+        " weights. fp8 is for GPUs; a CPU rounds and gains nothing. auto: file, if all matrices of the layers are in such blocks"
+        " and native kernels may compute; model elsewhere, in exact mode, and where engine.dtype is float32 or float16. Name it"
+        " where hosts with and without a GPU serve one model: they would come to different answers, and refuse each other's KV.",
     )
     kv_dtype: Literal["model", "int8"] = Field(
         "model",
@@ -78,6 +81,12 @@ class EngineConfig(Part):
     rank_timeout_s: float = Field(
         10.0, gt=0, description="A worker of several processes ends when one of them gives no sign of life for so long."
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _a_named_type_is_that_of_weights(cls, weights: str, info: ValidationInfo) -> str:
+        """Settled here, for the model: a pool may have a type of its own, and pools have to hold the same weights."""
+        return "model" if weights == "auto" and info.data.get("dtype") in ("float32", "float16") else weights
 
 
 class ParallelConfig(Part):

@@ -135,6 +135,7 @@ def _of_ranks(plan: EnginePlan, memory: PoolMemory | None, name: str) -> Engine:
         rank=0,
         model_path=str(plan.model_path),
         engine=config,
+        weight_format=plan.weight_format,
         parallel=parallel,
         threads=plan.threads,
         layout=plan.layout,

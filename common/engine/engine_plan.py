@@ -24,6 +24,7 @@ from common.engine.operations import Operations
 from common.engine.quantisation import WeightFormat
 from common.engine.settings import EngineSettings
 from common.engine.triton_kernels.choice import choose_operations
+from common.engine.weights_choice import choose_weights
 from common.errors import ConfigError
 from common.types import ROUNDED, KVLayout
 
@@ -66,14 +67,14 @@ class EnginePlan:
         """Blocking: it may compile kernels. Raises a StartupError."""
         device = _device(config)
         dtype = dtype_of(config, device)
-        weight_format = WeightFormat.of(config.weights, device.type, config.kernels)
         architecture = load_architecture(model_path)
+        weight_format = choose_weights(config, model_path, architecture, device.type)
         _check_few_bits(config, device, model_path)
         shares = _shares_of_ranks(architecture, parallel)
         if shares and device.type == "cuda":
             _check_ranks_on_gpus(config, parallel, weight_format)
             announce("decode steps of several ranks are not captured: they are computed one operation at a time")
-        library = _settled_library(config, architecture, device, dtype, shares)
+        library = _settled_library(config, architecture, device, dtype, weight_format, shares)
         layout = KVLayout(
             model_digest=_digest_as_computed(model_digest, weight_format, _bits(config, parallel, library)),
             tokenizer_digest=tokenizer_digest,
@@ -141,7 +142,7 @@ def _check_ranks_on_gpus(config: EngineSettings, parallel: ParallelConfig | None
         )
     if weight_format is not WeightFormat.MODEL:
         raise ConfigError(
-            f"ranks on GPUs hold weights in the model's own type: {config.weights} is for one rank", param="engine.weights"
+            f"ranks on GPUs hold weights in the model's own type: {weight_format} is for one rank", param="engine.weights"
         )
 
 
@@ -150,11 +151,12 @@ def _settled_library(
     architecture: ModelArchitecture,
     device: torch.device,
     dtype: torch.dtype,
+    weight_format: WeightFormat,
     shares: tuple[Share, ...],
 ) -> Library | None:
     """The native kernels, where it has to be settled before the start who computes: bits of torch and of kernels do not mix, and
     of weights as a file holds them torch would need a copy in full."""
-    settles = config.exact or bool(shares) or config.weights == "file"
+    settles = config.exact or bool(shares) or weight_format is WeightFormat.FILE
     if config.kernels not in ("auto", "native") or device.type != "cpu" or not settles:
         return None
     from common.config import pdserve_home
@@ -162,7 +164,8 @@ def _settled_library(
     from common.engine.native.library import Library
 
     whole_groups = all(share.has_whole_groups(architecture.head_dim) for share in shares)
-    path = choose_library(config, architecture, device.type, dtype, pdserve_home() / "kernels", whole_groups=whole_groups)
+    cache = pdserve_home() / "kernels"
+    path = choose_library(config, architecture, device.type, dtype, weight_format, cache, whole_groups=whole_groups)
     return Library(Path(path)) if path else None
 
 

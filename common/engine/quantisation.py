@@ -40,7 +40,7 @@ class WeightFormat(enum.StrEnum):
 
     @classmethod
     def of(cls, weights: str, device: str, kernels: str) -> WeightFormat:
-        """What `engine.weights` means there. Triton's kernels have blocks of their own, also in their interpreter."""
+        """What a named `engine.weights` means there. Triton's kernels have blocks of their own, also in their interpreter."""
         if weights == cls.INT4 and device == "cpu" and kernels != "triton":
             return cls.INT4_BLOCKS
         return cls(weights)

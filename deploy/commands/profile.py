@@ -27,7 +27,7 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Decode steps that are timed.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="That compute.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    weights: Annotated[str, typer.Option(help="As engine.weights.")] = "model",
+    weights: Annotated[str, typer.Option(help="As engine.weights.")] = "auto",
     kernels: Annotated[str, typer.Option(help="As engine.kernels; auto takes native ones where they can be had.")] = "auto",
     exact: Annotated[bool, typer.Option("--exact", help="In exact mode.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,

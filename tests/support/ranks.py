@@ -30,6 +30,7 @@ from common.engine.parallel.rank_process import serve
 from common.engine.parallel.share import Share, shares_of
 from common.engine.parallel.stage import StageShare
 from common.engine.pool_memory import BlockMemory
+from common.engine.weights_choice import choose_weights
 from common.errors import PdserveError, RankLost
 from common.types import ROUNDED, KVLayout
 from kvtransfer.ranks.beside import Beside
@@ -83,6 +84,7 @@ def thread_group(
         rank=0,
         model_path=str(path),
         engine=config,
+        weight_format=choose_weights(config, path, whole, "cpu"),
         parallel=parallel,
         threads=1,
         layout=layout,

@@ -41,8 +41,10 @@ def make_tiny_gguf(
     drop: tuple[str, ...] = (),
     extra: dict[str, np.ndarray] | None = None,
     settings: dict[str, Any] | None = None,
+    apart: dict[str, GGMLQuantizationType] | None = None,
 ) -> Path:
-    """`folder` is one of `make_tiny_model`, float32 in one shard. Matrices are stored as `quantisation`, the rest as float32."""
+    """`folder` is one of `make_tiny_model`, float32 in one shard. Matrices are stored as `quantisation`, or as `apart` says under
+    their names in the file; the rest as float32."""
     config = json.loads((folder / "config.json").read_text())
     writer = GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
@@ -68,8 +70,9 @@ def make_tiny_gguf(
             renamed = renamed.replace(ours, theirs)
         if renamed in drop:
             continue
-        if tensor.ndim == 2 and quantisation != GGMLQuantizationType.F32:
-            writer.add_tensor(renamed, gguf.quants.quantize(tensor, quantisation), raw_dtype=quantisation)
+        stored = (apart or {}).get(renamed, quantisation)
+        if tensor.ndim == 2 and stored != GGMLQuantizationType.F32:
+            writer.add_tensor(renamed, gguf.quants.quantize(tensor, stored), raw_dtype=stored)
         else:
             writer.add_tensor(renamed, tensor)
     if rope_factors is not None:

@@ -27,6 +27,7 @@ __all__ = [
     "KeepStored",
     "Llama3RopeScaling",
     "ModelArchitecture",
+    "holds_blocks",
     "keep_all",
     "keep_only",
     "load_architecture",
@@ -80,6 +81,15 @@ def load_stored_weights(
     from common.engine.loader.gguf_file import read_stored_weights
 
     return read_stored_weights(model_path, dtype, keep)
+
+
+def holds_blocks(model_path: Path) -> bool:
+    """Whether it is a GGUF file that has all matrices of its layers in blocks that we compute with. Raises ModelLoadError."""
+    if is_random(str(model_path)) or not _is_gguf(model_path):
+        return False
+    from common.engine.loader.gguf_file import has_layers_in_blocks
+
+    return has_layers_in_blocks(model_path)
 
 
 def _is_gguf(model_path: Path) -> bool:

@@ -80,6 +80,12 @@ def read_stored_weights(path: Path, dtype: torch.dtype, keep: KeepStored) -> tup
     return architecture, weights
 
 
+def has_layers_in_blocks(path: Path) -> bool:
+    """Of a file whose architecture can be read. What it lacks is found out by whoever reads its weights."""
+    matrices = [tensor for name, tensor in GGUFFile(path).tensors.items() if name.startswith("blk.") and len(tensor.shape) == 2]
+    return bool(matrices) and all(tensor.tensor_type.name in _KINDS for tensor in matrices)
+
+
 def _open(path: Path) -> tuple[ModelArchitecture, dict[str, Any]]:
     """What the file holds, under the names of the architecture and in their order."""
     file = GGUFFile(path)

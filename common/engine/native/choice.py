@@ -54,10 +54,12 @@ def choose_model(
     """The model to start with, and perhaps one that will take over. In exact mode it is what `choose_library` found
     (`plan.library`) or torch's for good. Raises ConfigError."""
     config, settled = plan.config, plan.library
-    if settled is None and (config.exact or not _wants_native(config, plan.architecture, plan.device.type, plan.dtype)):
+    if settled is None and (
+        config.exact or not _wants_native(config, plan.architecture, plan.device.type, plan.dtype, plan.weight_format)
+    ):
         return create_torch_model(), None
     library = settled if settled is not None else _library_at_hand(config, cache)
-    panels = ModelPanels.of(plan.architecture, weights, WeightFormat.of(config.weights, "cpu", config.kernels), plan.dtype)
+    panels = ModelPanels.of(plan.architecture, weights, plan.weight_format, plan.dtype)
 
     def create(library: Library) -> Model:
         return NativeModel(library, plan.architecture, panels, pool, plan.max_model_tokens, cores)
@@ -73,6 +75,7 @@ def choose_library(
     architecture: ModelArchitecture,
     device: str,
     dtype: torch.dtype,
+    weight_format: WeightFormat,
     cache: Path,
     *,
     whole_groups: bool = True,
@@ -80,9 +83,9 @@ def choose_library(
     """For those who must compute the same way from the start to the end, which are several processes, and one in exact mode or
     with weights as a file holds them: the path of the library, compiled now if need be, or "" for torch. `whole_groups`: no
     process has a part of a group of rounded weights. Raises ConfigError."""
-    if not _wants_native(config, architecture, device, dtype):
+    if not _wants_native(config, architecture, device, dtype, weight_format):
         return ""
-    if config.weights != "model" and not whole_groups:
+    if weight_format is not WeightFormat.MODEL and not whole_groups:
         if config.kernels == "native":
             raise ConfigError("no native kernels for parts of groups of rounded weights", param="engine.kernels")
         _log.info("torch computes: ranks would divide groups of rounded weights")
@@ -156,11 +159,18 @@ def _library_at_hand(config: EngineSettings, cache: Path) -> Library | None:
         return None
 
 
-def _wants_native(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: torch.dtype) -> bool:
+def knows(architecture: ModelArchitecture) -> bool:
+    """Whether native kernels are for models like this one."""
+    return _obstacle_in(architecture) is None
+
+
+def _wants_native(
+    config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: torch.dtype, weight_format: WeightFormat
+) -> bool:
     """Raises ConfigError if native kernels are demanded where there are none."""
     if config.kernels in ("torch", "triton"):
         return False
-    obstacle = _obstacle(config, architecture, device, dtype)
+    obstacle = _obstacle(architecture, device, dtype, weight_format)
     if obstacle is not None and config.kernels == "native":
         raise ConfigError(f"no native kernels {obstacle}", param="engine.kernels")
     if obstacle is not None:
@@ -168,13 +178,17 @@ def _wants_native(config: EngineSettings, architecture: ModelArchitecture, devic
     return obstacle is None
 
 
-def _obstacle(config: EngineSettings, architecture: ModelArchitecture, device: str, dtype: torch.dtype) -> str | None:
+def _obstacle(architecture: ModelArchitecture, device: str, dtype: torch.dtype, weight_format: WeightFormat) -> str | None:
     if device != "cpu":
         return f"on {device}"
-    if config.weights == "fp8":
-        return f"for weights in {config.weights}"
+    if weight_format is WeightFormat.FP8:
+        return f"for weights in {weight_format}"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"for {str(dtype).removeprefix('torch.')}"
+    return _obstacle_in(architecture)
+
+
+def _obstacle_in(architecture: ModelArchitecture) -> str | None:
     if architecture.family != "llama":
         return f"for the family {architecture.family}"
     if architecture.head_dim > MAX_HEAD_DIM:

@@ -46,6 +46,7 @@ class ShareOrder:
     rank: int
     model_path: str
     engine: EngineConfig
+    weight_format: WeightFormat
     parallel: ParallelConfig
     threads: int
     layout: KVLayout  # of the whole
@@ -75,6 +76,7 @@ class ShareOrder:
             **{
                 **fields,
                 "engine": EngineConfig.model_validate(fields["engine"]),
+                "weight_format": WeightFormat(fields["weight_format"]),
                 "parallel": ParallelConfig.model_validate(fields["parallel"]),
                 "layout": KVLayout(**fields["layout"]),
             }
@@ -102,7 +104,7 @@ def build_share(order: ShareOrder, memory: BlockMemory | None, links: ShareLinks
     dtype: torch.dtype = getattr(torch, order.layout.values_dtype)
     connections = _connections(order, share, links, device)
     add_up = connections.add_up
-    weight_format = WeightFormat.of(order.engine.weights, device.type, order.engine.kernels)
+    weight_format = order.weight_format
     architecture, layout = share.architecture(whole), share.layout(order.layout)
     operations = choose_operations(
         order.engine.model_copy(update={"kernels": order.kernels}), architecture, layout, device, _log.warning

@@ -77,14 +77,14 @@ def test_rounded_and_whole_weights_do_not_exchange_kv(tmp_path: Path, kernels: s
 
 
 @pytest.mark.model
-def test_eight_bits_cost_less_than_a_percent_of_perplexity(smollm2: ModelFiles) -> None:
+def test_few_bits_cost_less_than_a_percent_of_perplexity(smollm2: ModelFiles) -> None:
     """On docstrings of the standard library; `benchmarks/quality.py` reads more of them."""
     tokenizer = Tokenizer.load(smollm2.path)
     texts = [tokenizer.encode(docstrings(name))[:768] for name in ("argparse", "statistics", "difflib", "textwrap")]
     losses = []
-    for weights in ("model", "int8"):
+    for weights in ("model", "int8", "file"):
         config = EngineConfig(device="cpu", dtype="bfloat16", kernels="native", weights=weights, kv_pool_tokens=1024)
         engine = build_engine(smollm2.path, config, threads=1, model_digest="m", tokenizer_digest="t")
         losses.append(sum(judge(engine, token_ids)[0] for token_ids in texts) / sum(len(token_ids) - 1 for token_ids in texts))
     assert losses[0] > 1.0, "a text that the model knows by heart tells nothing"
-    assert losses[1] - losses[0] < 0.01
+    assert max(losses[1:]) - losses[0] < 0.01

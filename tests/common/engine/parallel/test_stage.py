@@ -17,6 +17,7 @@ from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.engine import Engine, build_engine
 from common.engine.loader import load_architecture
 from common.engine.native.choice import choose_library
+from common.engine.weights_choice import choose_weights
 from support.ranks import thread_group
 from support.tiny_gemma import make_tiny_gemma
 from support.tiny_gguf import make_tiny_gguf
@@ -53,6 +54,13 @@ def settings(**changes: object) -> EngineConfig:
 
 def one_process(path: Path, config: EngineConfig) -> Engine:
     return build_engine(path, config, threads=1, model_digest="m", tokenizer_digest="t")
+
+
+def native_library(config: EngineConfig, path: Path) -> str:
+    architecture = load_architecture(path)
+    weight_format = choose_weights(config, path, architecture, "cpu")
+    dtype = getattr(torch, config.dtype)
+    return choose_library(config, architecture, "cpu", dtype, weight_format, pdserve_home() / "kernels")
 
 
 def steps() -> list[ScheduledBatch]:
@@ -94,7 +102,7 @@ def test_a_layer_is_told_of_when_all_ranks_have_stored_it(llama: Path, tensor: i
     """What is in the pool when a layer is told of is what is there in the end: it may be handed over while others compute."""
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
     config = settings(kernels=kernels)
-    library = choose_library(config, load_architecture(llama), "cpu", torch.float32, pdserve_home() / "kernels")
+    library = native_library(config, llama)
     with thread_group(llama, parallel, config, library=library) as group:
         for batch in steps():
             before, seen = group.kv.clone(), []
@@ -113,7 +121,7 @@ def test_in_exact_mode_a_degree_gives_the_same_bits_however_work_is_cut(
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
     config = settings(exact=True, kernels=kernels, weights=weights)
     path = llama if weights == "model" else wide  # whose groups of 64 are not divided
-    library = choose_library(config, load_architecture(path), "cpu", torch.float32, pdserve_home() / "kernels")
+    library = native_library(config, path)
     assert bool(library) == (kernels == "native")
     with thread_group(path, parallel, config, library=library) as group:
         whole = group.all_logits(ScheduledBatch((SequenceSlice(TOKENS, 0, range(1, 7)),)))
@@ -133,7 +141,7 @@ def test_native_shares_compute_what_the_native_whole_does(
 ) -> None:
     """In 8 bits too, whose groups of 64 inputs are never divided; there a last bit may move a rounding."""
     config = settings(kernels="native", dtype=dtype, weights=weights)
-    library = choose_library(config, load_architecture(wide), "cpu", getattr(torch, dtype), pdserve_home() / "kernels")
+    library = native_library(config, wide)
     alone = one_process(wide, config)
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
     with thread_group(wide, parallel, config, library=library) as group:
@@ -149,7 +157,7 @@ def test_native_shares_compute_what_the_native_whole_does(
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_shares_of_a_files_blocks_with_rounded_kv(in_blocks: Path, tensor: int, pipeline: int) -> None:
     config = settings(kernels="native", weights="file", kv_dtype="int8")
-    library = choose_library(config, load_architecture(in_blocks), "cpu", torch.float32, pdserve_home() / "kernels")
+    library = native_library(config, in_blocks)
     alone = one_process(in_blocks, config)
     parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline, micro_batch_tokens=8)
     with thread_group(in_blocks, parallel, config, library=library) as group:
