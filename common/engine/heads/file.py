@@ -71,6 +71,12 @@ class HeadWeights:
     out: torch.Tensor
 
 
+def as_written(weights: HeadWeights) -> HeadWeights:
+    """What a file leaves of them."""
+    matrices = {name: _whole(*_rounded(getattr(weights, name))) for name in _MATRICES}
+    return HeadWeights(weights.description, weights.tokens, weights.norm, weights.keep, weights.bias, **matrices)
+
+
 def write_heads(path: Path, weights: HeadWeights) -> None:
     """Replaces the file at once, or leaves it as it was. Raises OSError."""
     tensors = {"tokens": weights.tokens.to(torch.int32), "norm": weights.norm, "keep": weights.keep, "bias": weights.bias}
@@ -108,7 +114,7 @@ def read_heads(path: Path, *, model: str, hidden_size: int, vocab_size: int) -> 
     tokens = tensors["tokens"].long()
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size or len(tokens.unique()) != num_words:
         raise _refused(path, "names tokens twice, or tokens that the model does not have")
-    matrices = {name: tensors[name].float() * tensors[f"{name}.scale"].unsqueeze(1) for name in _MATRICES}
+    matrices = {name: _whole(tensors[name], tensors[f"{name}.scale"]) for name in _MATRICES}
     return HeadWeights(description, tokens, tensors["norm"], tensors["keep"], tensors["bias"], **matrices)
 
 
@@ -135,3 +141,7 @@ def _rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """To 8 bits, with a scale for each row."""
     scale = (matrix.detach().abs().amax(dim=1) / 127.0).clamp(min=1e-12)
     return (matrix.detach() / scale.unsqueeze(1)).round().to(torch.int8), scale
+
+
+def _whole(rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return rounded.float() * scale.unsqueeze(1)

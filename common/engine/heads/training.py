@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common.clock import Clock
-from common.engine.heads.file import Description, HeadWeights
+from common.engine.heads.file import Description, HeadWeights, as_written
 from common.engine.heads.heads import NORM, DraftHeads, normed, scaled, word_rows
 from common.engine.heads.rows import HiddenRow
 from common.engine.loader import keep_only, load_architecture, load_weights
@@ -93,7 +93,7 @@ def train(
     cell = _Cell(description, norm, words, head, scaled(embedding))
     _fit(cell, taught, plan, clock, progress)
     weights = cell.weights()
-    heads = DraftHeads(weights, head, embedding, torch.device("cpu"), torch.float32)
+    heads = DraftHeads(as_written(weights), head, embedding, torch.device("cpu"), torch.float32)
     return weights, report(heads, words, held, len(taught.tokens))
 
 

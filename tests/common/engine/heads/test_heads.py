@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.engine.heads.file import Description, HeadWeights, read_heads, write_heads
+from common.engine.heads.file import Description, HeadWeights, as_written, read_heads, write_heads
 from common.engine.heads.heads import DraftHeads, load_heads
 from common.engine.heads.rows import HiddenRow
 from common.errors import ConfigError
@@ -101,6 +101,7 @@ def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
         matrix = getattr(weights, name)
         step = matrix.abs().amax(dim=1, keepdim=True) / 127
         assert ((getattr(found, name) - matrix).abs() <= 0.51 * step).all()
+        assert torch.equal(getattr(as_written(weights), name), getattr(found, name))
     assert [file.name for file in path.parent.iterdir()] == ["heads.safetensors"]
 
 
