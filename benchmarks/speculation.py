@@ -282,7 +282,9 @@ def main() -> None:
     parser.add_argument("--shared-tokens", type=int, default=SpeculationConfig().shared_tokens)
     parser.add_argument("--draft-model", default="", help="guess with this model instead of from text")
     parser.add_argument("--method", default="ngram", choices=["ngram", "medusa"])
-    parser.add_argument("--heads", default="", help="with --method medusa: the file, if it is not where train-heads put it")
+    parser.add_argument(
+        "--heads", default="", help="with --method medusa: the file, if neither what train-heads made nor what comes with pdserve"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = Path(options.model) if Path(options.model).exists() else pull(options.model).path

@@ -179,11 +179,6 @@ def can_be_fetched(source: str) -> bool:
     return source in BUNDLED_MODELS or (_HUB_NAME.fullmatch(source) is not None and not Path(source).exists())
 
 
-def heads_path(home: Path, model: str) -> Path:
-    """Where the heads of the model of this digest are, unless somebody says otherwise."""
-    return home / "heads" / f"{model[:16]}.safetensors"
-
-
 def embedder_folder(name: str, *, home: Path | None = None) -> Path:
     """Where a bundled embedder's files are. Raises ModelLoadError that says what to do."""
     home = home or pdserve_home()

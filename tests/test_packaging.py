@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from common.heads_store import SHIPPED_FOR
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "kvtransfer", "prefill_worker", "decode_worker", "router", "deploy")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 TOP_LEVEL = {
     ".ci",
+    ".gitattributes",
     ".gitignore",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -65,6 +68,18 @@ def test_the_page_of_the_console_is_in_the_wheel_with_all_that_it_loads() -> Non
         names = [str(path.relative_to(ROOT)) for path in files.values()]
         done = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.stdout == ""
+
+
+def test_heads_that_come_with_us_are_in_the_wheel_each_for_a_model() -> None:
+    names = [f"common/shipped_heads/{name}" for name in SHIPPED_FOR.values()]
+    found = [path.relative_to(ROOT).as_posix() for path in (ROOT / "common" / "shipped_heads").iterdir()]
+    assert sorted(found) == sorted(names), "a file is missing, or nobody loads it"
+    assert sum((ROOT / name).stat().st_size for name in names) < 8 * 2**20
+    if (ROOT / ".git").exists():
+        done = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout == ""
+        done = subprocess.run(["git", "check-attr", "diff", *names], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.count(": diff: unset\n") == len(names), "git takes it for text"
 
 
 @pytest.mark.parametrize(

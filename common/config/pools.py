@@ -82,7 +82,9 @@ class SpeculationConfig(Part):
     )
     draft_kv_pool_tokens: int = Field(16_384, ge=16, description="draft: capacity of the small model's own KV pool, in tokens.")
     heads: str = Field(
-        "", description="medusa: the file of the heads; empty = where `pdserve train-heads` put those of this model."
+        "",
+        description="medusa: the file of the heads; empty = what `pdserve train-heads` made for this model, else what comes with"
+        " pdserve, for the default model.",
     )
 
     @model_validator(mode="after")

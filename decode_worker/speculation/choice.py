@@ -14,7 +14,8 @@ from common.config import EngineConfig, SpeculationConfig, pdserve_home
 from common.engine.engine import Engine, build_engine
 from common.engine.heads.heads import load_heads
 from common.errors import ConfigError
-from common.model_store import heads_path, resolve
+from common.heads_store import find_heads
+from common.model_store import resolve
 from common.tokenizer import Tokenizer
 from decode_worker.speculation.draft_model import DraftModelProposer
 from decode_worker.speculation.medusa import MedusaProposer
@@ -68,10 +69,11 @@ def _draft_engine(config: SpeculationConfig, model: GuessedModel) -> Engine:
 def _heads(config: SpeculationConfig, model: GuessedModel) -> MedusaProposer:
     files = resolve(model.source, home=pdserve_home())
     digest = files.digest()
-    path = Path(config.heads) if config.heads else heads_path(pdserve_home(), digest)
-    if not path.is_file():
+    path = Path(config.heads) if config.heads else find_heads(pdserve_home(), digest)
+    if path is None or not path.is_file():
+        where = f"at {path}" if config.heads else f"for {model.source}"
         raise ConfigError(
-            f"no heads at {path}; make them with `pdserve train-heads {model.source}`", param="decode.speculation.heads"
+            f"no heads {where}; make them with `pdserve train-heads {model.source}`", param="decode.speculation.heads"
         )
     engine = model.engine
     return MedusaProposer(load_heads(path, files.path, model_digest=digest, device=engine.device, dtype=engine.dtype))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.config import Config
 from common.errors import ModelLoadError
-from common.model_store import can_be_fetched, embedder_folder, heads_path, resolve
+from common.heads_store import find_heads
+from common.model_store import can_be_fetched, embedder_folder, resolve
 from deploy.diagnosis.finding import Finding, Severity
 
 _AREA = "models"
@@ -29,12 +30,12 @@ def check_models(config: Config, home: Path) -> Iterator[Finding]:
 
 def _heads(name: str, source: str, given: str, home: Path) -> Finding:
     try:
-        path = Path(given) if given else heads_path(home, resolve(source, home=home).digest())
+        path = Path(given) if given else find_heads(home, resolve(source, home=home).digest())
     except ModelLoadError as error:
         return Finding(_AREA, name, error.message, Severity.NOTE, "which heads belong to it is not known before it is here")
-    if not path.is_file():
-        advice = f"pdserve train-heads {source}"
-        return Finding(_AREA, name, f"there is no {path}", Severity.FAILURE, "its decode workers cannot start", advice)
+    if path is None or not path.is_file():
+        found, advice = f"there is no {path}" if given else "there are none", f"pdserve train-heads {source}"
+        return Finding(_AREA, name, found, Severity.FAILURE, "its decode workers cannot start", advice)
     return Finding(_AREA, name, str(path))
 
 

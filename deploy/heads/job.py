@@ -16,7 +16,8 @@ from common.engine.engine import build_engine
 from common.engine.heads.file import write_heads
 from common.engine.heads.training import Lesson, Plan, Report, train
 from common.errors import ConfigError
-from common.model_store import ModelFiles, heads_path
+from common.heads_store import heads_path
+from common.model_store import ModelFiles
 from common.tokenizer import Tokenizer
 from deploy.heads.answers import ask
 from deploy.heads.prompts import built_in_prompts

@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 from common.config import Config, RedisConfig, RouterConfig
-from common.model_store import heads_path, resolve
+from common.heads_store import heads_path
+from common.model_store import resolve
 from common.wire.worker_pb2 import InfoReply
 from deploy.app import app
 from deploy.diagnosis import machine, software
