@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_MORE_WRONG = 0.17
+MORE_WRONG = 0.17
 CONFIDENCE_Z = 1.6448536269514722  # one-sided 95 %
 BEGINNING_Z = 2.3263478740408408  # one-sided 99 %: who gives nothing looks again and again, until luck shows it something
 
@@ -36,7 +36,7 @@ def upper_bound(wrong_ratio: Floats | float, size: Floats | float, z: float = CO
     With that it follows the exact bound (Clopper and Pearson) within a few percent, also near zero where Wilson's own is too low.
     """
     size = np.maximum(np.asarray(size, float), 1e-9)
-    ratio = np.minimum(1.0, np.asarray(wrong_ratio, float) + _MORE_WRONG / size)
+    ratio = np.minimum(1.0, np.asarray(wrong_ratio, float) + MORE_WRONG / size)
     centre = ratio + z * z / (2 * size)
     spread = z * np.sqrt(ratio * (1 - ratio) / size + (z / (2 * size)) ** 2)
     return np.asarray(np.minimum(1.0, (centre + spread) / (1 + z * z / size)))
@@ -58,12 +58,11 @@ def lowest_threshold(
     max_wrong: float,
     z: float = CONFIDENCE_Z,
     *,
-    lately: Floats | None = None,
-    most_wrong: float = math.inf,
+    among: NDArray[np.bool_] | None = None,
 ) -> Standing | None:
     """The lowest threshold whose upper bound is at most `max_wrong`; None if there is none. `wrong` is 1 or 0 per label.
 
-    `most_wrong` bounds a number too: of the questions that have the scores `lately`, how many would get a wrong answer, at worst.
+    A threshold is the score of a label; of those `among` them, if given.
     """
     if len(scores) == 0:
         return None
@@ -74,17 +73,11 @@ def lowest_threshold(
     ratio = np.cumsum(weight * wrong[order]) / total
     worst = upper_bound(ratio, size, z)
     last_of_score = np.append(ordered[1:] < ordered[:-1], True)
-    kept = np.flatnonzero((worst <= max_wrong) & (worst * _at_least(ordered, lately) <= most_wrong) & last_of_score)
+    fine = (worst <= max_wrong) & last_of_score
+    kept = np.flatnonzero(fine if among is None else fine & among[order])
     if not len(kept):
         return None
     place = int(kept[-1])
     return Standing(
         float(ordered[place]), float(ratio[place]), float(worst[place]), float(size[place]), float(total[place] / total[-1])
     )
-
-
-def _at_least(thresholds: Floats, scores: Floats | None) -> NDArray[np.int64]:
-    """How many scores are at or above each threshold."""
-    if scores is None:
-        return np.zeros(len(thresholds), np.int64)
-    return np.asarray(len(scores) - np.searchsorted(np.sort(scores), thresholds), np.int64)

@@ -13,8 +13,9 @@ Of a class:
     UNPROVEN    the prior's threshold with so wide a margin that under a narrow bound there is none, a cap on hits, and each hit
                 is verified
     PROVEN      the lowest threshold of which the labels in the window show, at 95 % confidence, that at most `max_wrong_hits` of
-                what it lets through is wrong, and at most `max_wrong_requests` of what is asked; to get here takes 99 %, and the
-                first hits are all verified, for who gives nothing looks again after every refit, until luck shows it something
+                what it lets through is wrong, and with what was given before at most `max_wrong_requests` of what is asked
+                (`reckoning.py`); to get here takes 99 %, and the first hits are all verified, for who gives nothing looks again
+                after every refit, until luck shows it something
     DOUBTED     no hits for a while: labels go against what was thought, and what would have been a hit is a label now
     OFF         no hits; labels of answers that are computed anyway go on coming, and may show the bound again
 
@@ -43,6 +44,7 @@ from router.semantic.bound import BEGINNING_Z, CONFIDENCE_Z, Standing, lower_bou
 from router.semantic.change import Calibration, Surprise, calibrated
 from router.semantic.logistic import fit, sigmoid
 from router.semantic.prior import Prior
+from router.semantic.reckoning import Candidates, represented, thresholds_with_room
 
 Floats = NDArray[np.float64]
 
@@ -52,7 +54,7 @@ _REFIT_AFTER = 1_000  # candidates, where most are served and few have labels
 _FIRST_REFIT = 100
 _NEVER = 1.1  # a threshold that no chance reaches
 _UNPROVEN_HITS = 0.05  # of the questions of an unproven class
-_LATELY = 2_000  # questions: as a cache fills more of them find an answer, so that older ones say too little of wrong ones
+_SOON = 2_000  # questions; as a cache fills more of them find an answer, so that older ones say too little of those that come
 _PRIOR_MARGIN = 1 / 6  # of the bound: what the prior had shown to be 2.5 % was 8 to 15 % of another stream's hits
 _FOLDS = 3
 _PULL = 2.0  # towards the prior's coefficients; without a prior towards none
@@ -60,7 +62,6 @@ _PULL_ODDS = 20.0
 _VERIFIED_SHARE = 0.25  # while the labels of what is served are few
 _VERIFIED_IN_DOUBT = 0.25  # where one doubts; the less the doubt, the fewer
 _ENOUGH_FOR = 8.0  # divided by the bound: so many labels at or above the threshold are enough, and so many of first hits
-_LABELS_PER_STRATUM = 25
 _FEW_WRONG = 5  # served answers: fewer contradict no bound
 _CONTRADICTED_Z = 2.33  # one-sided 99 %: it is asked after every label
 _WORST_SINGLE = 4.0  # times the bound: no single answer is served whose chance to be wrong is thought to be higher
@@ -243,28 +244,28 @@ class Decider:
             mine = labelled & (evidence.folds == fold)
             scores[mine] = sigmoid(rows[mine] @ _fit(rows[others], right[others], evidence.start, pull, whole))
         kinds = np.array(evidence.kinds)
-        standings: dict[str, Standing | None] = {}
-        calibrations: dict[str, Calibration] = {}
-        served_sizes: dict[str, int] = {}
+        fitted = Fitted(whole, {}, {}, {})
         for kind in set(evidence.kinds):
             mine = kinds == kind
-            told = mine & labelled
-            served_sizes[kind] = int((told & evidence.served).sum())
-            weights = represented(scores[mine], labelled[mine])
-            z = CONFIDENCE_Z if kind in evidence.giving else BEGINNING_Z
-            num_asked = evidence.num_asked[kind]
-            standings[kind] = lowest_threshold(
-                scores[told],
-                1.0 - right[told],
-                weights,
-                self._max_wrong,
-                z,
-                lately=scores[mine & (evidence.asked > num_asked - _LATELY)],
-                most_wrong=self._max_wrong_requests * min(num_asked, _LATELY),
-            )
-            if told.any():
-                calibrations[kind] = calibrated(scores[told], right[told])
-        return Fitted(whole, standings, calibrations, served_sizes)
+            seen = Candidates(scores[mine], right[mine], evidence.served[mine], evidence.asked[mine])
+            self._judge(fitted, kind, seen, evidence)
+        return fitted
+
+    def _judge(self, fitted: Fitted, kind: str, seen: Candidates, evidence: Evidence) -> None:
+        """Of one class: what its labels show."""
+        told = ~np.isnan(seen.right)
+        room = thresholds_with_room(seen, evidence.num_asked[kind], _SOON, self._max_wrong_requests)
+        fitted.served_sizes[kind] = int((told & seen.given).sum())
+        fitted.standings[kind] = lowest_threshold(
+            seen.scores[told],
+            1.0 - seen.right[told],
+            represented(seen.scores, told),
+            self._max_wrong,
+            CONFIDENCE_Z if kind in evidence.giving else BEGINNING_Z,
+            among=room,
+        )
+        if told.any():
+            fitted.calibrations[kind] = calibrated(seen.scores[told], seen.right[told])
 
     def take(self, fitted: Fitted) -> list[tuple[str, ClassState, ClassState]]:
         """Ends a refit; says which classes changed their state, from what, to what."""
@@ -362,21 +363,6 @@ def _to_be_told(this: _Class, verdict: Verdict, chance: float) -> float | None:
     if this.calibration is None or verdict is Verdict.SERVE:
         return None
     return this.calibration.chance(chance)
-
-
-def represented(scores: Floats, labelled: NDArray[np.bool_]) -> Floats:
-    """For each label, in order: for how many questions of like score it stands. Together they stand for all.
-
-    What was served has few labels, what was not served has one each; a stratum of scores holds some of either.
-    """
-    order = np.argsort(-scores, kind="stable")
-    counts = np.cumsum(labelled[order])
-    stratum = np.empty(len(scores), int)
-    stratum[order] = np.maximum(0, counts - 1) // _LABELS_PER_STRATUM
-    if counts[-1] >= _LABELS_PER_STRATUM:  # the rest joins the last whole one
-        stratum = np.minimum(stratum, counts[-1] // _LABELS_PER_STRATUM - 1)
-    all_of, labels_of = np.bincount(stratum), np.bincount(stratum[labelled], minlength=int(stratum.max()) + 1)
-    return np.asarray((all_of / np.maximum(1, labels_of))[stratum[labelled]])
 
 
 def _fit(rows: Floats, right: Floats, towards: Floats, pull: Floats, start: Floats) -> Floats:

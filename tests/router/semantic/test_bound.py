@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.semantic.bound import lower_bound, lowest_threshold, upper_bound
-from router.semantic.decider import represented
+from router.semantic.reckoning import represented
 
 
 def exact_upper(wrong: int, size: int) -> float:
@@ -50,25 +50,28 @@ def test_a_true_share_is_covered() -> None:
     assert missed <= 400 * 0.07
 
 
-labels = st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.sampled_from([1.0, 2.0, 5.0])), min_size=1, max_size=150)
+labels = st.lists(
+    st.tuples(st.integers(0, 30), st.booleans(), st.sampled_from([1.0, 2.0, 5.0]), st.booleans()), min_size=1, max_size=150
+)
 
 
-@given(labels, st.sampled_from([0.02, 0.05, 0.1, 0.3]), st.lists(st.integers(0, 30)), st.sampled_from([1.0, 3.0, math.inf]))
+@given(labels, st.sampled_from([0.02, 0.05, 0.1, 0.3]), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_the_threshold_is_the_lowest_that_a_search_through_all_would_find(
-    found: list[tuple[int, bool, float]], bound: float, lately: list[int], most_wrong: float
+    found: list[tuple[int, bool, float, bool]], bound: float, chosen: bool
 ) -> None:
+    allowed = {score / 30: all(fine for other, _, _, fine in found if other == score) for score, _, _, _ in found}
     best: float | None = None
-    for threshold in {score / 30 for score, _, _ in found}:
-        kept = [(wrong, weight) for score, wrong, weight in found if score / 30 >= threshold]
+    for threshold in allowed:
+        kept = [(wrong, weight) for score, wrong, weight, _ in found if score / 30 >= threshold]
         total = sum(weight for _, weight in kept)
         size = total**2 / sum(weight**2 for _, weight in kept)
         ratio = sum(weight for wrong, weight in kept if wrong) / total
-        worst = float(upper_bound(ratio, size))
-        if worst <= bound and worst * sum(score / 30 >= threshold for score in lately) <= most_wrong:
+        if float(upper_bound(ratio, size)) <= bound and (allowed[threshold] or not chosen):
             best = threshold if best is None else min(best, threshold)
-    scores, wrong, weights = (np.array(column, float) for column in zip(*found, strict=True))
-    standing = lowest_threshold(scores / 30, wrong, weights, bound, lately=np.array(lately, float) / 30, most_wrong=most_wrong)
+    scores, wrong, weights = (np.array(column, float) for column in list(zip(*found, strict=True))[:3])
+    among = np.array([allowed[score / 30] for score, _, _, _ in found]) if chosen else None
+    standing = lowest_threshold(scores / 30, wrong, weights, bound, among=among)
     assert (None if standing is None else standing.threshold) == best
 
 
