@@ -227,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
 def servers_at_hand(options: argparse.Namespace, installed: dict[str, Any], source: Path, folder: Path) -> dict[str, Server]:
     cores = sorted(os.sched_getaffinity(0))
     version = f"commit {machine.describe()['commit']}"
-    engine = {"kv_pool_tokens": _KV_POOL_TOKENS}
+    engine = {"kv_pool_tokens": _KV_POOL_TOKENS, "weights": "model"}
     best = {**engine, "weights": options.weights}
     unguessed = {"replicas": 1, "speculation": {"method": "off"}}
     settings: dict[str, dict[str, Any]] = {
@@ -241,7 +241,7 @@ def servers_at_hand(options: argparse.Namespace, installed: dict[str, Any], sour
     }
     known: dict[str, Server] = {}
     for name, setting in settings.items():
-        weights = setting["engine"].get("weights", "model")
+        weights = setting["engine"]["weights"]
         held = source if weights == "file" else folder  # the blocks of the file itself, or what they stand for
         known[name] = all_servers.pdserve(name, options.folder, held, setting, version=version, note=f"weights: {weights}")
     if VLLM in installed:
