@@ -142,12 +142,13 @@ WAYS = [
     Way("remote, chunks of 16", prefill=PrefillConfig(chunk_tokens=16), together=True),
     Way("remote, chunks of 64", prefill=PrefillConfig(chunk_tokens=64), together=True),
     Way("auto, batch", decode=DecodeConfig(local_prefill="auto", local_prefill_tokens=40), together=True),
-    # Less room than three choices of the longest prompt grow to: they preempt each other, however late other prompts come.
+    # Less room than three choices of the longest prompt grow to, also if a guess lets one of them end tokens before the others:
+    # they preempt each other, however late other prompts come.
     Way(
         "remote, preempted",
         decode=REMOTE.model_copy(update={"watermark_blocks": 0, "growth_tokens": 0}),
         together=True,
-        kv_pool_tokens=224,
+        kv_pool_tokens=192,
     ),
     # Room for some of the prompts, none for growth.
     Way(
