@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from common.clock import ManualClock
@@ -58,6 +59,15 @@ def prove(decider: Decider, kind: str, *, width: int = 28, wrong_share: float = 
         if verdict is Verdict.SERVE_AND_VERIFY and seen is not None:
             decider.learn(seen, right=dice.random() >= wrong_share)
     decider.take(decider.refit(decider.evidence()))
+
+
+def ask_about(decider: Decider, row: NDArray[np.float64], *, right: bool, kind: str = "a") -> Verdict:
+    """A question with such a candidate; what is not served unseen becomes a label, and what labels bring about is done."""
+    verdict, seen = decider.decide(kind, row, float(decider.chances(row[None])[0]))
+    assert seen is not None
+    if verdict is not Verdict.SERVE and decider.learn(seen, right=right):
+        decider.take(decider.refit(decider.evidence()))
+    return verdict
 
 
 @dataclass

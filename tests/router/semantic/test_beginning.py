@@ -10,6 +10,7 @@ import pytest
 from router.semantic.bound import BEGINNING_Z, lowest_threshold
 from router.semantic.decider import Decider, Verdict
 from router.semantic.prior import Prior, shipped
+from support.semantic import ask_about
 
 WIDTH = 28
 
@@ -26,13 +27,10 @@ def ask(decider: Decider, dice: random.Random, count: int, wrong_share: float) -
         row = np.zeros(WIDTH)
         row[0], row[1], row[-1] = dice.gauss(3.0, 1.0), dice.gauss(0.0, 1.0), 1.0
         right = dice.random() >= wrong_share
-        verdict, seen = decider.decide("a", row, float(decider.chances(row[None])[0]))
-        assert seen is not None
+        verdict = ask_about(decider, row, right=right)
         given += verdict is not Verdict.WITHHOLD
         wrong += verdict is not Verdict.WITHHOLD and not right
         verified += verdict is Verdict.SERVE_AND_VERIFY
-        if verdict is not Verdict.SERVE and decider.learn(seen, right=right):
-            decider.take(decider.refit(decider.evidence()))
     return given, wrong, verified
 
 

@@ -12,6 +12,7 @@ import pytest
 from router.semantic.change import Surprise
 from router.semantic.decider import Decider, Seen, Verdict
 from router.semantic.prior import Prior, shipped
+from support.semantic import ask_about
 
 WIDTH = 28
 MAX_WRONG = 0.15
@@ -35,13 +36,9 @@ class Stream:
             right = self.dice.random() < kept / (1.0 + math.exp(-odds)) and not (lost and topic)
             row = np.zeros(WIDTH)
             row[0], row[1], row[-1] = odds, topic, 1.0
-            verdict, seen = self.decider.decide(self.kind, row, float(self.decider.chances(row[None])[0]))
-            assert seen is not None
-            if verdict is not Verdict.WITHHOLD:
+            if ask_about(self.decider, row, right=right, kind=self.kind) is not Verdict.WITHHOLD:
                 self.hits += 1
                 self.wrong += not right
-            if verdict is not Verdict.SERVE and self.decider.learn(seen, right=right):
-                self.decider.take(self.decider.refit(self.decider.evidence()))
 
     @property
     def state(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 from router.semantic.decider import Decider, Verdict
 from router.semantic.prior import Prior, shipped
 from router.semantic.reckoning import Candidates, at_worst, represented, thresholds_with_room
+from support.semantic import ask_about
 
 WIDTH = 28
 
@@ -96,12 +97,9 @@ def realised(seed: int, *, max_wrong: float, length: int) -> tuple[int, int]:
         row = np.zeros(WIDTH)
         row[1], row[-1] = dice.gauss(0.0, 1.5), 1.0
         right = dice.random() < 1.0 / (1.0 + math.exp(-0.5 - 1.5 * row[1]))
-        verdict, seen = decider.decide("a", row, float(decider.chances(row[None])[0]))
-        assert seen is not None
+        verdict = ask_about(decider, row, right=right)
         given += verdict is not Verdict.WITHHOLD
         wrong += verdict is not Verdict.WITHHOLD and not right
-        if verdict is not Verdict.SERVE and decider.learn(seen, right=right):
-            decider.take(decider.refit(decider.evidence()))
     return given, wrong
 
 

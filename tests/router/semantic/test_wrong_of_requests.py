@@ -8,6 +8,7 @@ import numpy as np
 
 from router.semantic.decider import Decider, Verdict
 from router.semantic.prior import Prior, shipped
+from support.semantic import ask_about
 
 WIDTH = 28
 SURE, UNSURE = 0.01, 0.08  # wrong of the candidates of either kind
@@ -29,12 +30,9 @@ def ask(decider: Decider, dice: random.Random, count: int, *, sure: float, unsur
         row = np.zeros(WIDTH)
         row[1], row[-1] = dice.gauss(2.0 if drawn < sure else -2.0, 0.5), 1.0
         right = dice.random() >= (SURE if drawn < sure else UNSURE)
-        verdict, seen = decider.decide("a", row, float(decider.chances(row[None])[0]))
-        assert seen is not None
+        verdict = ask_about(decider, row, right=right)
         given += verdict is not Verdict.WITHHOLD
         wrong += verdict is not Verdict.WITHHOLD and not right
-        if verdict is not Verdict.SERVE and decider.learn(seen, right=right):
-            decider.take(decider.refit(decider.evidence()))
     return given, wrong
 
 

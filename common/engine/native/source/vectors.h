@@ -70,23 +70,29 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
+// What the lanes come to one after the other.
+template <class Vector, class Step>
+inline auto folded(const Vector& values, const Step& step) {
+    auto found = values[0];
+    for (int lane = 1; lane < LANES; ++lane) found = step(found, values[lane]);
+    return found;
+}
+
 // In one order per machine, whatever the values.
 inline float sum(Floats values) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)values);
+#else
+    return folded(values, [](float a, float b) { return a + b; });
 #endif
-    float total = values[0];
-    for (int lane = 1; lane < LANES; ++lane) total += values[lane];
-    return total;
 }
 
 inline float largest(Floats values) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)values);
+#else
+    return folded(values, [](float a, float b) { return b > a ? b : a; });
 #endif
-    float found = values[0];
-    for (int lane = 1; lane < LANES; ++lane) found = values[lane] > found ? values[lane] : found;
-    return found;
 }
 
 inline Words larger(Words a, Words b) {
@@ -100,19 +106,17 @@ inline Words larger(Words a, Words b) {
 inline uint32_t largest(Words values) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epu32((__m512i)values);
+#else
+    return folded(values, [](uint32_t a, uint32_t b) { return b > a ? b : a; });
 #endif
-    uint32_t found = values[0];
-    for (int lane = 1; lane < LANES; ++lane) found = values[lane] > found ? values[lane] : found;
-    return found;
 }
 
 inline int32_t sum(Integers values) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)values);
+#else
+    return folded(values, [](int32_t a, int32_t b) { return a + b; });
 #endif
-    int32_t total = values[0];
-    for (int lane = 1; lane < LANES; ++lane) total += values[lane];
-    return total;
 }
 
 // The nearest integers, even ones where two are as near; of values below 2^22.

@@ -208,7 +208,7 @@ def test_native_is_torch_in_float32(library: Library, case: Case) -> None:
 @given(case=cases())
 def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Library, case: Case) -> None:
     """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly. Of several models, for in
-    one of a few rows a single rounding that falls the other way decides: of 40 seeds of such a case torch is nearer in two."""
+    one of a few rows a single rounding that falls the other way decides: of 40 seeds of such a case torch is nearer in one."""
     squares = torch.zeros(2, 2)  # logits, KV; of torch, native
     for seed in range(case.seed, case.seed + 4):
         world, wide = World(replace(case, seed=seed), torch.bfloat16), World(replace(case, seed=seed))
