@@ -7,6 +7,6 @@
     panels    weights in the layout that the kernels read, in one piece of memory
     model     a `Model` over the two
 
-Torch serves until the library is there, if it is made in the background; the switch happens between two steps. KV is written as torch writes it, within rounding,
-so workers with and without native kernels exchange blocks.
+Torch serves until the library is there, if it is made in the background; the switch happens between two steps. KV is written as
+torch writes it, within rounding, so workers with and without native kernels exchange blocks.
 """
