@@ -39,7 +39,7 @@ from benchmarks.comparison.bandwidth import bytes_per_token, read_bytes_per_s
 from benchmarks.comparison.installation import InstallationFailed, at_hand, install
 from benchmarks.comparison.pairing import MOST_OTHERS_CORES, is_undisturbed, order_of, ratio_of, verdict
 from benchmarks.comparison.processes import Busy, Glance, processor_s
-from benchmarks.comparison.rest import MOST_IDLE_CORES, at_rest
+from benchmarks.comparison.rest import MOST_IDLE_CORES, at_rest, busiest_cores, used_s
 from benchmarks.comparison.servers import Running, Server, ServerFailed, running
 from benchmarks.comparison.targets import (
     AGGREGATED,
@@ -89,7 +89,7 @@ class Run:
     load_average: float
     processor_s: float  # of the server, on all cores: what is left to compare where others compute
     failure: str = ""
-    neighbours_cores: float = 0.0  # used by the servers that were up and not measured
+    neighbour_cores: float = 0.0  # used by the busiest of the servers that were up and not measured
 
     @property
     def is_good(self) -> bool:
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def is_undisturbed(self) -> bool:
-        return is_undisturbed(self.others_cores, self.stolen_cores) and self.neighbours_cores <= MOST_IDLE_CORES
+        return is_undisturbed(self.others_cores, self.stolen_cores) and self.neighbour_cores <= MOST_IDLE_CORES
 
 
 @dataclass
@@ -291,7 +291,7 @@ async def run_once(fleet: Fleet, name: str, load: Workload, block: int, base: Un
     await at_rest(neighbours)
     warm = [PlannedRequest(0, 0.0, (1000 + block, *range(2000, 2015)), 4)]
     await drive(server, warm, users=1)
-    before, own_s, neighbours_s = Glance.now(pids), processor_s([server.pid]), processor_s(neighbours)
+    before, own_s, neighbours_s = Glance.now(pids), processor_s([server.pid]), used_s(neighbours)
     outcomes = await drive(server, load.plan(block), load.users)
     after = Glance.now(pids)
     busy = after.since(before)
@@ -302,7 +302,7 @@ async def run_once(fleet: Fleet, name: str, load: Workload, block: int, base: Un
         load_average=machine.load_average()[0],
         processor_s=processor_s([server.pid]) - own_s,
         failure="; ".join(failures)[:300],
-        neighbours_cores=(processor_s(neighbours) - neighbours_s) / (after.at_s - before.at_s),
+        neighbour_cores=busiest_cores(neighbours_s, used_s(neighbours), after.at_s - before.at_s),
     )
 
 
@@ -398,7 +398,7 @@ def bandwidth_lines(report: dict[str, Any], runs: Sequence[Run]) -> list[str]:
 def told(run: Run) -> str:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in run.figures.items())
     disturbed = "" if run.is_undisturbed else "  DISTURBED"
-    busy = f"{run.processor_s:.2f} s on cores, others use {run.others_cores:.2f}, idle servers {run.neighbours_cores:.2f}"
+    busy = f"{run.processor_s:.2f} s on cores, others use {run.others_cores:.2f}, an idle server {run.neighbour_cores:.2f}"
     return f"{run.workload} {run.block} {run.server:<26} {figures or run.failure}  ({busy}){disturbed}"
 
 

@@ -1,20 +1,22 @@
 """From C++ source to a shared library in the cache, for whatever part of us has native code.
 
-    source, flags, compiler, CPU -> name of the library -> there? take it : compile beside it, then rename
+    source, flags, compiler, CPU -> name of the library -> there? take it : compile -> .unchecked -> check it, rename
 
 The library is made for the CPU that compiles it, so the CPU's features are part of the name: a cache on a shared disk serves
-different machines. One process compiles at a time; the others wait for the lock and find the result. Nothing is downloaded.
+different machines. One process at a time makes a library; the others wait for the lock and find the result. Whoever knows that a
+library will be wanted, but cannot check it, may have it compiled ahead. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from common.errors import EngineFailure
 
 COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300.0
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -58,34 +61,60 @@ def build_library(source: NativeSource, cache: Path, check: Callable[[Path], Non
 
     Raises BuildError, and what `check` raises.
     """
+    with _making(source, cache) as (compiler, path):
+        if not path.is_file():
+            unchecked = _compiled(source, compiler, path)
+            try:
+                check(unchecked)
+                unchecked.replace(path)
+            finally:
+                unchecked.unlink(missing_ok=True)
+    return path
+
+
+def compile_ahead(source: NativeSource, cache: Path) -> None:
+    """Does the long part of a `build_library` to come. Raises BuildError."""
+    with _making(source, cache) as (compiler, path):
+        if not path.is_file():
+            _compiled(source, compiler, path)
+
+
+@contextmanager
+def _making(source: NativeSource, cache: Path) -> Iterator[tuple[str, Path]]:
+    """The compiler, and the library's path, which is nobody else's to make meanwhile. Raises BuildError."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(f"no C++ compiler: looked for {', '.join(COMPILERS)}")
     path = cache / _name(source, compiler)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "lock").open("w") as lock:
+        with (cache / f"{source.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                _compile(source, compiler, path, check)
+            yield compiler, path
     except OSError as error:
         raise BuildError(f"cannot write to {cache}: {error.strerror}") from error
-    return path
 
 
-def _compile(source: NativeSource, compiler: str, path: Path, check: Callable[[Path], None]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *source.flags, str(source.folder / source.main), "-o", str(unfinished)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False)
+def _compiled(source: NativeSource, compiler: str, path: Path) -> Path:
+    """The library, which nobody has checked. Under the lock of `_making`."""
+    unchecked = path.with_suffix(".unchecked")
+    if unchecked.is_file():
+        return unchecked
+    for left_behind in path.parent.glob(f"{source.name}.*{_UNFINISHED}"):  # by one who was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{source.name}.", suffix=_UNFINISHED, dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *source.flags, str(source.folder / source.main), "-o", str(made)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler} took longer than {_TIMEOUT_S:.0f} s") from error
         if done.returncode:
             raise BuildError(f"{compiler} failed: {_first_error(done.stderr)}")
-        check(unfinished)
-        unfinished.replace(path)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took longer than {_TIMEOUT_S:.0f} s") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        made.replace(unchecked)
+    return unchecked
 
 
 def _first_error(output: str) -> str:

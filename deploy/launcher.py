@@ -40,6 +40,7 @@ from deploy.diagnosis.finding import Severity
 from deploy.diagnosis.ports import check_ports
 from deploy.head_services import HeadService, head_services
 from deploy.janitor_process import JanitorProcess
+from deploy.kernels_ahead import compile_kernels_ahead
 from deploy.logs.runs import begin_run
 from deploy.manager_actor import ACTOR_NAME, ManagerActor
 from deploy.manager_spec import HealthPolicy, ManagerSpec, ModelToServe
@@ -86,6 +87,8 @@ def launch(asked: Launch, say: Say) -> int:
         log.info("cluster starting", cluster=name, version=distribution_version("pdserve"), config=str(asked.config_path))
         try:
             _check_ports(asked.config.router)
+            if asked.config.ray.address is None:
+                compile_kernels_ahead([model.engine for model in asked.config.models], home / "kernels")
             models = [_model_to_serve(model, asked.config, home, say) for model in asked.config.models]
             return _launch(asked, models, home, lock, say)
         except PdserveError as error:

@@ -22,6 +22,8 @@ _OF_EVERY_NODE = {
     "RAY_enable_worker_prestart": "0",
     # Ray would kill a worker because some other program filled the machine's memory; ours is allocated at the start.
     "RAY_memory_monitor_refresh_ms": "0",
+    # NOTE: Ray's default is 15: whatever else runs on the host would have the cores of a worker whenever it likes.
+    "RAY_worker_niceness": "0",
     # NOTE: without this an actor that asks Ray for no GPU sees none. Prefill and decode share a GPU on a small machine.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -8,6 +8,7 @@ A plan is a value; what is built from it is `common.engine.engine`'s. Nothing he
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from common.config import ParallelConfig
     from common.engine.native.library import Library
     from common.engine.parallel.share import Share
+
+_CHEAP_COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +119,8 @@ class EnginePlan:
     @property
     def may_be_native(self) -> bool:
         """Whether native kernels may compute: at once, or once they are compiled."""
-        if self.weight_format is WeightFormat.FILE:
-            return self.library is not None
+        if self.library is None and _is_dear_in_full(self.architecture, self.dtype, self.weight_format):
+            return False
         return self.config.kernels == "native" or (self.config.kernels == "auto" and self.device.type == "cpu")
 
 
@@ -155,8 +158,8 @@ def _settled_library(
     shares: tuple[Share, ...],
 ) -> Library | None:
     """The native kernels, where it has to be settled before the start who computes: bits of torch and of kernels do not mix, and
-    of weights as a file holds them torch would need a copy in full."""
-    settles = config.exact or bool(shares) or weight_format is WeightFormat.FILE
+    of weights as a file holds them torch would need a copy in full, which may be dear."""
+    settles = config.exact or bool(shares) or _is_dear_in_full(architecture, dtype, weight_format)
     if config.kernels not in ("auto", "native") or device.type != "cpu" or not settles:
         return None
     from common.config import pdserve_home
@@ -167,6 +170,12 @@ def _settled_library(
     cache = pdserve_home() / "kernels"
     path = choose_library(config, architecture, device.type, dtype, weight_format, cache, whole_groups=whole_groups)
     return Library(Path(path)) if path else None
+
+
+def _is_dear_in_full(architecture: ModelArchitecture, dtype: torch.dtype, weight_format: WeightFormat) -> bool:
+    """Whether torch should not hold the blocks of a file in full only until kernels are compiled."""
+    values = sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
+    return weight_format is WeightFormat.FILE and values * dtype.itemsize > _CHEAP_COPY_BYTES
 
 
 def _bits(config: EngineSettings, parallel: ParallelConfig | None, library: Library | None) -> list[str]:

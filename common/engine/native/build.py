@@ -8,7 +8,7 @@ from pathlib import Path
 from common import native_build
 from common.native_build import COMPILERS, BuildError, NativeSource, find_compiler
 
-__all__ = ["COMPILERS", "BuildError", "build_library", "find_compiler", "find_library", "source_digest"]
+__all__ = ["COMPILERS", "BuildError", "build_library", "compile_ahead", "find_compiler", "find_library", "source_digest"]
 
 _SOURCE = Path(__file__).parent / "source"
 _FLAGS = (
@@ -35,6 +35,11 @@ def build_library(cache: Path, check: Callable[[Path], None]) -> Path:
     Raises BuildError, and what `check` raises.
     """
     return native_build.build_library(_source(), cache, check)
+
+
+def compile_ahead(cache: Path) -> None:
+    """The long part of a `build_library` to come, for one who has no torch to check it against. Raises BuildError."""
+    native_build.compile_ahead(_source(), cache)
 
 
 def source_digest() -> str:

@@ -2,7 +2,7 @@
 
     kernels: torch, triton                               torch
     auto, and a GPU, float16, another family             torch
-    exact mode, several processes                        decided before anything is computed (`choose_library`)
+    exact mode, several processes, a large file          decided before anything is computed (`choose_library`)
     library is in the cache                              native from the start
     else                                                 torch, and a Successor that compiles beside it
 
@@ -81,8 +81,8 @@ def choose_library(
     whole_groups: bool = True,
 ) -> str:
     """For those who must compute the same way from the start to the end, which are several processes, and one in exact mode or
-    with weights as a file holds them: the path of the library, compiled now if need be, or "" for torch. `whole_groups`: no
-    process has a part of a group of rounded weights. Raises ConfigError."""
+    with a file in blocks that is dear in full: the path of the library, compiled now if need be, or "" for torch. `whole_groups`:
+    no process has a part of a group of rounded weights. Raises ConfigError."""
     if not _wants_native(config, architecture, device, dtype, weight_format):
         return ""
     if weight_format is not WeightFormat.MODEL and not whole_groups:

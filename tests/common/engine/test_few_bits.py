@@ -100,6 +100,9 @@ def test_torch_computes_with_the_same_weights_where_no_compiler_is(
     monkeypatch.setenv("PDSERVE_HOME", str(tmp_path / "home"))
     with capture_logs() as logs:
         engine = build(files["Q4_1"], weights="file")
+        successor = engine.runner._successor
+        assert successor is not None
+        assert successor.wait(60)
         assert torch.equal(logits(engine), expected)
     assert isinstance(engine.runner._model, LlamaModel)
     assert [entry["log_level"] for entry in logs] == ["warning"], logs
