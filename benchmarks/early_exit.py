@@ -91,7 +91,7 @@ def main() -> None:
         step = buffers.fill(ScheduledBatch((SequenceSlice(tokens, 0, blocks),)))
         seen: dict[int, torch.Tensor] = {}
         with torch.inference_mode():
-            rows = F.embedding(step.token_ids, embedding)
+            rows = F.embedding(step.tensors.token_ids, embedding)
             model.forward(step, engine.pool, attention, partial(keep, seen, rows, len(prompt) - 1), rows)
             for layer in options.layers:
                 drawn = model.logits(seen[layer]).argmax(-1).tolist()

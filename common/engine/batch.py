@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.engine.grammar import CompiledGrammar
+from common.engine.grammar import CompiledGrammar, NextMask
 from common.engine.token_rules import RowRules, TokenRules
 from common.errors import PdserveError
 from common.load import pairs
@@ -48,6 +48,15 @@ class SampleSpec:
     min_p: float
     logprobs: int | None
     rules: RowRules | None = None  # penalties, bias, bans, grammar
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the token is the best of those that may come, by logits as they are, of which nothing is reported."""
+        return self.temperature == 0.0 and self.logprobs is None and (self.rules is None or self.rules.is_mask)
+
+    @property
+    def mask(self) -> NextMask | None:
+        return None if self.rules is None else self.rules.mask
 
     @classmethod
     def for_next_token(cls, sampling: SamplingParams, *, choice: int, position: int, rules: RowRules | None) -> SampleSpec:
@@ -99,11 +108,11 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self.slices)
+        return sum([len(item.token_ids) for item in self.slices])
 
     @property
     def num_pairs(self) -> float:
-        return sum(pairs(len(item.token_ids), item.start + len(item.token_ids)) for item in self.slices)
+        return sum([pairs(len(item.token_ids), item.start + len(item.token_ids)) for item in self.slices])
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from common.engine.heads.rows import HiddenRow
 from common.engine.in_flight_step import FutureStep, InFlightStep, ThreadStep, has_placeholders, with_tokens_of
 from common.engine.kv_pool import KVPool
 from common.engine.layers_done import told_when_computed
-from common.engine.models import LayerDone, Model
+from common.engine.models import LayerDone, Model, TokenPicker
 from common.engine.numerics import Numerics
 from common.engine.operations import Operations
 from common.engine.profile.stopwatch import Stopwatch
@@ -104,9 +104,9 @@ class ModelRunner:
     ) -> None:
         """With a group, `model` and `pool` are this process's part of what the group computes."""
         self.steps = steps
-        self._model = model
         self._successor = successor
         self._group = group
+        self._use(model)
         self._line = None if group is None else group.line
         self._pool = pool
         self._attention = create_attention(numerics.operations.attention, pool, num_heads)
@@ -129,7 +129,8 @@ class ModelRunner:
     def watch(self, stopwatch: Stopwatch) -> Model:
         """Has the parts of every step timed from now on; gives the model that computes them, and no other takes over."""
         model, self._successor = self._model, None
-        self._model = stopwatch.around(model, forward="layers", logits="head")
+        stages = {"forward": "layers", "logits": "head"} | ({"pick": "head"} if isinstance(model, TokenPicker) else {})
+        self._use(stopwatch.around(model, **stages))
         self._buffers = stopwatch.around(self._buffers, fill="prepare")
         self._mask_thread = stopwatch.around(self._mask_thread, begin="masks")
         self._operations = stopwatch.around(self._operations, sample="sampling", report_logprobs="log-probabilities")
@@ -181,10 +182,14 @@ class ModelRunner:
     def _bucket_of(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> Bucket | None:
         return None if self.steps is None or layer_done is not None else self.steps.bucket_of(batch)
 
-    @torch.inference_mode()
     def _execute(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> ForwardResult:
         drawing = self._drawing(batch)
+        self._let_take_over()
         try:
+            if self._picker is not None and drawing.takes_best:
+                index = self._index(drawing.sampled, batch)
+                hidden = self._forward(batch, layer_done)
+                return drawing.pick(self._picker, hidden if index is None else hidden[index])
             logits = self._compute(batch, drawing.wanted, layer_done, drawing.kept)
         except StepStopped:
             drawing.give_up()
@@ -224,6 +229,7 @@ class ModelRunner:
         else:
             self._pool.copy_block(source, destination)
 
+    @torch.inference_mode()
     def _compute(
         self,
         batch: ScheduledBatch,
@@ -234,22 +240,34 @@ class ModelRunner:
         """As `StepGroup.compute`."""
         if self._group is not None:
             return self._group.compute(batch, wanted, kept, layer_done)
-        if self._successor is not None and (model := self._successor.poll()) is not None:
-            self._model, self._successor = model, None
-        step = self._buffers.fill(batch)
-        for block, filled in step.entered:
-            self._pool.clear_tail(block, filled)
-        model, device = self._model, self._pool.device
-        # Before the layers, so that nothing is copied between them and the head. None: all rows; none is wanted twice.
-        indexes = [
-            None if len(rows) == len(step.token_ids) else to_device(np.array(rows, dtype=np.int64), device)
-            for rows in (*wanted, *([kept] if kept else []))
-        ]
-        with told_when_computed(layer_done, device) as told:
-            hidden = model.forward(step, self._pool, self._attention, told)
+        self._let_take_over()
+        indexes = [self._index(rows, batch) for rows in (*wanted, *([kept] if kept else []))]
+        hidden, model = self._forward(batch, layer_done), self._model
         chosen = [hidden if index is None else hidden[index] for index in indexes[len(wanted) :]]
         found = (model.logits(hidden if index is None else hidden[index]) for index in indexes[: len(wanted)])
         return chain(found, chosen)
+
+    def _index(self, rows: Sequence[int], batch: ScheduledBatch) -> torch.Tensor | None:
+        """Picks these rows out of a step's; None: they are all there are, for none is wanted twice. Made before the layers, so
+        that nothing is copied between them and the head."""
+        return None if len(rows) == batch.num_tokens else to_device(np.array(rows, dtype=np.int64), self._pool.device)
+
+    def _forward(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> torch.Tensor:
+        """The hidden rows of a step that this process computes alone."""
+        step = self._buffers.fill(batch)
+        for block, filled in step.entered:
+            self._pool.clear_tail(block, filled)
+        with told_when_computed(layer_done, self._pool.device) as told:
+            return self._model.forward(step, self._pool, self._attention, told)
+
+    def _let_take_over(self) -> None:
+        if self._successor is not None and (model := self._successor.poll()) is not None:
+            self._successor = None
+            self._use(model)
+
+    def _use(self, model: Model) -> None:
+        self._model = model
+        self._picker = model if self._group is None and isinstance(model, TokenPicker) else None
 
 
 class _DeviceStep:

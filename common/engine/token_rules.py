@@ -57,6 +57,11 @@ class RowRules:
     banned_token_ids: Ids = field(default_factory=lambda: _NO_IDS)
     mask: NextMask | None = None  # of a grammar; says what the two above would say as well
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether nothing but the mask changes anything, if there is one."""
+        return self.bias is None and self.penalties is None and self.allowed_token_ids is None and not len(self.banned_token_ids)
+
     def allow(self, token_id: int) -> bool:
         """Whether this token may come. Used to find guesses that are wrong for sure; what is drawn is decided over logits."""
         if self.mask is not None:

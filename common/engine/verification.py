@@ -59,11 +59,30 @@ def draw(logits: torch.Tensor, slices: Sequence[SequenceSlice], sample: Sample) 
     return [_right(item, tokens) for item, tokens in zip(slices, drawn, strict=True)]
 
 
+def follow(slices: Sequence[SequenceSlice], best: Sequence[int]) -> list[tuple[SampledToken, ...]]:
+    """As `draw`, where `best` is known to be drawn from the rows, whatever comes of those before."""
+    found: list[tuple[SampledToken, ...]] = []
+    row = 0
+    for item in slices:
+        tokens: list[SampledToken] = []
+        for place, token_id in enumerate(best[row : row + num_sampled_rows(item)]):
+            if refusal(item, place) is not None:
+                break
+            tokens.append(SampledToken(token_id))
+            if not _goes_on(item, tokens):
+                break
+        found.append(tuple(tokens))
+        row += num_sampled_rows(item)
+    return found
+
+
 def refusal(item: SequenceSlice, place: int = 0) -> PdserveError | None:
     """Why nothing can be drawn at this place, or, without drafts, for one of the choices."""
     specs = item.samples[place : place + 1] if item.num_drafts else item.samples
-    masks = (spec.rules.mask for spec in specs if spec.rules is not None and spec.rules.mask is not None)
-    return next((mask.error for mask in masks if mask.error is not None), None)
+    for spec in specs:
+        if spec.mask is not None and spec.mask.error is not None:
+            return spec.mask.error
+    return None
 
 
 def _at_once(item: SequenceSlice) -> bool:

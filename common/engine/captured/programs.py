@@ -24,7 +24,7 @@ from common.engine.captured.packing import PackedViews, edits_of_rows, settings_
 from common.engine.kv_pool import KVPool
 from common.engine.models import Model
 from common.engine.operations import RowDraws
-from common.engine.step_input import StepInput
+from common.engine.step_input import StepInput, StepTensors
 
 WARM_UPS = 2  # before capturing: kernels are compiled, libraries take their workspaces
 
@@ -120,14 +120,13 @@ class Program:
         packed = self.inputs[: step_words(self._bucket)].long()  # one widening for all: indexes are of 64 bits
         views = PackedViews(packed, self._bucket)
         drawn_before = self._outputs.token_ids.index_select(0, (-1 - views.token_ids).clamp_(min=0))
-        step = StepInput(
+        tensors = StepTensors(
             token_ids=torch.where(views.token_ids < 0, drawn_before.long(), views.token_ids),
             positions=views.positions,
             slots=views.slots,
             block_tables=views.block_tables,
-            spans=(),
-            entered=(),
         )
+        step = StepInput(lambda: tensors)
         rows = self._bucket.rows
         self.hidden = self._model.forward(step, self._pool, _RowsBackend(self._attention, views.lengths))
         logits = self._outputs.logits[:rows]

@@ -1,16 +1,18 @@
 """The model definitions, by family. A definition is imported when a model of that family is built.
 
 tokens, positions -> Model.forward -> hidden rows -> Model.logits, for the rows that need them
+                                                  -> TokenPicker.pick, where nothing but the best token is wanted of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from common.engine.attention import AttentionBackend
+from common.engine.automata import Words
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.numerics import Numerics
@@ -36,6 +38,16 @@ class Model(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits [rows, vocab] of hidden rows."""
+        ...
+
+
+@runtime_checkable
+class TokenPicker(Protocol):
+    """A model that can say what the best tokens are without saying all logits."""
+
+    def pick(self, hidden: torch.Tensor, may_come: Sequence[Words | None]) -> Sequence[int]:
+        """The best token of each hidden row, of equal ones the first; -1 where the logits of it are not finite. `may_come` has a
+        mask for each row, or None where any token may come."""
         ...
 
 

@@ -101,11 +101,11 @@ class Gemma3Model:
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if rows is None:
-            rows = F.embedding(step.token_ids, present(self._embedding)) * self._embedding_scale
-        local_angles = self._local_rotary.angles(step.positions)
-        global_angles = self._global_rotary.angles(step.positions)
-        write_index = pool.write_index(step.slots)
-        plan = attention.plan(step.block_tables, step.spans)
+            rows = F.embedding(step.tensors.token_ids, present(self._embedding)) * self._embedding_scale
+        local_angles = self._local_rotary.angles(step.tensors.positions)
+        global_angles = self._global_rotary.angles(step.tensors.positions)
+        write_index = pool.write_index(step.tensors.slots)
+        plan = attention.plan(step.tensors.block_tables, step.spans)
         for number, layer in enumerate(self._layers, start=1):
             rows = layer(rows, local_angles if layer.window else global_angles, write_index, pool, plan)
             if layer_done is not None:

@@ -6,12 +6,13 @@ Pointers are plain addresses: whoever fills a structure keeps alive what it poin
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.engine.native.build import source_digest
 from common.errors import EngineFailure
 
-_INTERFACE = 7
+_INTERFACE = 8
 _OUT_OF_MEMORY = 1
 ATTENTION, FEED_FORWARD = 1, 2
 """Halves of a layer."""
@@ -118,6 +119,9 @@ class Library:
         self._logits = self._library.pdserve_decoder_logits
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         self._logits.restype = ctypes.c_int
+        self._pick = self._library.pdserve_decoder_pick
+        self._pick.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+        self._pick.restype = ctypes.c_int
         self._watch = self._library.pdserve_decoder_watch
         self._watch.argtypes, self._watch.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._limits = self._library.pdserve_decoder_limits
@@ -141,6 +145,13 @@ class Library:
 
     def logits(self, handle: int, hidden: int, num_rows: int, to: int) -> None:
         _check(self._logits(handle, hidden, num_rows, to))
+
+    def pick(self, handle: int, hidden: int, may_come: Sequence[int | None]) -> Sequence[int]:
+        """The best token of each row, -1 where there is none. `may_come` are addresses of bits, one per token of the head."""
+        num_rows = len(may_come)
+        found = (ctypes.c_int64 * num_rows)()
+        _check(self._pick(handle, hidden, num_rows, (ctypes.c_void_p * num_rows)(*may_come), found))
+        return found[:]
 
     def watch(self, handle: int, seconds: int | None) -> None:
         """Has the seconds of each stage added to so many doubles at that address from now on; None ends it."""

@@ -14,7 +14,7 @@ used by one thread.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from common.engine.attention import AttentionBackend
+from common.engine.automata import Words
 from common.engine.cores import Cores
 from common.engine.kv_pool import KVPool
 from common.engine.layers.rotary import RotaryEmbedding
@@ -110,16 +111,18 @@ class NativeModel:
         """As `Model.forward`. Attention is part of the step: the backend is not asked."""
         if pool is not self._pool:
             raise EngineFailure("a native model computes over the pool that it was made for")
-        hidden = torch.empty(len(step.token_ids), self._hidden_width) if rows is None else rows
-        first_rows = np.array([*(span.first_row for span in step.spans), len(step.token_ids)], dtype=np.int64)
+        numbers = step.numbers
+        if numbers is None:
+            raise EngineFailure("a native model computes what lies on the host")
+        hidden = torch.empty(numbers.num_rows, self._hidden_width) if rows is None else rows
         task = Step(
-            num_rows=len(step.token_ids),
-            num_sequences=len(step.spans),
-            table_width=step.block_tables.shape[1],
-            token_ids=step.token_ids.data_ptr(),
-            positions=step.positions.data_ptr(),
-            first_rows=first_rows.ctypes.data,
-            tables=step.block_tables.data_ptr(),
+            num_rows=numbers.num_rows,
+            num_sequences=numbers.num_sequences,
+            table_width=numbers.width,
+            token_ids=numbers.address,
+            positions=numbers.address_of(numbers.num_rows),
+            first_rows=numbers.address_of(numbers.first_rows_at),
+            tables=numbers.address_of(numbers.tables_at),
             hidden=hidden.data_ptr(),
             first_layer=0,
             end_layer=self._num_layers,
@@ -127,7 +130,7 @@ class NativeModel:
             halves=ATTENTION | FEED_FORWARD,
             partial=None,
         )
-        if layer_done is None and self._add_up is None and len(step.token_ids) < _ROWS_BY_LAYER:
+        if layer_done is None and self._add_up is None and numbers.num_rows < _ROWS_BY_LAYER:
             self._compute(task)
             return hidden
         for number in range(1, self._num_layers + 1):
@@ -162,6 +165,14 @@ class NativeModel:
                 self._library.use_threads(self._handle, threads)
                 self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
+
+    def pick(self, hidden: torch.Tensor, may_come: Sequence[Words | None]) -> Sequence[int]:
+        """As `TokenPicker.pick`. Not of a part of a model."""
+        hidden = hidden.contiguous()
+        bits = [None if words is None else words.ctypes.data for words in may_come]
+        with self._cores.computing(len(bits)) as threads:
+            self._library.use_threads(self._handle, threads)
+            return self._library.pick(self._handle, hidden.data_ptr(), bits)
 
     def watch(self) -> Mapping[str, float]:
         """Seconds of each stage from now on, as they add up."""

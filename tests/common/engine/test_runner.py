@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,8 @@ from common.engine.batch import ForwardResult, SampleSpec, ScheduledBatch, Seque
 from common.engine.engine import Engine, build_engine
 from common.engine.kv_pool import FIRST_BLOCK, NULL_BLOCK
 from common.engine.native.model import NativeModel
-from common.errors import ConfigError, EngineFailure, ModelLoadError
+from common.engine.token_rules import RowRules
+from common.errors import ConfigError, EngineFailure, InvalidRequest, ModelLoadError
 from common.types import SampledToken
 from support.tiny_models import make_tiny_model
 
@@ -56,6 +58,53 @@ def test_only_slices_that_sample_get_tokens(engine: Engine) -> None:
     )
     assert result.slices[0].tokens[0].token_id == int(expected[39].argmax())
     assert result.slices[1].tokens == ()
+
+
+def test_best_tokens_are_those_of_one_at_a_time(engine: Engine) -> None:
+    """Masked or not, behind right guesses and wrong ones, where none may come at some place, beside slices that draw nothing."""
+    may_come = list(range(0, 384, 7))
+
+    def continued(tokens: list[int], allowed: list[int]) -> list[int]:
+        answer: list[int] = []
+        for _ in range(4):
+            row = all_logits(engine, [*tokens, *answer])[-1]
+            answer.append(allowed[int(row[allowed].argmax())])
+        return answer
+
+    free, bound = continued(TOKENS[:40], list(range(384))), continued(TOKENS[:40], may_come)
+    masked = replace(GREEDY, rules=RowRules(mask=MaskOf(may_come)))  # type: ignore[arg-type]
+    nothing = replace(GREEDY, rules=RowRules(mask=MaskOf([])))  # type: ignore[arg-type]
+    cases: list[tuple[list[int], tuple[SampleSpec, ...], list[int]]] = [  # guesses, samples, what is to come
+        ([], (), []),
+        ([], (GREEDY,), free[:1]),
+        ([], (masked,), bound[:1]),
+        ([], (nothing,), []),
+        (free[:3], (GREEDY,) * 4, free),
+        ([*free[:2], free[2] ^ 1], (GREEDY,) * 4, free[:3]),
+        (bound[:3], (masked,) * 4, bound),
+        ([bound[0] ^ 1, *bound[1:3]], (masked,) * 4, bound[:1]),
+        (bound[:3], (masked, masked, nothing, nothing), bound[:2]),
+    ]
+    slices = []
+    for guesses, samples, _ in cases:
+        slices.append(SequenceSlice([*TOKENS[:40], *guesses], 0, engine.blocks.allocate(3), samples, num_drafts=len(guesses)))
+    result = engine.runner.execute(ScheduledBatch(tuple(slices), keeps_rows=True))
+    assert [[token.token_id for token in item.tokens] for item in result.slices] == [coming for *_, coming in cases]
+    assert [isinstance(item.error, InvalidRequest) for item in result.slices] == [place == 3 for place in range(len(cases))]
+    assert [item.row is not None for item in result.slices] == [bool(coming) for *_, coming in cases]
+
+
+class MaskOf:
+    """A `NextMask` that lets these tokens come."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        bits = np.zeros(416, dtype=np.uint8)
+        bits[token_ids] = 1
+        self.words = np.packbits(bits, bitorder="little").view(np.uint32)
+        self.error = None if token_ids else InvalidRequest("nothing may come", param="grammar")
+
+    def work_out(self) -> None:
+        pass
 
 
 def test_an_empty_batch_is_an_empty_result(engine: Engine) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.engine.batch import SampleSpec, SequenceSlice
 from common.engine.sampler import sample
 from common.engine.token_rules import RowRules
-from common.engine.verification import draw, num_sampled_rows
+from common.engine.verification import draw, follow, num_sampled_rows
 from common.types import SampledToken
 
 VOCAB = 12
@@ -81,6 +81,8 @@ def test_draws_are_those_of_one_at_a_time(data: st.DataObject) -> None:
     assert sum(map(num_sampled_rows, slices)) == len(rows)
     logits = torch.stack(rows) if rows else torch.empty(0, VOCAB)
     assert [list(tokens) for tokens in draw(logits, slices, sample)] == expected
+    if all(spec.takes_best and len(item.samples) == item.num_drafts + 1 for item in slices for spec in item.samples):
+        assert [list(tokens) for tokens in follow(slices, logits.argmax(dim=1).tolist())] == expected
 
 
 @pytest.mark.parametrize(("temperature", "logprobs", "drawn"), [(0.0, None, 6), (0.0, 1, 3), (0.7, None, 3)])

@@ -20,6 +20,7 @@
 
 #include "team.h"
 
+#include "best_token.h"
 #include "company.h"
 #include "machine_limits.h"
 #include "matrix.h"
@@ -78,6 +79,7 @@ public:
     virtual ~AnyDecoder() = default;
     virtual Outcome forward(const Step& step) = 0;
     virtual Outcome logits(const float* hidden, int64_t num_rows, float* to) = 0;
+    virtual Outcome pick(const float* hidden, int64_t num_rows, const uint32_t* const* may_come, int64_t* to) = 0;
     virtual void use_threads(int64_t wanted) = 0;
     virtual void watch(double* seconds) = 0;
     virtual Limits limits() = 0;
@@ -148,6 +150,27 @@ public:
         return DONE;
     }
 
+    Outcome pick(const float* hidden, int64_t num_rows, const uint32_t* const* may_come, int64_t* to) override {
+        reserve(num_rows);
+        for (Own& own : own_) own.best.assign(size_t(num_rows), BestToken{});
+        clock_.begin();
+        team_.run([&](int member) {
+            BestToken* best = own_[size_t(member)].best.data();
+            product(member, num_rows, normed(hidden, model_.final_norm), model_.head, model_.head_size,
+                    [&](int64_t row, int64_t first, const float* sums) {
+                        const uint32_t* words = may_come[row];
+                        best[row].see(sums, first, model_.head_size - first, words ? words[first / PANEL] : ~0u);
+                    });
+            end(HEAD, member);
+        });
+        for (int64_t row = 0; row < num_rows; ++row) {
+            BestToken best;
+            for (const Own& own : own_) best.merge(own.best[size_t(row)]);
+            to[row] = best.found();
+        }
+        return DONE;
+    }
+
     void use_threads(int64_t wanted) override { team_.use(wanted); }
 
     void watch(double* seconds) override { clock_.watch(seconds); }
@@ -159,6 +182,7 @@ private:
     struct Own {
         std::vector<uint32_t> normed;
         ProductRows rows;
+        std::vector<BestToken> best;  // of the rows of the head
     };
 
     static constexpr int64_t FEW_ROWS_APART = 4;
@@ -415,7 +439,7 @@ private:
 using namespace pdserve;
 
 // Raised with every change of the interface below or of the layouts that it trusts.
-extern "C" int64_t pdserve_interface() { return 7; }
+extern "C" int64_t pdserve_interface() { return 8; }
 
 // Libraries of one source and the same value give the same bits.
 extern "C" int64_t pdserve_arithmetic() { return arithmetic(); }
@@ -458,6 +482,15 @@ extern "C" int pdserve_decoder_forward(void* decoder, const Step* step) {
 extern "C" int pdserve_decoder_logits(void* decoder, const float* hidden, int64_t num_rows, float* to) {
     try {
         return static_cast<AnyDecoder*>(decoder)->logits(hidden, num_rows, to);
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+}
+
+// The best token of each row, as `BestToken` finds it; bit i of word w of `may_come[row]` is token 32 w + i, and null is all of them.
+extern "C" int pdserve_decoder_pick(void* decoder, const float* hidden, int64_t num_rows, const uint32_t* const* may_come, int64_t* to) {
+    try {
+        return static_cast<AnyDecoder*>(decoder)->pick(hidden, num_rows, may_come, to);
     } catch (const std::bad_alloc&) {
         return OUT_OF_MEMORY;
     }

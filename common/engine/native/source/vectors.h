@@ -70,6 +70,19 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
+// A bit for each lane of `a` that is not below that of `b`, or where one of them is not a number.
+inline uint32_t lanes_not_below(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+#else
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < LANES; ++lane) lanes |= uint32_t(!(a[lane] < b[lane])) << lane;
+    return lanes;
+#endif
+}
+
 // What the lanes come to one after the other.
 template <class Vector, class Step>
 inline auto folded(const Vector& values, const Step& step) {
