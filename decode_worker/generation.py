@@ -70,6 +70,7 @@ class Choice:
     def __init__(self, generation: Generation, index: int, sequence: PagedSequence) -> None:
         self.generation = generation
         self.index = index
+        self.key = ChoiceKey(generation.request.request_id, index)
         self.sequence = sequence
         self.num_generated = generation.request.num_resumed_tokens
         self.state = ChoiceState.WAITING
@@ -106,7 +107,8 @@ class Choice:
     @property
     def remaining_ahead(self) -> int:
         """Tokens that will be there and not in KV."""
-        return self.length_ahead - self.sequence.num_computed - self.under_way
+        share, remaining = self.share, self.sequence.remaining
+        return remaining if share is None else remaining + share.draws - share.count
 
     @property
     def prompt_in_kv_ahead(self) -> bool:
@@ -124,10 +126,6 @@ class Choice:
         return len(self.sequence.tokens) + self.generation.request.sampling.max_tokens - self.num_generated
 
     @property
-    def key(self) -> ChoiceKey:
-        return ChoiceKey(self.generation.request.request_id, self.index)
-
-    @property
     def most_drafts(self) -> int:
         """How many guesses the next step may hold: the one draw after the last of them must still be wanted."""
         return self.generation.request.sampling.max_tokens - self.num_generated - 1
@@ -137,6 +135,9 @@ class Choice:
         then it and what follows it are no use."""
         sampling, tokens = self.generation.request.sampling, self.sequence.tokens
         num_known = len(tokens)
+        if not drafts:
+            rules = None if self._rules is None else self._rules.for_next(tokens)
+            return (SampleSpec.for_next_token(sampling, choice=self.index, position=num_known, rules=rules),)
         specs: list[SampleSpec] = []
         for place in range(len(drafts) + 1):
             rules = None if self._rules is None else self._rules.for_next(tokens)
@@ -183,8 +184,8 @@ class Choice:
                 break
         return TokenChunk(
             self.index,
-            tuple(token.token_id for token in accepted),
-            logprobs=tuple(token.logprob for token in accepted if token.logprob is not None),
+            tuple([token.token_id for token in accepted]),
+            logprobs=tuple([token.logprob for token in accepted if token.logprob is not None]),
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
         )
@@ -239,7 +240,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
+        return all([choice.state is ChoiceState.FINISHED for choice in self.choices])
 
     def account(self) -> WorkAccount:
         work = self.work

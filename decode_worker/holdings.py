@@ -87,6 +87,8 @@ class Holdings:
     def grow(self, choice: Choice) -> bool:
         """A block for its next token, if it lacks one. False: there is none."""
         missing = choice.sequence.missing_blocks(choice.length_ahead)
+        if not missing:
+            return True
         if not self._blocks.can_allocate(missing):
             return False
         choice.sequence.blocks.extend(self._blocks.allocate(missing))
@@ -98,7 +100,8 @@ class Holdings:
         if not self._blocks.can_allocate(sum(count for _, count in missing)):
             return False
         for choice, count in missing:
-            choice.sequence.blocks.extend(self._blocks.allocate(count))
+            if count:
+                choice.sequence.blocks.extend(self._blocks.allocate(count))
         return True
 
     def grow_for_drafts(self, choice: Choice, drafts: Sequence[int]) -> Sequence[int]:
@@ -133,8 +136,8 @@ class Holdings:
     def trim(self, choice: Choice) -> None:
         """Gives back what its tokens do not need. A step under way may write behind them: the token before was to be one more,
         and was the one that ends the answer."""
-        if not choice.num_steps_under_way:
-            self._blocks.release(choice.sequence.trim(len(choice.sequence.tokens)))
+        if not choice.num_steps_under_way and (spare := choice.sequence.trim(len(choice.sequence.tokens))):
+            self._blocks.release(spare)
 
     def put_out(self, choice: Choice) -> bool:
         """Its KV goes to swap space, and its blocks are given back. False: it stays as it is."""

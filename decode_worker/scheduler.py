@@ -437,7 +437,7 @@ class DecodeScheduler:
         num_right = min(len(tokens) - 1, len(chunk.token_ids))  # drafts that the sequence now has, and whose KV is in place
         self._advance(choice, share.count + num_right)
         self._holdings.trim(choice)
-        author = "" if self._speculator is None else self._speculator.author(choice.key)
+        author = self._speculator.author(choice.key) if self._speculator is not None and share.num_drafts else ""
         account.decoded(choice.generation, share, num_right, author)
         if self._speculator is not None and not share.is_ahead:
             self._speculator.settle(choice.key, [token.token_id for token in tokens], row)

@@ -54,12 +54,12 @@ class StepPlanner:
 
     def plan(self, running: Sequence[Choice], *, is_ahead: bool) -> StepPlan:
         """The next step of those that run, who have what room they need; in order of turns."""
-        active = [choice for choice in running if choice.remaining_ahead and not choice.ends_ahead]
-        counts = [(choice, 1) for choice in active if choice.remaining_ahead == 1]
+        remaining = [(choice, choice.remaining_ahead) for choice in running if not choice.ends_ahead]
+        counts = [(choice, 1) for choice, count in remaining if count == 1]
         budget = max(self._config.step_tokens, len(running)) - len(counts)
-        prompts = [choice for choice in active if choice.remaining_ahead > 1]
-        shares = divide(budget, [choice.remaining_ahead for choice in prompts])
-        counts += [(choice, count) for choice, count in zip(prompts, shares, strict=True) if count]
+        prompts = [(choice, count) for choice, count in remaining if count > 1]
+        shares = divide(budget, [count for _, count in prompts])
+        counts += [(choice, count) for (choice, _), count in zip(prompts, shares, strict=True) if count]
         if is_ahead:
             self._asking.skipped()
         drafts = {} if is_ahead else self._draft(counts, budget - sum(shares))

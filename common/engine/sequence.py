@@ -88,6 +88,8 @@ class PagedSequence:
     def trim(self, num_tokens: int) -> list[int]:
         """Gives the references to the blocks back to the caller that it does not take to hold `num_tokens` tokens."""
         kept = num_blocks(num_tokens, self._block_tokens)
+        if kept >= len(self.blocks):
+            return []
         self.blocks, spare = self.blocks[:kept], self.blocks[kept:]
         return spare
 

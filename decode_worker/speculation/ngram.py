@@ -21,6 +21,7 @@ _MOST_TENANTS = 64
 _CONTEXT_TOKENS = 8  # of the prompt's end, remembered with an answer
 _END = -1  # stands between answers; no token
 _OF_OTHER_ANSWERS = 16  # added to the evidence of such guesses
+_NO_GUESS = Guess()
 
 
 class NgramProposer:
@@ -62,7 +63,7 @@ class NgramProposer:
             if found is not None and (own is None or found[1].num_tokens > own.num_tokens):
                 token_ids = _following(found[0], found[1], wanted.most_tokens)
                 return Guess(token_ids, _OF_OTHER_ANSWERS + _evidence(found[1]))
-        return Guess() if own is None else Guess(_following(text, own, wanted.most_tokens), _evidence(own))
+        return _NO_GUESS if own is None else Guess(_following(text, own, wanted.most_tokens), _evidence(own))
 
     def _begin(self, key: ChoiceKey) -> tuple[list[int], TextIndex]:
         text: list[int] = []

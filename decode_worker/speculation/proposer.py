@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from common.types import SamplingParams
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from common.engine.heads.rows import HiddenRow
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceKey:
+class ChoiceKey(NamedTuple):
     """One choice of one request, from its first guess until `end`."""
 
     request_id: str

@@ -137,20 +137,25 @@ class AdaptiveSpeculator:
         offers = [_NOTHING] * len(wanted)
         if self._quick is not None:
             self._ask_quick(self._quick, wanted, sequences, offers)
-        lengths, gain = best_lengths(
-            [offer.figures for offer in offers],
-            self._cost,
-            num_sequences=len(wanted),
-            num_rows=num_rows,
-            most_rows=most_rows,
-            demanded=self._payoff.demanded,
-        )
+        lengths, gain = [0] * len(wanted), 0.0
+        if any([offer.length for offer in offers]):
+            lengths, gain = best_lengths(
+                [offer.figures for offer in offers],
+                self._cost,
+                num_sequences=len(wanted),
+                num_rows=num_rows,
+                most_rows=most_rows,
+                demanded=self._payoff.demanded,
+            )
         if self._slow is not None:
             lengths = self._ask_slow(self._slow, wanted, sequences, offers, lengths, gain, num_rows, most_rows)
         drafts: list[Sequence[int]] = []
         for sequence, offer, length in zip(sequences, offers, lengths, strict=True):
             sequence.taken, sequence.taken_of = length, offer.proposer
-            kept_share = self._promises[offer.proposer].kept_share if length else 1.0
+            if not length:
+                drafts.append(())
+                continue
+            kept_share = self._promises[offer.proposer].kept_share
             sequence.promised = _expected(length, offer.first, offer.further) / kept_share
             drafts.append(offer.guess.token_ids[:length])
         if any(drafts):
@@ -185,7 +190,7 @@ class AdaptiveSpeculator:
             if self._slow is not None and name == self._slow.name:
                 self._acceptance.observe(sequence.history, (name, _ANY), guess.token_ids, came)
         if self._quick is not None and not sequence.is_resting:
-            guess = guesses.get(self._quick.name, Guess())
+            guess = guesses.get(self._quick.name, _NO_GUESS)
             is_right = bool(guess.token_ids and came) and guess.token_ids[0] == came[0]
             sequence.misses = 0 if is_right else sequence.misses + 1
 
@@ -291,6 +296,8 @@ class AdaptiveSpeculator:
 
     def _made(self, name: str, sequence: _Sequence, guess: Guess) -> _Offer:
         sequence.guesses[name] = guess
+        if not guess.token_ids:
+            return _NOTHING
         return _Offer(name, guess, len(guess.token_ids), *self._rates(name, sequence, guess.evidence))
 
     def _rates(self, name: str, sequence: _Sequence, evidence: int) -> tuple[float, float]:
