@@ -112,6 +112,7 @@ class GrammarState:
         self._num_consumed = 0
         self._lost = False  # what followed is no beginning of a sentence: a guess that will be taken back
         self._pending: NextMask | None = None
+        self._is_over: bool | None = None  # None: it was not asked since tokens came or went
 
     @property
     def num_consumed(self) -> int:
@@ -121,13 +122,16 @@ class GrammarState:
     @property
     def is_over(self) -> bool:
         """The sentence is whole and nothing can follow it."""
-        return not self._lost and self._automaton.is_over
+        if self._is_over is None:
+            self._is_over = self._automaton.is_over
+        return not self._lost and self._is_over
 
     def consume(self, tokens: Sequence[int]) -> None:
         """The next tokens of the answer. From the first one that does not fit it knows nothing more, until it is rewound."""
         if not tokens or self._lost:
             return
         self._detach()
+        self._is_over = None
         taken = self._automaton.consume(list(tokens))
         self._num_consumed += taken
         self._lost = taken < len(tokens)
@@ -136,6 +140,7 @@ class GrammarState:
         """It knows only the first `num_tokens` of the answer."""
         if num_tokens < self._num_consumed:
             self._detach()
+            self._is_over = None
             self._automaton.take_back(self._num_consumed - num_tokens)
             self._num_consumed = num_tokens
         self._lost = False
@@ -161,6 +166,8 @@ class GrammarState:
 
 class NextMask:
     """The mask of one draw; worked out once, when it is first needed."""
+
+    __slots__ = ("_automaton", "_error", "_lost", "_restriction", "_vocab_size", "_words")
 
     def __init__(self, automaton: Automaton, vocab_size: int, restriction: Restriction, *, lost: bool) -> None:
         self._automaton: Automaton | None = automaton
@@ -215,7 +222,7 @@ class NextMask:
             words |= self._bits(rules.stop_token_ids)
         if rules.allowed_token_ids is not None:
             words &= self._bits(rules.allowed_token_ids)
-        if rules.banned_token_ids is not None:
+        if rules.banned_token_ids is not None and len(rules.banned_token_ids):
             words &= ~self._bits(rules.banned_token_ids)
         if rules.forced_token_ids is not None:
             forced = words & self._bits(rules.forced_token_ids)

@@ -79,6 +79,7 @@ class TokenRules:
         if sampling.grammar is not None and grammar is None:
             raise EngineFailure("the request has a grammar that was not compiled")
         self._grammar = None if grammar is None else grammar.start()
+        self._restriction: Restriction | None = None  # of the place that was asked about last
         self._sampling = sampling
         self._num_prompt_tokens = request.num_prompt_tokens - request.num_resumed_tokens  # what was generated before is generated
         self._num_certain = request.num_resumed_tokens  # of the answer; what is beyond may be guessed
@@ -162,14 +163,15 @@ class TokenRules:
     def _with_mask(self, grammar: GrammarState, tokens: Sequence[int], banned: Ids) -> RowRules:
         """All that is about which tokens may come is in the mask, so that nothing is left undecided between them."""
         self._advance(grammar, tokens)
-        restriction = Restriction(
-            stop_token_ids=self._sampling.stop_token_ids,
-            allowed_token_ids=self._allowed,
-            forced_token_ids=self._forced if len(self._forced) else None,
-            banned_token_ids=banned if len(banned) else None,
-        )
+        if self._restriction is None or self._restriction.banned_token_ids is not banned:
+            self._restriction = Restriction(
+                stop_token_ids=self._sampling.stop_token_ids,
+                allowed_token_ids=self._allowed,
+                forced_token_ids=self._forced if len(self._forced) else None,
+                banned_token_ids=banned,
+            )
         penalties = self._penalties(tokens) if self._penalised else None
-        return RowRules(self._bias, penalties, mask=grammar.next_mask(restriction, num_certain=self._num_certain))
+        return RowRules(self._bias, penalties, mask=grammar.next_mask(self._restriction, num_certain=self._num_certain))
 
     def _completing(self, tokens: Sequence[int], num_generated: int) -> list[int]:
         """The tokens that would complete a bad word of several tokens, all of them generated."""

@@ -97,6 +97,7 @@ class NativeModel:
             pool=pool.tensor.data_ptr(),
         )
         self._handle = library.create(description)
+        self._threads = cores.most  # of the calls to come
         # Not at exit: the engine's thread may be within a step then.
         weakref.finalize(self, library.destroy, self._handle).atexit = False
 
@@ -114,7 +115,7 @@ class NativeModel:
         numbers = step.numbers
         if numbers is None:
             raise EngineFailure("a native model computes what lies on the host")
-        hidden = torch.empty(numbers.num_rows, self._hidden_width) if rows is None else rows
+        hidden = _uninitialised(numbers.num_rows, self._hidden_width) if rows is None else rows
         task = Step(
             num_rows=numbers.num_rows,
             num_sequences=numbers.num_sequences,
@@ -154,24 +155,30 @@ class NativeModel:
 
     def _compute(self, task: Step) -> None:
         with self._cores.computing(task.num_rows) as threads:
-            self._library.use_threads(self._handle, threads)
+            self._use_threads(threads)
             self._library.forward(self._handle, task)
+
+    def _use_threads(self, threads: int) -> None:
+        # A call gives the interpreter's lock away, and a thread that works masks out would keep it for a while.
+        if threads != self._threads:
+            self._library.use_threads(self._handle, threads)
+            self._threads = threads
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self._head_size)
         if len(hidden):
             with self._cores.computing(len(hidden)) as threads:
-                self._library.use_threads(self._handle, threads)
+                self._use_threads(threads)
                 self._library.logits(self._handle, hidden.data_ptr(), len(hidden), logits.data_ptr())
         return logits
 
     def pick(self, hidden: torch.Tensor, may_come: Sequence[Words | None]) -> Sequence[int]:
         """As `TokenPicker.pick`. Not of a part of a model."""
         hidden = hidden.contiguous()
-        bits = [None if words is None else words.ctypes.data for words in may_come]
+        bits = [None if words is None else words.__array_interface__["data"][0] for words in may_come]
         with self._cores.computing(len(bits)) as threads:
-            self._library.use_threads(self._handle, threads)
+            self._use_threads(threads)
             return self._library.pick(self._handle, hidden.data_ptr(), bits)
 
     def watch(self) -> Mapping[str, float]:
@@ -226,6 +233,11 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 def _matrix(panels: Panels | None) -> Matrix:
     return Matrix(None, Held.PLAIN) if panels is None else Matrix(panels.words.data_ptr(), panels.held)
+
+
+def _uninitialised(rows: int, width: int) -> torch.Tensor:
+    """By numpy, for `torch.empty` gives the interpreter's lock away."""
+    return torch.from_numpy(np.empty((rows, width), dtype=np.float32))
 
 
 def _addresses(layer: LayerPanels) -> LayerWeights:
