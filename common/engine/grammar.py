@@ -242,8 +242,8 @@ class NextMask:
 class MaskThread:
     """Works masks out while another thread is busy elsewhere. One per runner; the thread starts with the first mask.
 
-    An ordinary mask takes 16 us over and over again, but behind a step, when weights have driven the vocabulary out of caches,
-    150 to 400: several times what it costs to hand it over."""
+    An ordinary mask takes 16 us over and over again, but the first one behind a step, when weights have driven the vocabulary out
+    of all caches, takes some ten times that: more than it costs to hand it over."""
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
