@@ -24,8 +24,7 @@ class ChoiceKey(NamedTuple):
     choice: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A sequence whose continuation is to be guessed."""
 
     key: ChoiceKey

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from common.clock import Clock
@@ -218,7 +218,7 @@ class AdaptiveSpeculator:
         """Puts its guesses into `offers`."""
         asked = [place for place, sequence in enumerate(sequences) if _is_awake(sequence, len(sequences))]
         most = self._max_draft_tokens
-        items = [item if item.most_tokens <= most else replace(item, most_tokens=most) for item in map(wanted.__getitem__, asked)]
+        items = [item if item.most_tokens <= most else item._replace(most_tokens=most) for item in map(wanted.__getitem__, asked)]
         for place, guess in zip(asked, proposer.propose(items), strict=True):
             offers[place] = self._made(proposer.name, sequences[place], guess)
 
@@ -287,7 +287,7 @@ class AdaptiveSpeculator:
         asked = [place for place, length in to_make.items() if length]
         if not asked:
             return
-        items = [replace(wanted[place], most_tokens=to_make[place], row=sequences[place].row) for place in asked]
+        items = [wanted[place]._replace(most_tokens=to_make[place], row=sequences[place].row) for place in asked]
         started_s = self._clock.monotonic_s()
         guesses = proposer.propose(items)
         self._calls.append((self._clock.monotonic_s() - started_s, max(len(guess.token_ids) for guess in guesses)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from common.engine.heads.heads import DraftHeads
 from common.engine.heads.rows import HiddenRow
@@ -83,7 +82,7 @@ class Headstrong:
         self.begun: dict[str, HiddenRow] = {}
 
     def draft(self, wanted: Sequence[Wanted], *, num_rows: int, most_rows: int) -> list[Sequence[int]]:
-        asked = [replace(item, row=self.rows.get(item.key)) for item in wanted]
+        asked = [item._replace(row=self.rows.get(item.key)) for item in wanted]
         return [guess.token_ids for guess in self.proposer.propose(asked)]
 
     def author(self, key: ChoiceKey) -> str:
