@@ -82,6 +82,8 @@ class Ours:
         self._matcher = Matcher(prior, weights, self.decider)
         self._only_cosine = only_cosine
         self._prior = prior
+        self._num_known = 0
+        self._full: Scope | None = None
 
     def run(self, stream: Iterable[Asked], length: int) -> Outcome:
         outcome = Outcome()
@@ -111,14 +113,20 @@ class Ours:
                     best.known.refused[key] = None
             if not hit:
                 kinds[key], numbers[key] = asked.kind, asked.number
-                scope.add(Known(key, asked.reading, ""), asked.vector)
+                family = best.known.family if best is not None and right else key
+                scope.add(Known(key, asked.reading, "", family=family), asked.vector)
             if due:
                 self.decider.take(self.decider.refit(self.decider.evidence()))
+        self._num_known = 0 if scope is None else len(scope)
         return outcome
 
     def would_serve(self, asked: Asked, known: Asked) -> bool:
-        """With what it has learnt: `asked`, while `known` is the only question with an answer. Learns nothing from it."""
-        scope = Scope(len(known.vector))
+        """With what it has learnt: `asked`, while `known` alone is near, of as many as it came to know. Learns nothing."""
+        scope = self._full
+        if scope is None:
+            scope = self._full = Scope(len(known.vector))
+            for number in range(self._num_known):
+                scope.add(Known(number.to_bytes(8, "big"), known.reading, ""), np.zeros_like(known.vector))
         scope.add(Known(b"known", known.reading, ""), known.vector)
         best = self._matcher.match(scope, b"asked", asked.reading, asked.vector).best
         return best is not None and best.chance >= self.decider.view()[0].threshold

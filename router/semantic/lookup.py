@@ -105,6 +105,7 @@ class _Record(BaseModel):
     text: str
     answer: str
     expires_s: float  # wall clock
+    family: str = ""  # of known questions with the same answer
 
 
 class SemanticCache:
@@ -187,9 +188,13 @@ class SemanticCache:
 
     def learn(self, question: Question, answer: FreshAnswer) -> None:
         opened = self._open.pop(question.key, None)
+        family = answer.key
         if opened is not None and opened.match is not None and opened.seen is not None:
             source = LabelSource.SHADOW if opened.served else LabelSource.FRESH
-            self._label(opened, source, self._judge.same(opened.match.known.answer, answer.text))
+            same = self._judge.same(opened.match.known.answer, answer.text)
+            self._label(opened, source, same)
+            if same:
+                family = opened.match.known.family
         asked = self._read(question) if opened is None else opened.read
         if asked is None or asked.vector is None or answer.finish_reason is not FinishReason.STOP:
             return
@@ -197,7 +202,7 @@ class SemanticCache:
         if vector is None:
             return
         ttl_s = min(self._config.ttl_s, answer.ttl_s)
-        known = Known(answer.key, asked.reading, answer.text[:_ANSWER_CHARS])
+        known = Known(answer.key, asked.reading, answer.text[:_ANSWER_CHARS], family=family)
         self._library.add(question.scope, known, vector, names=answer.names, expires_s=self._clock.monotonic_s() + ttl_s)
         record = _Record(
             version=1,
@@ -206,6 +211,7 @@ class SemanticCache:
             text=question.text,
             answer=known.answer,
             expires_s=self._clock.wall_s() + ttl_s,
+            family=family.hex(),
         )
         self._store.put(self._record_key(answer.key), orjson.dumps(record.model_dump()), ttl_s=ttl_s, epochs=answer.epochs)
         self._wider.add(question.scope, answer.key, vector, ttl_s=ttl_s)
@@ -282,7 +288,7 @@ class SemanticCache:
     async def _take_record(self, value: bytes, names: tuple[str, ...]) -> None:
         try:
             record = _Record.model_validate_json(value)
-            scope, key = bytes.fromhex(record.scope), bytes.fromhex(record.key)
+            scope, key, family = (bytes.fromhex(field) for field in (record.scope, record.key, record.family))
         except (ValidationError, ValueError):
             return
         left_s = record.expires_s - self._clock.wall_s()
@@ -295,7 +301,7 @@ class SemanticCache:
         await until_done(future, _RECORD_S)
         vector = finished(future)
         if vector is not None:
-            known = Known(key, reading, record.answer)
+            known = Known(key, reading, record.answer, family=family)
             self._library.add(scope, known, vector, names=names, expires_s=self._clock.monotonic_s() + left_s)
 
     def _record_key(self, key: bytes) -> bytes:

@@ -7,11 +7,13 @@ Knows neither time nor where answers lie.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router.semantic.agreement import NUM_NEAREST, agreement
 from router.semantic.decider import Decider
 from router.semantic.embedder import Vector
 from router.semantic.features import features
@@ -36,6 +38,10 @@ class Known:
     num_labels: float = 0.0
     refused: dict[bytes, None] = field(default_factory=dict)  # digests of questions that its answer was wrong for
     wrong_for: dict[bytes, None] = field(default_factory=dict)  # those of them that got it
+    family: bytes = b""  # the same for all whose answers were found to say the same; by itself: the key
+
+    def __post_init__(self) -> None:
+        self.family = self.family or self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Scope:
         self._index = ScopeIndex(dimensions)
         self._known: dict[int, Known] = {}
         self._rows: dict[bytes, int] = {}
+        self._family_sizes: Counter[bytes] = Counter()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -67,18 +74,25 @@ class Scope:
         row = self._index.add(vector)
         self._known[row] = known
         self._rows[known.key] = row
+        self._family_sizes[known.family] += 1
 
     def remove(self, key: bytes) -> bool:
         row = self._rows.pop(key, None)
         if row is None:
             return False
         self._index.remove(row)
-        del self._known[row]
+        family = self._known.pop(row).family
+        self._family_sizes[family] -= 1
+        if not self._family_sizes[family]:
+            del self._family_sizes[family]
         return True
 
     def get(self, key: bytes) -> Known | None:
         row = self._rows.get(key)
         return None if row is None else self._known[row]
+
+    def family_size(self, family: bytes) -> int:
+        return self._family_sizes[family]
 
     def nearest(self, vector: Vector, count: int) -> list[tuple[Known, float]]:
         return [(self._known[row], cosine) for row, cosine in self._index.nearest(vector, count)]
@@ -92,11 +106,13 @@ class Matcher:
 
     def match(self, scope: Scope, digest: bytes, reading: Reading, vector: Vector) -> Matches:
         """`digest` names the question's text in quarantines."""
-        near = scope.nearest(vector, _CANDIDATES)
+        near = scope.nearest(vector, NUM_NEAREST)
+        families = [(known.family, cosine) for known, cosine in near]
         kept: list[tuple[Known, float]] = []
         rows: list[list[float]] = []
+        agreements: list[list[float]] = []
         vetoed: list[Veto] = []
-        for place, (known, cosine) in enumerate(near):
+        for place, (known, cosine) in enumerate(near[:_CANDIDATES]):
             if cosine < _LEAST_COSINE:
                 break
             if digest in known.refused:
@@ -107,6 +123,7 @@ class Matcher:
                 continue
             gap = cosine - near[place + 1][1] if place + 1 < len(near) else cosine
             kept.append((known, cosine))
+            agreements.append(agreement(place, families, scope.family_size(known.family), len(scope)))
             rows.append(
                 features(
                     reading,
@@ -120,7 +137,7 @@ class Matcher:
             )
         if not rows:
             return Matches(None, tuple(vetoed))
-        matrix = self._prior.rows(np.array(rows))
+        matrix = self._prior.rows(np.array(rows), np.array(agreements))
         chances = self._decider.chances(matrix)
         best = int(np.argmax(chances))
         known, cosine = kept[best]

@@ -70,13 +70,13 @@ class Prior:
         if len(self._mean) != NUM_FEATURES:
             raise ValueError("the prior was trained for other features")
 
-    def rows(self, features: Floats) -> Floats:
-        """[candidate][column] for the pooled model: the prior's log odds, the scaled features, and 1."""
+    def rows(self, features: Floats, unknown: Floats) -> Floats:
+        """[candidate][column] for the pooled model: the prior's log odds, the scaled features, what is `unknown` to it, and 1."""
         scaled = np.clip((features - self._mean) / self._scale, -6.0, 6.0)
         odds = np.zeros(len(scaled))
         if self.informed:
             odds = np.tanh(scaled @ self._hidden + self._hidden_bias) @ self._output + self._output_bias
-        return np.column_stack([odds, scaled, np.ones(len(scaled))])
+        return np.column_stack([odds, scaled, unknown, np.ones(len(scaled))])
 
     def chances(self, rows: Floats) -> Floats:
         return sigmoid(rows[:, 0])

@@ -16,8 +16,10 @@ from common.metrics import SemanticMetrics, StoreMetrics
 from common.types import FinishReason
 from router.cache.semantic_port import FreshAnswer, Question, SemanticHit
 from router.sampling_class import SamplingClass
+from router.semantic.agreement import NAMES as OF_AGREEMENT
 from router.semantic.decider import Decider, Verdict
 from router.semantic.embedder import HashedEmbedder, Vector
+from router.semantic.features import NUM_FEATURES
 from router.semantic.judge import TextJudge
 from router.semantic.lookup import SemanticCache
 from router.semantic.matching import Matcher
@@ -29,6 +31,7 @@ from router.store.embedded import EmbeddedStore
 
 MODEL = "m"
 NAMES = ("model:m", "tenant:t")
+WIDTH = NUM_FEATURES + len(OF_AGREEMENT) + 2  # of a row that the matcher makes
 
 
 def digest(text: str) -> bytes:
@@ -40,7 +43,7 @@ def question(text: str, *, scope: bytes = b"scope", tenant: str = "t", earlier: 
     return Question(key, NAMES, scope, text, tenant, MODEL, SamplingClass.GREEDY, 100, earlier, has_tools=False)
 
 
-def prove(decider: Decider, kind: str, *, width: int = 28, wrong_share: float = 0.0, count: int = 400) -> None:
+def prove(decider: Decider, kind: str, *, width: int = WIDTH, wrong_share: float = 0.0, count: int = 400) -> None:
     """Labels of candidates that were surely right and surely wrong, and a refit: the class has a threshold then. And enough hits
     are verified, if they are given, that few more need to be."""
     dice = random.Random(0)

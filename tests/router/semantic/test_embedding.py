@@ -68,8 +68,12 @@ LARGEST = 0.4448765
 @pytest.mark.parametrize("revision", ["hashed-1", "minilm-1"])
 def test_the_shipped_prior_fits_the_features(revision: str) -> None:
     prior = Prior(shipped(), revision)
-    rows = prior.rows(np.zeros((2, NUM_FEATURES)))
-    assert rows.shape == (2, NUM_FEATURES + 2)
+    unknown = np.array([[5.0, 6.0, 7.0], [0.0, 0.0, 0.0]])
+    rows = prior.rows(np.zeros((2, NUM_FEATURES)), unknown)
+    assert rows.shape == (2, NUM_FEATURES + 3 + 2)
+    assert rows[0, -4:].tolist() == [5.0, 6.0, 7.0, 1.0]
+    chances = prior.chances(rows)
+    assert chances[0] == chances[1]  # it makes nothing of what it does not know
     thresholds = [prior.threshold(bound) for bound in (0.5, 0.1, 0.05)]
     assert None not in thresholds
     assert thresholds == sorted(thresholds)  # a tighter bound asks for more
