@@ -17,14 +17,17 @@ both blocking. Digests are always on; what they cost is the ratio to a
 transfer in which both processes replace the digest of a piece by a constant and copy by memmove, which only this benchmark can.
 `last byte to verified` is the time for which nothing was left but to verify: from when the writer had written or sent everything
 until the last piece was found right, with waking whoever reads and what that one is behind. `by layer` pushes one layer of all
-blocks after the other without a pause, so that most of them wait for the first, and go together. The native library is
-compiled before anything is measured; `--python-copies` does without it.
+blocks after the other without a pause, so that most of them wait for the first, and go together. `both ends on one core` counts
+transfers whose last batch was written and verified by the same core: a kernel often puts whoever is woken on the core of the one
+that wakes it, above all in a virtual machine whose other core sleeps, and then nothing is verified until all is written. What a
+ratio says depends on it. The native library is compiled before anything is measured; `--python-copies` does without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import math
 import multiprocessing
@@ -110,6 +113,7 @@ class Pushed:
     started_s: float
     digests: dict[int, bytes]
     written_s: float = 0.0  # the last byte
+    core: int = -1  # that wrote it
 
 
 @dataclass(frozen=True)
@@ -162,20 +166,22 @@ async def _push(sender: KVSender, order: Push, shape: Shape) -> Pushed:
             await outgoing.push(everything, (layer, layer + 1))
     else:
         await outgoing.push(everything)
-    return Pushed(started_s, dict((await outgoing.finish()).digests), _written_s)
+    return Pushed(started_s, dict((await outgoing.finish()).digests), _written_s, _written_by)
 
 
+_core = ctypes.CDLL(None).sched_getcpu  # that the calling thread is on
 _written_s = 0.0
+_written_by = -1
 
 
 def note_writes(writer: type[MappedWriter] | type[WireWriter]) -> None:
-    """From now on `_written_s` is when one of these has written a batch."""
+    """From now on `_written_s` is when one of these has written a batch, and `_written_by` on which core."""
     original = writer.write
 
     def write(*arguments: Any) -> list[bytes]:
-        global _written_s
+        global _written_s, _written_by
         digests = original(*arguments)
-        _written_s = time.perf_counter()
+        _written_s, _written_by = time.perf_counter(), _core()
         return digests
 
     writer.write = write  # type: ignore[method-assign,assignment]
@@ -186,10 +192,11 @@ def note_writes(writer: type[MappedWriter] | type[WireWriter]) -> None:
 
 class TimedReceiver(KVReceiver):
     verified_s = 0.0
+    verified_by = -1
 
     def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
         super().pieces_written(link, nonce, written)
-        self.verified_s = time.perf_counter()
+        self.verified_s, self.verified_by = time.perf_counter(), _core()
 
 
 class Decode:
@@ -201,6 +208,7 @@ class Decode:
         self._receiver = TimedReceiver(self._region, shape.layout, "d/" + kind, 1, SECRET, SystemClock())
         self._attempt = 0
         self.exposed_s = 0.0  # of the last transfer, from its last byte until it was verified
+        self.on_one_core = 0  # transfers
 
     async def start(self) -> None:
         self._control.send((await self._receiver.start([self.kind], "127.0.0.1"))[0])
@@ -225,7 +233,12 @@ class Decode:
         await incoming.complete(Seal(incoming.ticket.nonce, incoming.ticket.num_tokens, pushed.digests))
         use_digests(True)
         self.exposed_s = self._receiver.verified_s - pushed.written_s
+        self.on_one_core += self._receiver.verified_by == pushed.core
         return self._receiver.verified_s - pushed.started_s, time.perf_counter() - began_s
+
+    @property
+    def transfers(self) -> int:
+        return self._attempt
 
     async def close(self) -> None:
         await self._receiver.close()
@@ -351,6 +364,8 @@ async def measure_all(control: Connection, shape: Shape, rounds: int, only: str)
         if only in f"{decode.kind} ticket to usable":
             whole = [(await decode.transfer())[1] for _ in range(2 * rounds)]
             results[f"{decode.kind} ticket to usable"] = {"ours_s": statistics.median(whole)}
+        if decode.transfers:
+            results[f"{decode.kind}, both ends on one core"] = {"count": decode.on_one_core, "of": decode.transfers}
     bare.close()
     await shm.close()
     await tcp.close()
@@ -393,6 +408,9 @@ def main() -> None:
         f"{os.cpu_count()} CPUs, load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     )
     for name, row in results.items():
+        if "count" in row:
+            print(f"  {name:29} {row['count']:4.0f} of {row['of']:.0f} transfers")
+            continue
         gigabytes_per_s = shape.total_bytes / row["ours_s"] / 1e9
         line = f"  {name:29} {row['ours_s'] * 1e3:7.2f} ms {gigabytes_per_s:6.2f} GB/s"
         if "share" in row:
