@@ -55,12 +55,13 @@ class Payoff:
         if self._step is not None:
             self._step.log_tokens += math.log1p(num_tokens)
 
-    def close(self) -> None:
-        """Before the next step is planned."""
+    def close(self) -> float | None:
+        """Before the next step is planned: what the one with guesses gained, if that can be told."""
         step, self._step = self._step, None
         if step is None or step.seconds <= 0.0 or step.without_s <= 0.0:
-            return
+            return None
         slower = math.log((step.seconds + step.asking_s) / step.without_s)
         gained = step.log_tokens / step.num_sequences - slower
         gained = max(-_MOST_GAINED, min(_MOST_GAINED, gained))
         self._bar = max(0.0, min(_HIGHEST, self._bar - _RATE * gained))
+        return gained

@@ -4,14 +4,16 @@
     choice: remember, or first draft -> ... -> end
 
 `Speculator` is what the scheduler asks. A proposer whose guesses cost next to nothing is always asked; but a sequence that it has
-nothing right for is left alone for some steps when many others decode. Guesses that take time are made after that, for sequences
-where one promises more than what is there: if the answers come faster by them, what they are to be worth and the time that they
-take included, which earlier ones have shown. If they do not pay, a short one is made from time to time, ever more rarely, to see
-whether they do now. When all guesses are there, the best of them are taken.
+nothing right for is left alone for some steps when many others decode, and nobody is asked for a while if all the asking came to
+a loss (`recess`). Guesses that take time are made after that, for sequences where one promises more than what is there: if the
+answers come faster by them, what they are to be worth and the time that they take included, which earlier ones have shown. If
+they do not pay, a short one is made from time to time, ever more rarely, to see whether they do now. When all guesses are there,
+the best of them are taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from decode_worker.speculation.acceptance import Acceptance, History, Promises
 from decode_worker.speculation.controller import best_lengths
 from decode_worker.speculation.payoff import Payoff
 from decode_worker.speculation.proposer import ChoiceKey, Guess, Proposer, Wanted
+from decode_worker.speculation.recess import Recess
 from decode_worker.speculation.step_cost import StepCost
 
 if TYPE_CHECKING:
@@ -118,6 +121,8 @@ class AdaptiveSpeculator:
         self._promises: defaultdict[str, Promises] = defaultdict(Promises)
         self._cost = StepCost()
         self._payoff = Payoff()
+        self._recess = Recess()
+        self._is_asking = True  # about the step at hand
         self._sequences: dict[ChoiceKey, _Sequence] = {}
 
     @property
@@ -129,11 +134,16 @@ class AdaptiveSpeculator:
         return any(proposer.reads_rows for proposer in (self._quick, self._slow) if proposer is not None)
 
     def draft(self, wanted: Sequence[Wanted], *, num_rows: int, most_rows: int) -> list[Sequence[int]]:
-        self._payoff.close()
+        gained = self._payoff.close()
+        if gained is not None:
+            self._recess.gained(gained)
         if most_rows <= 0:
             return [()] * len(wanted)
         asked_s = self._clock.monotonic_s()
         sequences = [self._sequence(item.key) for item in wanted]
+        self._is_asking = not self._recess.is_on(len(wanted))
+        if not self._is_asking:
+            return [()] * len(wanted)
         offers = [_NOTHING] * len(wanted)
         if self._quick is not None:
             self._ask_quick(self._quick, wanted, sequences, offers)
@@ -158,12 +168,12 @@ class AdaptiveSpeculator:
             kept_share = self._promises[offer.proposer].kept_share
             sequence.promised = _expected(length, offer.first, offer.further) / kept_share
             drafts.append(offer.guess.token_ids[:length])
+        without_s = self._cost.of(num_rows, 1)[0] if self._cost.is_known else 0.0
+        asking_s = self._clock.monotonic_s() - asked_s
         if any(drafts):
-            self._payoff.planned(
-                num_sequences=len(wanted),
-                without_s=self._cost.of(num_rows, 1)[0] if self._cost.is_known else 0.0,
-                asking_s=self._clock.monotonic_s() - asked_s,
-            )
+            self._payoff.planned(num_sequences=len(wanted), without_s=without_s, asking_s=asking_s)
+        elif without_s > 0.0:
+            self._recess.gained(-math.log1p(asking_s / without_s))
         return drafts
 
     def author(self, key: ChoiceKey) -> str:
@@ -189,7 +199,7 @@ class AdaptiveSpeculator:
             self._acceptance.observe(sequence.history, (name, guess.evidence), guess.token_ids, came)
             if self._slow is not None and name == self._slow.name:
                 self._acceptance.observe(sequence.history, (name, _ANY), guess.token_ids, came)
-        if self._quick is not None and not sequence.is_resting:
+        if self._quick is not None and self._is_asking and not sequence.is_resting:
             guess = guesses.get(self._quick.name, _NO_GUESS)
             is_right = bool(guess.token_ids and came) and guess.token_ids[0] == came[0]
             sequence.misses = 0 if is_right else sequence.misses + 1

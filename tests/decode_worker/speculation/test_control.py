@@ -17,6 +17,7 @@ from decode_worker.speculation.acceptance import Acceptance, History, Promises
 from decode_worker.speculation.controller import choose_lengths
 from decode_worker.speculation.ngram import NgramProposer
 from decode_worker.speculation.proposer import ChoiceKey, Guess, Wanted
+from decode_worker.speculation.recess import Recess
 from decode_worker.speculation.speculator import AdaptiveSpeculator
 from decode_worker.speculation.step_cost import StepCost
 
@@ -164,12 +165,15 @@ class Scripted:
     takes_time = False
     reads_rows = False
 
-    def __init__(self, guess: Guess) -> None:
+    def __init__(self, guess: Guess, clock: ManualClock | None = None, asking_s: float = 0.0) -> None:
+        """To be asked about one sequence takes so long, by a clock that it turns itself."""
         self.guess = guess
         self.asked = 0
+        self.clock, self.asking_s = clock or ManualClock(), asking_s
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Guess]:
         self.asked += len(wanted)
+        self.clock.advance(self.asking_s * len(wanted))
         return [Guess(self.guess.token_ids[: item.most_tokens], self.guess.evidence) for item in wanted]
 
     def end(self, key: ChoiceKey, salt: str, tokens: Sequence[int], num_prompt_tokens: int) -> None:
@@ -183,12 +187,14 @@ def run(
     *,
     steps: int = 400,
     hiccup: Callable[[int, int], float] = lambda step, drafted: 1.0,
+    asking_s: float = 0.0,
 ) -> tuple[float, float, Scripted]:
     """Tokens per second with speculation over those without, and drafts per sequence and step, in a made-up machine. A step may
     take so many times what its rows say."""
-    rng = random.Random(1)
-    proposer = Scripted(Guess(tuple(range(8)), 3))
-    speculator = AdaptiveSpeculator([proposer], 8, ManualClock())
+    rng, clock = random.Random(1), ManualClock()
+    proposer = Scripted(Guess(tuple(range(8)), 3), clock, asking_s)
+    speculator = AdaptiveSpeculator([proposer], 8, clock)
+    started_s = clock.monotonic_s()
     keys = [ChoiceKey(str(number), 0) for number in range(num_sequences)]
     tokens = seconds = drafted = 0.0
     for step in range(steps):
@@ -209,6 +215,7 @@ def run(
             tokens += len(came)
             speculator.settle(key, came)
     alone = num_sequences / (1.0 + slope * num_sequences)
+    seconds += clock.monotonic_s() - started_s
     return tokens / seconds / alone, drafted / steps / num_sequences, proposer
 
 
@@ -243,6 +250,39 @@ def test_what_medians_do_not_see_is_no_loss_for_long() -> None:
     assert drafts > 0.0, "it is found out when guesses pay again"
     gain, drafts, _ = run(8, 0.6, 0.02, steps=1000)
     assert gain > 1.3
+
+
+@pytest.mark.parametrize("right", [0.0, 0.1])
+def test_asking_in_vain_is_given_up_though_each_guess_that_is_taken_pays(right: float) -> None:
+    """To ask takes a tenth of a step, hardly a guess is right, and rows are free."""
+    gain, _, proposer = run(4, right, 0.0, steps=4000, asking_s=0.025)
+    assert gain > 0.985
+    assert proposer.asked > 4 * 64, "it is tried again from time to time"
+
+
+def test_asking_that_pays_goes_on() -> None:
+    gain, drafts, _ = run(4, 0.6, 0.0, steps=1000, asking_s=0.025)
+    assert gain > 1.75
+    assert drafts > 4
+
+
+def test_recesses_grow_until_asking_pays_and_are_of_one_size_of_batches() -> None:
+    recess = Recess()
+
+    def asked(num_sequences: int, gained: Sequence[float]) -> list[bool]:
+        """For so many steps each: whether it was asked about, and what that gained."""
+        told = []
+        for each in gained:
+            told.append(not recess.is_on(num_sequences))
+            if told[-1]:
+                recess.gained(each)
+        return told
+
+    for length in (32, 64, 128):
+        assert asked(8, [-0.02] * (32 + length)) == [True] * 32 + [False] * length
+        assert all(asked(1, [-0.02] * 8)), "one alone is another matter"
+    assert asked(9, [0.4] + [-0.02] * 31 + [-0.02] * 64) == [True] * 32 + [True] * 32 + [False] * 32
+    assert all(asked(64, [-0.009] * 200)), "so little is borne"
 
 
 def test_guesses_that_become_right_are_used_again() -> None:
@@ -292,14 +332,14 @@ def test_no_row_is_taken_that_is_not_there() -> None:
 
 
 class Dear(Scripted):
-    """One whose guesses take time, by a clock that it turns itself."""
+    """One whose guesses take time."""
 
     name = "dear"
     takes_time = True
 
     def __init__(self, guess: Guess, clock: ManualClock, token_s: float) -> None:
-        super().__init__(guess)
-        self.clock, self.token_s = clock, token_s
+        super().__init__(guess, clock)
+        self.token_s = token_s
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Guess]:
         self.clock.advance(self.token_s * max(item.most_tokens for item in wanted))
