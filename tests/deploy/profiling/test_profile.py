@@ -42,8 +42,9 @@ def test_each_stage_is_there_as_often_as_it_happens(tiny: Path, kernels: str) ->
     assert profiles.kernels == kernels
     for profile, rows, sequences in zip(both(profiles), (3, 40), (3, 1), strict=True):
         stages = {stage.stage: stage for stage in profile.stages}
-        assert set(stages) == AROUND | {"rest"} | ({*STAGES, "kernel calls"} if kernels == "native" else {"layers", "head"})
-        assert {name: stages[name].calls for name in AROUND} == dict.fromkeys(AROUND, 1.0)
+        around = AROUND - {"sampling"} if kernels == "native" else AROUND  # there the best token is found in the head
+        assert set(stages) == around | {"rest"} | ({*STAGES, "kernel calls"} if kernels == "native" else {"layers", "head"})
+        assert {name: stages[name].calls for name in around} == dict.fromkeys(around, 1.0)
         if kernels == "torch":
             assert stages["layers"].calls == stages["head"].calls == 1.0
         else:
