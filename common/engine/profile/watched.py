@@ -6,7 +6,8 @@ Whoever drives it names the stages of the scheduler on the same stopwatch.
 
 The stages of a native step come from clocks within it, everything else from Python around it. "kernel calls" is what calling the
 native step costs beyond what it does. What no stage accounts for is `rest`: there is no other way for the parts to make up the
-whole. Torch computes its layers in one stage, for there is no clock in them.
+whole. Torch computes its layers in one stage, for there is no clock in them. Nothing is sampled where the native head finds the
+best tokens.
 """
 
 from __future__ import annotations
