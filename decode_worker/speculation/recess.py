@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_WINDOW_STEPS = 32
+_WINDOW_STEPS = 128  # about an answer: guesses come at its end, if they come
 _BORNE = 0.01  # per step
-_FIRST_STEPS, _MOST_STEPS = 32, 1024
+_FIRST_STEPS, _MOST_STEPS = 128, 512
 
 
 @dataclass(slots=True)

@@ -257,7 +257,7 @@ def test_asking_in_vain_is_given_up_though_each_guess_that_is_taken_pays(right: 
     """To ask takes a tenth of a step, hardly a guess is right, and rows are free."""
     gain, _, proposer = run(4, right, 0.0, steps=4000, asking_s=0.025)
     assert gain > 0.985
-    assert proposer.asked > 4 * 64, "it is tried again from time to time"
+    assert proposer.asked > 4 * 256, "it is tried again from time to time"
 
 
 def test_asking_that_pays_goes_on() -> None:
@@ -278,10 +278,10 @@ def test_recesses_grow_until_asking_pays_and_are_of_one_size_of_batches() -> Non
                 recess.gained(each)
         return told
 
-    for length in (32, 64, 128):
-        assert asked(8, [-0.02] * (32 + length)) == [True] * 32 + [False] * length
+    for length in (128, 256, 512, 512):
+        assert asked(8, [-0.02] * (128 + length)) == [True] * 128 + [False] * length
         assert all(asked(1, [-0.02] * 8)), "one alone is another matter"
-    assert asked(9, [0.4] + [-0.02] * 31 + [-0.02] * 64) == [True] * 32 + [True] * 32 + [False] * 32
+    assert asked(9, [2.0] + [-0.02] * (127 + 128 + 128)) == [True] * (128 + 128) + [False] * 128
     assert all(asked(64, [-0.009] * 200)), "so little is borne"
 
 
