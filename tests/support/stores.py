@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,12 @@ from common.clock import Clock, SystemClock
 from common.config import CacheConfig, RedisConfig
 from common.metrics import StoreMetrics
 from common.rpc import cancel_and_wait
-from router.store.base import Change, Reading, Store
+from router.store.base import Change, Epochs, Inserted, Reading, Store
 from router.store.making import make_store
 
 TOKEN = "the token of a cluster of tests"
 DEADLINE_S = 120.0
+_DROPPED_AFTER_S = 10.0  # more than any budget of a write
 
 
 @dataclass
@@ -39,6 +40,16 @@ class Running:
             while change not in self.changes:
                 self._changed.clear()
                 await self._changed.wait()
+
+    async def put(self, told: Inserted, value: bytes, epochs: Epochs) -> None:
+        """Until it is told: on a busy machine a store may drop what it is given, for no request is to wait for it."""
+        self.changes.clear()
+        async with asyncio.timeout(DEADLINE_S):
+            while told not in self.changes:
+                self.store.put(told.key, value, ttl_s=60.0, epochs=epochs)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_DROPPED_AFTER_S):
+                        await self.heard(told)
 
     def counted(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0

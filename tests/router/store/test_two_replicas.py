@@ -59,9 +59,7 @@ async def play(actions: list[tuple[Any, ...]], replicas: list[Running], client: 
                 since, names, epochs = readings[-1 - which % len(readings)]
                 value = f"{example} {model.moment}".encode()
                 told = Inserted(f"{example} {key}".encode(), epochs.names)
-                replicas[who].changes.clear()
-                replicas[who].store.put(told.key, value, ttl_s=60, epochs=epochs)
-                await replicas[who].heard(told)
+                await replicas[who].put(told, value, epochs)
                 model.values[key] = (value, names, since)
             case "invalidate", who, names:
                 await replicas[who].store.invalidate(tuple(names))
