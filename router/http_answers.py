@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,6 +21,7 @@ from router.event_stream import EventStream, until_disconnect
 from router.front import Front
 from router.generation import Generation
 from router.http_edge import Json
+from router.http_routes import Routes
 from router.models.facts import Header
 from router.models.fallback import Answer, LateFormat
 from router.models.routes import Route
@@ -37,16 +37,16 @@ _TIMEOUT_HEADER = "x-request-timeout-s"
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 
 
-def add_answer_routes(app: FastAPI, front: Front, read_json: ReadJson) -> None:
-    @app.post("/v1/chat/completions")
+def add_answer_routes(routes: Routes, front: Front, read_json: ReadJson) -> None:
+    @routes.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await _generate(request, front, read_json, ChatBody, ChatFormat)
 
-    @app.post("/v1/completions")
+    @routes.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _generate(request, front, read_json, CompletionBody, CompletionFormat)
 
-    @app.post("/v1/route/explain")
+    @routes.post("/v1/route/explain")
     async def explain(request: Request) -> Response:
         data = await read_json(request)
         is_completion = isinstance(data, dict) and "prompt" in data

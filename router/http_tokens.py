@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
 from router.front import Front
 from router.http_answers import ReadJson
 from router.http_edge import Json
+from router.http_routes import Routes
 from router.schemas import DetokenizeBody, TokenizeBody, parse
 
 
-def add_token_routes(app: FastAPI, front: Front, read_json: ReadJson) -> None:
-    @app.post("/tokenize")
+def add_token_routes(routes: Routes, front: Front, read_json: ReadJson) -> None:
+    @routes.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeBody, await read_json(request))
         text = await front.tokenize(body)
@@ -21,12 +21,12 @@ def add_token_routes(app: FastAPI, front: Front, read_json: ReadJson) -> None:
         strings = [text.model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
         return Json({"count": len(ids), "max_model_len": text.model.max_model_tokens, "tokens": ids, "token_strs": strings})
 
-    @app.post("/detokenize")
+    @routes.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeBody, await read_json(request))
         return Json({"prompt": await front.detokenize(body)})
 
-    @app.get("/tokenizer_info")
+    @routes.get("/tokenizer_info")
     async def tokenizer_info(request: Request) -> Response:
         name = front.tokenizing_model(request.query_params.get("model", ""))
         tokenizer = (await front.registry.model(name)).tokenizer

@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,6 +24,7 @@ from router.console.guard import check_actor, check_reader
 from router.console.records import active_json, request_json, second_json
 from router.console.stream import LiveStream
 from router.http_edge import Json
+from router.http_routes import Routes
 from router.observe.records import RequestRecord
 
 ReadJson = Callable[[Request], Awaitable[object]]
@@ -40,25 +40,25 @@ _OUTCOMES: dict[str, Callable[[RequestRecord], bool]] = {
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
-def add_routes(app: FastAPI, console: Console, read_json: ReadJson) -> None:
+def add_routes(routes: Routes, console: Console, read_json: ReadJson) -> None:
     """`read_json` reads a body within the limits of the HTTP face."""
 
     async def page(request: Request) -> Response:
         return console.pages.answer(request.url.path, request.headers)
 
     for path in console.pages.paths:
-        app.add_api_route(path, page, methods=["GET"], response_model=None)
-    _add_requests(app, console)
-    _add_cluster(app, console)
-    _add_actions(app, console, read_json)
+        routes.get(path)(page)
+    _add_requests(routes, console)
+    _add_cluster(routes, console)
+    _add_actions(routes, console, read_json)
 
 
 def _check_reader(request: Request, console: Console) -> None:
     check_reader(request.state.identity, request.headers, authenticates=console.authenticates)
 
 
-def _add_requests(app: FastAPI, console: Console) -> None:
-    @app.get("/admin/v1/requests")
+def _add_requests(routes: Routes, console: Console) -> None:
+    @routes.get("/admin/v1/requests")
     async def requests(request: Request) -> Response:
         _check_reader(request, console)
         limit = int(_number(request, "limit", _DEFAULT_LIMIT))
@@ -73,47 +73,47 @@ def _add_requests(app: FastAPI, console: Console) -> None:
         active = [active_json(one) for one in console.observatory.active()]
         return Json({"requests": [request_json(record) for record in found[:limit]], "active": active}, headers=_NO_STORE)
 
-    @app.get("/admin/v1/requests/{request_id:path}")
-    async def one_request(request: Request, request_id: str) -> Response:
+    @routes.get("/admin/v1/requests/{request_id:path}")
+    async def one_request(request: Request) -> Response:
         _check_reader(request, console)
-        record = console.observatory.request(request_id)
+        record = console.observatory.request(request.path_params["request_id"])
         if record is None:
             raise RequestNotFound("no request with this id has ended here lately", param="id")
         return Json(request_json(record), headers=_NO_STORE)
 
 
-def _add_cluster(app: FastAPI, console: Console) -> None:
-    @app.get("/admin/v1/cluster")
+def _add_cluster(routes: Routes, console: Console) -> None:
+    @routes.get("/admin/v1/cluster")
     async def cluster(request: Request) -> Response:
         _check_reader(request, console)
         return Json({**console.picture.now(), "events": console.picture.events()}, headers=_NO_STORE)
 
-    @app.get("/admin/v1/series")
+    @routes.get("/admin/v1/series")
     async def series(request: Request) -> Response:
         _check_reader(request, console)
         seconds = console.observatory.series(after_s=_number(request, "after_s", 0.0))
         return Json({"series": [second_json(second) for second in seconds]}, headers=_NO_STORE)
 
-    @app.get("/admin/v1/live")
+    @routes.get("/admin/v1/live")
     async def live(request: Request) -> Response:
         _check_reader(request, console)
         console.live.check_room()
         return LiveStream(console.live)
 
-    @app.get("/admin/v1/autoscaler")
+    @routes.get("/admin/v1/autoscaler")
     async def autoscaler(request: Request) -> Response:
         _check_reader(request, console)
         return Json(await console.actions.autoscaler_report(), headers=_NO_STORE)
 
 
-def _add_actions(app: FastAPI, console: Console, read_json: ReadJson) -> None:
+def _add_actions(routes: Routes, console: Console, read_json: ReadJson) -> None:
     async def act(request: Request) -> Response:
         check_actor(request.state.identity, request.headers, authenticates=console.authenticates)
         name = request.url.path.rpartition("/")[2]
         return Json(await console.actions.perform(name, await read_json(request), request.state.identity), headers=_NO_STORE)
 
     for name in console.actions.names:
-        app.add_api_route(f"/admin/v1/actions/{name}", act, methods=["POST"], response_model=None)
+        routes.post(f"/admin/v1/actions/{name}")(act)
 
 
 def _number(request: Request, name: str, default: float) -> float:

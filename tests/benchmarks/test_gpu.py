@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKING = (
-    "fastapi",
+    "starlette",
     "gguf",
     "google",
     "grpc_health",
