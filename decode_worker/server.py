@@ -23,7 +23,7 @@ from common.engine.grammar import CompiledGrammar
 from common.engine.host import Arrivals, WorkerHost
 from common.engine.loop import EngineLoop
 from common.errors import DeadlineExceeded, PdserveError, RankLost
-from common.logs import bind_request, get_logger
+from common.logs import bound, get_logger
 from common.rpc import cancel_and_wait, typed_errors
 from common.tracing.span import within
 from common.tracing.tracer import header_of
@@ -148,7 +148,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServicer):
         async with typed_errors(context):
             work = request_from_wire(request.request)
             span = self._host.tracer.serve("decode", header_of(context.invocation_metadata()))
-            with self._host.in_flight.entered(), bind_request(work.request_id), within(span):
+            with self._host.in_flight.entered(), bound(request_id=work.request_id), within(span):
                 self._host.check(work)
                 grammar = await self._host.compile_grammar(work)
                 feed = self._feeds.find(request.feed)

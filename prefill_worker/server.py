@@ -16,7 +16,7 @@ from common.engine.host import WorkerHost
 from common.engine.line_core import LineCore
 from common.engine.loop import EngineLoop
 from common.errors import PdserveError, RankLost
-from common.logs import bind_request, get_logger
+from common.logs import bound, get_logger
 from common.rpc import typed_errors
 from common.tracing.span import within
 from common.tracing.tracer import header_of
@@ -126,7 +126,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
     ) -> worker_pb2.PrefillReply:
         async with typed_errors(context):
             span = self._host.tracer.serve("prefill", header_of(context.invocation_metadata()))
-            with self._host.in_flight.entered(), bind_request(request.request.request_id), within(span):
+            with self._host.in_flight.entered(), bound(request_id=request.request.request_id), within(span):
                 try:
                     reply = await self._runs.run(request)
                 except PdserveError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import grpc.aio
 
 from common.errors import PdserveError
-from common.logs import bind_request, get_logger
+from common.logs import bound, get_logger
 from common.rpc import typed_errors
 from common.tokenizer import Tokenizer
 from common.tracing.span import entered
@@ -129,7 +129,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         received_s = front.clock.monotonic_s()
         call: _Call | None = None
         status = "499"  # unless it ends otherwise
-        with bind_request(request_id):
+        with bound(request_id=request_id):
             try:
                 async with typed_errors(context):
                     try:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import AuthenticationFailed, CapacityError, PayloadTooLarge, PdserveError
-from common.logs import bind_request, get_logger
+from common.logs import bound, get_logger
 from common.tracing.span import NO_SPAN, entered
 from router.front import Front, request_id_or_new
 from router.observe.observatory import Sighting
@@ -81,7 +81,7 @@ class Edge:
                     headers_out.update(self._front.limits.headers(state["identity"]))
             await send(message)
 
-        with bind_request(request_id), entered(NO_SPAN if sighting is None else sighting.span):
+        with bound(request_id=request_id), entered(NO_SPAN if sighting is None else sighting.span):
             try:
                 if scope["path"] not in self._open_paths:
                     state["identity"] = await self._front.keys.identify(headers.get("authorization"))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-import structlog
+from common.logs import bound
 
 Value = str | int | float | bool | tuple[str, ...]
 
@@ -116,7 +116,7 @@ def entered(span: Span) -> Iterator[None]:
         return
     before = _current.set(span)
     try:
-        with structlog.contextvars.bound_contextvars(trace_id=span.trace_id):
+        with bound(trace_id=span.trace_id):
             yield
     finally:
         _current.reset(before)

@@ -15,7 +15,7 @@ from common.log_files import LogFile, file_of, is_older, older, process_of
 LOGGING = """
 import logging, os, sys
 from common.config import LoggingConfig
-from common.logs import bind_request, configure_logging, get_logger
+from common.logs import bound, configure_logging, get_logger
 configure_logging(LoggingConfig(folder=sys.argv[1], level="info", max_file_bytes=20_000), process="tiny/decode/0#2")
 log = get_logger("here")
 """
@@ -65,7 +65,7 @@ def test_two_processes_of_one_name_lose_nothing_but_the_oldest(tmp_path: Path) -
 
 def test_what_is_said_what_libraries_warn_of_and_what_ends_the_process_are_lines_alike(tmp_path: Path) -> None:
     body = """
-with bind_request("r1"):
+with bound(request_id="r1"):
     log.info("linked", prefill="p")
 log.debug("not this")
 logging.getLogger("asyncio").error("never retrieved")
