@@ -33,9 +33,12 @@ _DONE = b"data: [DONE]\n\n"
 async def until_disconnect(receive: Receive, timeout_s: float) -> AsyncIterator[None]:
     """Cancels its body when the client disconnects (RequestCancelled) or the time is over (DeadlineExceeded).
 
-    The request's body must have been read: from here on `receive` tells nothing but the disconnect.
+    The request's body must have been read: from here on `receive` tells nothing but the disconnect. Listening and time begin when
+    the body first waits: an answer that is there at once needs neither.
     """
+    loop = asyncio.get_running_loop()
     gone = False
+    listener: asyncio.Task[None] | None = None
 
     async def listen(scope: asyncio.Timeout) -> None:
         nonlocal gone
@@ -43,16 +46,23 @@ async def until_disconnect(receive: Receive, timeout_s: float) -> AsyncIterator[
             continue
         gone = True
         if scope.when() is not None:
-            scope.reschedule(asyncio.get_running_loop().time())
+            scope.reschedule(loop.time())
+
+    def begin(scope: asyncio.Timeout) -> None:
+        nonlocal listener
+        scope.reschedule(loop.time() + timeout_s)
+        listener = loop.create_task(listen(scope), name="listen for disconnect")
 
     try:
-        async with asyncio.timeout(timeout_s) as scope:
-            listener = asyncio.create_task(listen(scope), name="listen for disconnect")
+        async with asyncio.timeout(None) as scope:
+            beginning = loop.call_soon(begin, scope)  # in the loop's next turn, which is this task's first wait
             try:
                 yield
             finally:
-                listener.cancel()
-                await asyncio.wait([listener])
+                beginning.cancel()
+                if listener is not None:
+                    listener.cancel()
+                    await asyncio.wait([listener])
     except TimeoutError:
         if gone:
             raise RequestCancelled("the client went away") from None

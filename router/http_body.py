@@ -31,10 +31,9 @@ async def read_json(request: Request, *, limit_bytes: int) -> object:
 
 
 async def _read(request: Request, limit_bytes: int) -> bytearray:
-    too_large = PayloadTooLarge(f"the body is larger than {limit_bytes} bytes")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit_bytes + _DISCARDED_BYTES:
-        raise too_large
+        raise _too_large(limit_bytes)
     body = bytearray()
     size_bytes = 0
     try:
@@ -42,7 +41,7 @@ async def _read(request: Request, limit_bytes: int) -> bytearray:
             async for piece in request.stream():
                 size_bytes += len(piece)
                 if size_bytes > limit_bytes + _DISCARDED_BYTES:
-                    raise too_large
+                    raise _too_large(limit_bytes)
                 if size_bytes <= limit_bytes:
                     body += piece
     except TimeoutError:
@@ -50,5 +49,9 @@ async def _read(request: Request, limit_bytes: int) -> bytearray:
     except ClientDisconnect:
         raise RequestCancelled("the client went away") from None
     if size_bytes > limit_bytes:
-        raise too_large
+        raise _too_large(limit_bytes)
     return body
+
+
+def _too_large(limit_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {limit_bytes} bytes")

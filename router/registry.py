@@ -249,7 +249,7 @@ class Registry:
 
     async def _tokenizer(self, model: ModelView) -> Tokenizer:
         task = self._tokenizers.get(model.path)
-        if task is not None:
+        if task is not None and not task.done():
             await asyncio.wait({task}, timeout=_TOKENIZER_WAIT_S)
         if task is None or not task.done() or task.cancelled() or task.exception() is not None:
             raise NoWorkerAvailable(f"the tokenizer of {model.name} is not loaded", retry_after_s=2.0)
