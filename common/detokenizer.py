@@ -28,6 +28,10 @@ class DetokenizerStream(Protocol):
         """The text that this token made final; may be empty."""
         ...
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """What pushing them one by one gives, joined."""
+        ...
+
     def flush(self) -> str:
         """What is left: an unfinished character, as U+FFFD."""
         ...
@@ -40,6 +44,9 @@ class ByteStream:
 
     def push(self, token_id: int) -> str:
         return self._decoder.decode(self._bytes_of(token_id))
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._bytes_of, token_ids)))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -67,6 +74,9 @@ class WindowStream:
             return ""
         self._context, self._held = self._held, []
         return text
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         return self._new_text()

@@ -40,8 +40,7 @@ class ChatFormat:
             prompt = {"prompt_token_ids": self._prompt_token_ids} if self._plan.return_token_ids else {}
             yield self._envelope.chunk(_CHUNK_OBJECT, {**choice, "finish_reason": None}, **prompt)
         contents = self._contents(delta)
-        tokens_shown = delta.tokens and (self._plan.return_token_ids or self._plan.logprobs is not None)
-        if not contents and tokens_shown:
+        if not contents and delta.tokens and self._plan.reports_tokens:
             contents = [{"content": ""}]
         if not contents and delta.finish_reason is not None:
             contents = [{}]

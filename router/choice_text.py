@@ -18,4 +18,5 @@ def choice_text(call: ValidCall, index: int) -> ChoiceText:
         min_tokens=plan.min_tokens,
         client_stop_token_ids=plan.client_stop_token_ids,
         discard_tokens=plan.discard_tokens,
+        reports_tokens=plan.reports_tokens,
     )

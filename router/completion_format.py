@@ -33,7 +33,7 @@ class CompletionFormat:
         first = delta.choice not in self._started
         self._started.add(delta.choice)
         text = self._echoed_text(delta.choice) + delta.text if first else delta.text
-        tokens_shown = self._plan.return_token_ids or self._plan.logprobs is not None
+        tokens_shown = self._plan.reports_tokens
         if not first and not text and delta.finish_reason is None and not (delta.tokens and tokens_shown):
             return
         choice = {

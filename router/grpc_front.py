@@ -265,6 +265,7 @@ def _body(request: pb.InferenceRequest) -> dict[str, Any]:
     """The message as the JSON that an HTTP client would have sent."""
     data: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONALS if request.HasField(name)}
     data["model"] = request.model
+    data["return_token_ids"] = True  # every event tells them
     data.update({name: list(getattr(request, name)) for name in _LISTS if getattr(request, name)})
     if request.logit_bias:
         data["logit_bias"] = dict(request.logit_bias)

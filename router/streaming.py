@@ -29,6 +29,8 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str: ...
 
+    def push_all(self, token_ids: Sequence[int]) -> str: ...
+
     def flush(self) -> str: ...
 
 
@@ -104,6 +106,7 @@ class ChoiceText:
     min_tokens: int = 0  # stop strings are not looked for in the text of so many first tokens
     client_stop_token_ids: frozenset[int] = frozenset()  # others (end of turn) give no stop reason
     discard_tokens: bool = False  # the client asked for no token at all; the worker had to be asked for one
+    reports_tokens: bool = True  # whether anybody wants to see tokens beside the text
     finished: bool = field(default=False, init=False)
     num_tokens: int = field(default=0, init=False)  # generated up to the end of the choice, a stop token included
 
@@ -141,11 +144,14 @@ class ChoiceText:
 
     def _push_one(self, token_id: int) -> ChoiceDelta:
         """What `push` comes to when nothing is held back, and nothing can be: nearly every token of nearly every answer."""
-        token = ReportedToken(token_id, self._detokenized_chars)
+        offset = self._detokenized_chars
         piece = self.detokenizer.push(token_id)
         self.num_tokens += 1
         self._detokenized_chars += len(piece)
         self._released_chars = self._detokenized_chars
+        if not self.reports_tokens:
+            return ChoiceDelta(self.choice, piece)
+        token = ReportedToken(token_id, offset)
         if not piece:
             self._unreported.append(token)
             return ChoiceDelta(self.choice)
@@ -156,7 +162,8 @@ class ChoiceText:
         text = ""
         for token_id, logprob in zip_longest(chunk.token_ids, chunk.logprobs):
             self.num_tokens += 1
-            self._unreported.append(ReportedToken(token_id, self._detokenized_chars, logprob))
+            if self.reports_tokens:
+                self._unreported.append(ReportedToken(token_id, self._detokenized_chars, logprob))
             text += self._release(self.detokenizer.push(token_id))
             if self._matcher.matched is not None:
                 break
@@ -164,6 +171,14 @@ class ChoiceText:
 
     def _push_all(self, chunk: TokenChunk) -> str:
         """The text of many tokens where none can be a stop: of an answer from the cache, which has hundreds at once."""
+        text = self._push_and_note(chunk) if self.reports_tokens else self.detokenizer.push_all(chunk.token_ids)
+        self.num_tokens += len(chunk.token_ids)
+        self._released_chars += len(text)
+        self._detokenized_chars += len(text)
+        return text
+
+    def _push_and_note(self, chunk: TokenChunk) -> str:
+        """The text of the tokens, each of which is to be reported."""
         push, unreported, offset = self.detokenizer.push, self._unreported, self._detokenized_chars
         pieces = []
         for token_id, logprob in zip_longest(chunk.token_ids, chunk.logprobs):
@@ -171,9 +186,6 @@ class ChoiceText:
             piece = push(token_id)
             pieces.append(piece)
             offset += len(piece)
-        self.num_tokens += len(chunk.token_ids)
-        self._released_chars += offset - self._detokenized_chars
-        self._detokenized_chars = offset
         return "".join(pieces)
 
     def _release(self, piece: str) -> str:

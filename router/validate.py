@@ -96,6 +96,11 @@ class OutputPlan:
     timings: bool = False
     tools: ToolPlan | None = None
 
+    @property
+    def reports_tokens(self) -> bool:
+        """Whether the client is told of tokens one by one."""
+        return self.return_token_ids or self.logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ValidCall:

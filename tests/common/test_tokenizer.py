@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -239,6 +240,19 @@ def test_stream_of_text_is_the_text_and_never_runs_ahead(text: str) -> None:
         spelled = b"".join(_TINY.token_bytes(each) for each in ids[:count])
         assert out == spelled.decode("utf-8", errors="ignore")  # every whole character is out, no part of one is
     assert out + stream.flush() == text
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+@given(ids=st.lists(st.integers(0, 275), max_size=40), cuts=st.lists(st.integers(0, 40), max_size=4))
+@settings(max_examples=200)
+def test_many_ids_at_once_are_as_one_by_one(spaced: Tokenizer, byte_level: bool, ids: list[int], cuts: list[int]) -> None:
+    tokenizer = _TINY if byte_level else spaced
+    bounds = [0, *sorted(cuts), len(ids)]
+    singly, together = tokenizer.stream(), tokenizer.stream()
+    for start, end in itertools.pairwise(bounds):
+        expected = "".join([singly.push(token_id) for token_id in ids[start:end]])
+        assert together.push_all(ids[start:end]) == expected
+    assert together.flush() == singly.flush()
 
 
 @example(prompt="é日😀", reply=" ")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -70,6 +71,9 @@ class Pieces:
     def push(self, token_id: int) -> str:
         return self._pieces[token_id]
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(self._pieces[token_id] for token_id in token_ids)
+
     def flush(self) -> str:
         return self._tail
 
@@ -104,6 +108,10 @@ def test_chunks_do_not_matter_and_reported_tokens_are_those_of_the_text(
     else:
         assert [token.token_id for token in reported] == [index for index, start in enumerate(starts) if start < len(expected)]
     assert [token.offset for token in reported] == starts[: len(reported)]
+    silent = ChoiceText(0, Pieces(pieces), stops=tuple(stops), include_stop=include, reports_tokens=False)
+    texts = [silent.push(chunk) for chunk in chunks_of(len(pieces), sizes)]
+    assert texts == [replace(delta, tokens=()) for delta in deltas]
+    assert silent.num_tokens == choice.num_tokens
 
 
 def test_nothing_comes_after_the_end() -> None:
