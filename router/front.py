@@ -130,7 +130,7 @@ class Front:
 
     def _validation(self, body: ChatBody | CompletionBody, caller: Caller) -> Validate:
         async def validate(model: str) -> ValidCall:
-            asked = body.model_copy(update={"model": model})
+            asked = body if body.model == model else body.model_copy(update={"model": model})
             if isinstance(asked, ChatBody):
                 return await self.validator.chat(asked, caller)
             return await self.validator.completion(asked, caller)

@@ -181,7 +181,8 @@ class Validator:
             plan = replace(plan, tools=ToolPlan(family, tools), skip_special_tokens=skip)
         words = await _words(body, model.tokenizer)
         sampling = self._sampling(body, model, words, max_tokens=room if limit is None else limit, logprobs=logprobs)
-        sampling = replace(sampling, grammar=None if form is None else await self._examination.examine(form))
+        if form is not None:
+            sampling = replace(sampling, grammar=await self._examination.examine(form))
         return self._call(model, [prompt], body, [sampling], plan, caller)
 
     async def completion(self, body: CompletionBody, caller: Caller) -> ValidCall:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import struct
 from array import array
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, cast
 
 from pydantic import BaseModel
@@ -25,32 +26,14 @@ _NOTHING = frozenset[str]()
 
 def canonical(value: object) -> bytes:
     """Raises TypeError for a type that has no canonical form: leaving it out could make different requests equal."""
-    if value is None:
-        return _tagged(b"0", b"")
-    if isinstance(value, bool):
-        return _tagged(b"?", b"\1" if value else b"\0")
-    if isinstance(value, str):  # a StrEnum is its string
-        return _tagged(b"s", value.encode("utf-8", "surrogatepass"))
-    if isinstance(value, int):
-        return _tagged(b"i", b"%d" % value)
-    if isinstance(value, float):
-        return _tagged(b"f", _DOUBLE.pack(value + 0.0))  # -0.0 is 0.0
-    if isinstance(value, bytes):
-        return _tagged(b"b", value)
-    if isinstance(value, (tuple, list)):
-        return _tagged(b"l", b"".join(map(canonical, value)))
-    if isinstance(value, (set, frozenset)):
-        return _tagged(b"e", b"".join(sorted(map(canonical, value))))
-    if isinstance(value, Mapping):
-        return _tagged(b"m", b"".join(sorted(canonical(key) + canonical(item) for key, item in value.items())))
-    return fields_of(value)
+    encode = _OF_TYPE.get(type(value))
+    return _of_another(value) if encode is None else encode(value)
 
 
 def fields_of(value: object, leave_out: Collection[str] = _NOTHING) -> bytes:
     """The fields of a dataclass or a pydantic model, whatever they are today, but for those named."""
-    names = _names(cast(Any, type(value)))
-    parts = (encoded + canonical(getattr(value, name)) for name, encoded in names if name not in leave_out)
-    return _tagged(b"o", b"".join(parts))
+    names, read = _fields(cast(Any, type(value)), frozenset(leave_out))
+    return _tagged(b"o", b"".join([name + canonical(item) for name, item in zip(names, read(value), strict=True)]))
 
 
 def token_ids(ids: Iterable[int]) -> bytes:
@@ -62,13 +45,75 @@ def _tagged(tag: bytes, payload: bytes) -> bytes:
     return tag + _LENGTH.pack(len(payload)) + payload
 
 
-@lru_cache(maxsize=64)
-def _names(kind: Any) -> tuple[tuple[str, bytes], ...]:
-    """Of a class's fields, and how they are written."""
+def _bool(value: bool) -> bytes:
+    return _TRUE if value else _FALSE
+
+
+def _text(value: str) -> bytes:  # a StrEnum is its string
+    return _tagged(b"s", value.encode("utf-8", "surrogatepass"))
+
+
+def _int(value: int) -> bytes:
+    return _tagged(b"i", b"%d" % value)
+
+
+def _float(value: float) -> bytes:
+    return _tagged(b"f", _DOUBLE.pack(value + 0.0))  # -0.0 is 0.0
+
+
+def _bytes(value: bytes) -> bytes:
+    return _tagged(b"b", value)
+
+
+def _list(value: Iterable[object]) -> bytes:
+    return _tagged(b"l", b"".join(map(canonical, value)))
+
+
+def _set(value: Iterable[object]) -> bytes:
+    return _tagged(b"e", b"".join(sorted(map(canonical, value))))
+
+
+def _mapping(value: Mapping[object, object]) -> bytes:
+    return _tagged(b"m", b"".join(sorted(canonical(key) + canonical(item) for key, item in value.items())))
+
+
+_NONE, _TRUE, _FALSE = _tagged(b"0", b""), _tagged(b"?", b"\1"), _tagged(b"?", b"\0")
+_BY_KIND: tuple[tuple[type, Callable[[Any], bytes]], ...] = (
+    (bool, _bool),  # before int, of which it is one
+    (str, _text),
+    (int, _int),
+    (float, _float),
+    (bytes, _bytes),
+    (tuple, _list),
+    (list, _list),
+    (set, _set),
+    (frozenset, _set),
+    (Mapping, _mapping),
+)
+# A key has some forty values of these very types.
+_OF_TYPE: dict[type, Callable[[Any], bytes]] = {type(None): lambda value: _NONE, **dict(_BY_KIND)}
+
+
+def _of_another(value: object) -> bytes:
+    """Of a type that is derived from one of those, or has fields."""
+    encode = next((encode for kind, encode in _BY_KIND if isinstance(value, kind)), fields_of)
+    return encode(value)
+
+
+@lru_cache(maxsize=256)
+def _fields(kind: Any, leave_out: frozenset[str]) -> tuple[tuple[bytes, ...], Callable[[object], tuple[Any, ...]]]:
+    """How a class's fields are written, but for some, and what reads their values."""
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
     elif issubclass(kind, BaseModel):
         names = list(kind.model_fields)
     else:
         raise TypeError(f"{kind.__name__} has no canonical form")
-    return tuple((name, canonical(name)) for name in sorted(names))
+    names = [name for name in sorted(names) if name not in leave_out]
+    return tuple(map(canonical, names)), _reader(names)
+
+
+def _reader(names: Sequence[str]) -> Callable[[object], tuple[Any, ...]]:
+    if len(names) > 1:
+        return attrgetter(*names)  # of a single name it would give no tuple
+    return lambda value: tuple(getattr(value, name) for name in names)

@@ -27,6 +27,7 @@ DIGEST_BYTES = 16
 # Of `common.types.Request`. The prompt and the sampling are taken by themselves.
 REQUEST_NOISE = frozenset({"request_id", "timeout_s", "dispatch_id", "priority"})
 _REQUEST_PARTS = frozenset({"prompt_token_ids", "sampling"})
+_REQUEST_LEFT_OUT = REQUEST_NOISE | _REQUEST_PARTS
 
 # Of `common.types.SamplingParams`. `max_tokens` has its own rule, a seed that the router drew is no part of the question.
 SAMPLING_LIMIT = frozenset({"max_tokens"})
@@ -46,7 +47,7 @@ BODY_NOISE = frozenset(
         "max_tokens", "max_completion_tokens", "seed",
     }
 )  # fmt: skip
-_BODY_TEXT = frozenset({"messages", "prompt"})
+_BODY_LEFT_OUT = BODY_NOISE | {"messages", "prompt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def answer_key(call: ValidCall, index: int, names: Sequence[str]) -> AnswerKey:
     request = call.requests[index]
     everything = (
         _head(call, names),
-        fields_of(request, REQUEST_NOISE | _REQUEST_PARTS),
+        fields_of(request, _REQUEST_LEFT_OUT),
         token_ids(request.prompt_token_ids),
         _sampling(request.sampling, call.sampling_class),
         fields_of(call.plan, PLAN_NOISE),
@@ -78,10 +79,10 @@ def scope_digest(call: ValidCall, body: GenerationBody, names: Sequence[str], fr
         (
             b"scope",
             _head(call, names),
-            fields_of(request, REQUEST_NOISE | _REQUEST_PARTS),
+            fields_of(request, _REQUEST_LEFT_OUT),
             canonical(type(body).__name__),
             canonical(frame),
-            fields_of(body, BODY_NOISE | _BODY_TEXT),
+            fields_of(body, _BODY_LEFT_OUT),
             _sampling(request.sampling, call.sampling_class),
             fields_of(call.plan, PLAN_NOISE),
         )

@@ -264,6 +264,8 @@ class Observatory:
 
     def _end_span(self, sighting: Sighting, record: RequestRecord) -> None:
         span, generation = sighting.span, sighting.generation
+        if not span:
+            return
         if record.ttft_s is not None:
             span.child("first token", start_s=sighting.received_s).end(at_s=sighting.received_s + record.ttft_s)
         if generation is not None:

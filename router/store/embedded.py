@@ -66,11 +66,11 @@ class EmbeddedStore:
         if entry is None:
             self._metrics.operation("get", "absent")
             return Reading(None, epochs)
-        if entry.epochs != self._epochs(entry.epochs.names):
+        if entry.epochs != epochs and entry.epochs != self._epochs(entry.epochs.names):
             self._remove((key,))
             self._metrics.operation("get", "invalidated")
             return Reading(None, epochs)
-        if not set(entry.epochs.names) <= set(epochs.names):
+        if entry.epochs != epochs and not set(entry.epochs.names) <= set(epochs.names):
             self._metrics.operation("get", "refused")
             return Reading(None, epochs)
         self._entries.move_to_end(key)
