@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,18 @@ from common.errors import InvalidRequest, ModelLoadError
 
 _CONTEXT_TOKENS = 1024  # how far back a stream looks in the prompt for its context
 _BYTE_FALLBACK = {f"<0x{value:02X}>": value for value in range(256)}
+
+
+class _Looked(dict[int, bytes]):
+    """The bytes of tokens, each looked up when it is first asked for; at most the vocabulary."""
+
+    def __init__(self, look_up: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._look_up = look_up
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._look_up(token_id)
+        return found
 
 
 class Tokenizer:
@@ -54,7 +66,8 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._special = frozenset(token_id for token_id, token in self._added.items() if token.special)
-        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for, at most the vocabulary
+        self._bytes = _Looked(self._look_up_bytes)
+        self._shown_bytes = _Looked(lambda token_id: b"" if token_id in self._special else self._bytes[token_id])
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -82,10 +95,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exactly the bytes that the token stands for, even if they are only a part of a character."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._look_up_bytes(token_id)
-        return known
+        return self._bytes[token_id]
 
     def _look_up_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
@@ -104,11 +114,8 @@ class Tokenizer:
     def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A fresh stream for what follows `prompt_ids`."""
         if self._is_byte_level:
-            return ByteStream(self._shown_bytes if skip_special_tokens else self.token_bytes)
+            return ByteStream((self._shown_bytes if skip_special_tokens else self._bytes).__getitem__)
         return WindowStream(self._backend, self._context_ids(prompt_ids), skip_special_tokens=skip_special_tokens)
-
-    def _shown_bytes(self, token_id: int) -> bytes:
-        return b"" if token_id in self._special else self.token_bytes(token_id)
 
     def _context_ids(self, prompt_ids: Sequence[int]) -> list[int]:
         """One id is enough to tell that the text goes on, so that a leading space belongs to it: the last that is text by itself.

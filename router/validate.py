@@ -19,6 +19,7 @@ from common.config import RouterConfig
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.tokenizer import Tokenizer
 from common.types import GrammarKind, Request, SamplingParams
+from router.recent_texts import RecentTexts
 from router.sampling_class import SamplingClass
 from router.schemas import ChatBody, ChatMessage, CompletionBody, DetokenizeBody, GenerationBody, Prompt, TokenizeBody
 from router.structured.examination import Examination
@@ -32,8 +33,10 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_TOTAL_CHOICES = 256
 _INLINE_CHARS = 4096  # shorter texts are tokenised on the event loop: a thread would cost more than it saves
 _UINT64 = 2**64
+_REMEMBERED_CHARS = 1_000_000  # with their token ids a dozen megabytes
 
 ResultT = TypeVar("ResultT")
+_Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ class TokenizedText:
 
 
 class Validator:
-    """Stateless but for the directory it asks. `draw_seed` is called for requests without a seed."""
+    """Remembers nothing that matters to an answer. `draw_seed` is called for requests without a seed."""
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class Validator:
         self._examination = examination
         self._draw_seed = draw_seed
         self._draw_suffix = draw_suffix
+        self._texts = RecentTexts(_REMEMBERED_CHARS)
 
     async def chat(self, body: ChatBody, caller: Caller) -> ValidCall:
         model = await self._directory.model(body.model)
@@ -167,7 +171,8 @@ class Validator:
             if form is not None:
                 raise InvalidRequest("an answer that must call a tool has no other form", param=form.param)
             form = Wanted(GrammarKind.LARK, calls_grammar(family, tools), "tools")
-        prompt = await _rendered(model, body, add_special_tokens=body.add_special_tokens, tools=tools)
+        encode = self._encoder(model, caller, add_special_tokens=body.add_special_tokens)
+        prompt = await _rendered(model, body, encode, tools=tools)
         limit_field = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if limit == 0:
@@ -194,7 +199,8 @@ class Validator:
         if discard and not body.echo:
             raise InvalidRequest("max_tokens may be 0 only together with echo", param="max_tokens")
         form = body.form
-        prompts = await _encoded(model.tokenizer, body.prompt, body.add_special_tokens)
+        encode = self._encoder(model, caller, add_special_tokens=body.add_special_tokens)
+        prompts = await _encoded(model.tokenizer, body.prompt, encode)
         words = await _words(body, model.tokenizer)
         samplings = []
         for prompt in prompts:
@@ -220,12 +226,13 @@ class Validator:
         model = await self._directory.model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give either prompt or messages", param="prompt")
+        encode = model.tokenizer.encode
         if body.messages is not None:
-            ids = await _rendered(model, body, add_special_tokens=bool(body.add_special_tokens))
+            ids = await _rendered(model, body, lambda text: encode(text, bool(body.add_special_tokens)))
         else:
             special = True if body.add_special_tokens is None else body.add_special_tokens
             text = body.prompt or ""
-            ids = await _off_loop(len(text), lambda: tuple(model.tokenizer.encode(text, add_special_tokens=special)))
+            ids = await _off_loop(len(text), lambda: tuple(encode(text, special)))
         return TokenizedText(ids, model)
 
     async def detokenize(self, body: DetokenizeBody) -> str:
@@ -233,6 +240,12 @@ class Validator:
         _check_vocabulary(body.tokens, model.tokenizer, param="tokens")
         decode = model.tokenizer.decode
         return await _off_loop(4 * len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))
+
+    def _encoder(self, model: ServedModel, caller: Caller, *, add_special_tokens: bool) -> _Encode:
+        def encode(text: str) -> tuple[int, ...]:
+            return self._texts.encode(model.tokenizer, text, add_special_tokens=add_special_tokens, tenant=caller.cache_salt)
+
+        return encode
 
     def _check_choices(self, body: GenerationBody) -> None:
         if body.n > self._config.max_choices:
@@ -380,24 +393,21 @@ async def _words(body: GenerationBody, tokenizer: Tokenizer) -> _Words:
     )
 
 
-async def _encoded(tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[int, ...]]:
+async def _encoded(tokenizer: Tokenizer, prompts: Sequence[Prompt], encode: _Encode) -> list[tuple[int, ...]]:
     for prompt in prompts:
         if not isinstance(prompt, str):
             _check_vocabulary(prompt, tokenizer, param="prompt")
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
 
-    def encode() -> list[tuple[int, ...]]:
-        return [
-            tuple(tokenizer.encode(prompt, add_special_tokens=add_special_tokens)) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+    def encode_all() -> list[tuple[int, ...]]:
+        return [tuple(encode(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    return await _off_loop(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode)
+    return await _off_loop(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
 
 
 async def _rendered(
-    model: ServedModel, body: ChatBody | TokenizeBody, *, add_special_tokens: bool, tools: Toolbox | None = None
+    model: ServedModel, body: ChatBody | TokenizeBody, encode: _Encode, *, tools: Toolbox | None = None
 ) -> tuple[int, ...]:
     template = model.tokenizer.chat_template
     if template is None:
@@ -415,7 +425,7 @@ async def _rendered(
         text = template.render(messages, add_generation_prompt=generation_prompt, tools=definitions, **body.chat_template_kwargs)
         if body.continue_final_message:
             text = _without_turn_end(text, messages[-1]["content"])
-        return tuple(model.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return tuple(encode(text))
 
     return await _off_loop(sum(len(message["content"]) for message in messages), render)
 
