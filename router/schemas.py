@@ -275,7 +275,8 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
     given = {name: value for name, value in data.items() if value is not None}
     if issubclass(kind, GenerationBody):
         _refuse(given, kind)
-    unknown = sorted(name for name in given if name not in kind.model_fields and name not in _HARMLESS)
+    fields = kind.model_fields
+    unknown = sorted(name for name in given if name not in fields and name not in _HARMLESS)
     if unknown:
         log.debug("unknown request fields ignored", fields=[name[:64] for name in unknown[:16]])
     try:
@@ -346,10 +347,11 @@ _HARMLESS = frozenset(
 
 
 def _refuse(given: Mapping[str, Any], kind: type[GenerationBody]) -> None:
+    fields = kind.model_fields
     for name, value in given.items():
         if name in _INTERNAL or name.startswith(_INTERNAL_PREFIX):
             raise InvalidRequest(f"{name} is internal to the cluster and cannot be given by a client", param=name)
-        if name in kind.model_fields:
+        if name in fields:
             continue
         if name.startswith(_UNSUPPORTED_PREFIX) and not _empty(value):
             raise InvalidRequest(f"{name} is not supported", param=name)
