@@ -87,7 +87,8 @@ class DecodeScheduler:
         self._remote: dict[str, Choice] = {}
         self._running: list[Choice] = []  # in order of turns
         self._events: list[Event] = []
-        self._dispatches: list[int] = []
+        self._dispatches: list[tuple[int, int]] = []  # those that no report has named yet, with their requests' serial numbers
+        self._considered = 0  # requests up to this serial number were asked whether there is room for them
         self.totals = SchedulerTotals()
         self.waiting_since_s: float | None = None  # since when the oldest request waits that nothing was reserved for
 
@@ -108,6 +109,8 @@ class DecodeScheduler:
         return events
 
     def load(self) -> WorkerLoad:
+        """Of the requests that were considered. A report often comes between the arrival of a request and the next step: to say
+        that it waits would mean that there is no room, and where its prompt is to be computed is not known yet."""
         tokens, work = 0, 0.0
         decoding = kv_tokens = 0
         for choice in self._running:
@@ -117,9 +120,10 @@ class DecodeScheduler:
             else:
                 decoding += 1
                 kv_tokens += len(choice.sequence.tokens)
+        new = sum(choice.generation.serial > self._considered for choice in self._waiting)
         return WorkerLoad(
             running=self.num_running + self._beginnings.num_waiting,  # those have room as soon as what they wait for is there
-            waiting=len(self._waiting) - self._beginnings.num_waiting,
+            waiting=len(self._waiting) - self._beginnings.num_waiting - new,
             queued_tokens=tokens,
             queued_pairs=work,
             decoding=decoding,
@@ -128,11 +132,13 @@ class DecodeScheduler:
         )
 
     def open_dispatches(self) -> tuple[int, ...]:
-        requests = (generation.request for generation in self._generations.values())
-        return tuple(request.dispatch_id for request in requests if request.dispatch_id)
+        considered = (one.request for one in self._generations.values() if one.serial <= self._considered)
+        return tuple(request.dispatch_id for request in considered if request.dispatch_id)
 
     def take_dispatches(self) -> tuple[int, ...]:
-        taken, self._dispatches = tuple(self._dispatches), []
+        """Those that `load` counts, or did while they lasted."""
+        taken = tuple(dispatch_id for serial, dispatch_id in self._dispatches if serial <= self._considered)
+        self._dispatches = [one for one in self._dispatches if one[0] > self._considered]
         return taken
 
     # Commands, in the order of a request's life.
@@ -161,7 +167,7 @@ class DecodeScheduler:
             aging_s=self._config.priority_aging_s,
         )
         if request.dispatch_id:
-            self._dispatches.append(request.dispatch_id)
+            self._dispatches.append((generation.serial, request.dispatch_id))
             del self._dispatches[:-_MAX_DISPATCHES]
         if len(self._waiting) >= self._config.max_waiting:
             self._events.append(Failed(request.request_id, Overloaded("too many requests are waiting", retry_after_s=1.0)))
@@ -298,6 +304,7 @@ class DecodeScheduler:
     def _admit(self) -> None:
         if self._waiting:
             self._waiting.admit(self._reserve, self._begin, self._beginnings.is_worth_waiting)
+        self._considered = self.totals.submitted
 
     def _reserve(self, choice: Choice) -> bool:
         """Gives the choice blocks for all its tokens, if it may run and there are any."""

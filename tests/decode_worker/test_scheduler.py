@@ -653,9 +653,8 @@ def test_load_is_what_decodes_and_what_is_left_of_prompts() -> None:
     driver = Driver(DecodeConfig(local_prefill="always", step_tokens=8), num_blocks=64)
     driver.submit(replace(make_request("a", range(10, 16)), dispatch_id=5))
     driver.submit(make_request("b", range(40, 61)))
-    assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == (5,)
-    assert driver.scheduler.load().waiting == 2
     driver.step()
+    assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == (5,)
     load = driver.scheduler.load()
     assert (load.running, load.waiting, load.decoding, load.kv_tokens) == (2, 0, 1, 7)
     assert (load.queued_tokens, load.queued_pairs) == (19, 19 * (21 - 9.5))
@@ -663,6 +662,25 @@ def test_load_is_what_decodes_and_what_is_left_of_prompts() -> None:
         pass
     assert driver.scheduler.load() == WorkerLoad(blocks_free=64)
     assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == ()
+
+
+def test_who_just_came_is_counted_once_it_is_known_whether_there_is_room() -> None:
+    """A router takes those that wait for a sign that there is none, and counts who is not named yet by itself."""
+    driver = Driver(DecodeConfig(local_prefill="always", step_tokens=8, max_running=1), num_blocks=64)
+    driver.submit(replace(make_request("a", range(10, 16)), dispatch_id=5))
+    driver.submit(replace(make_request("b", range(40, 61)), dispatch_id=6))
+    assert driver.scheduler.load() == WorkerLoad(blocks_free=64)
+    assert driver.scheduler.take_dispatches() == driver.scheduler.open_dispatches() == ()
+    driver.step()
+    driver.submit(replace(make_request("c", range(70, 80)), dispatch_id=7))
+    load = driver.scheduler.load()
+    assert (load.running, load.waiting) == (1, 1), "b has to wait, and of c nothing is known"
+    assert driver.scheduler.open_dispatches() == (5, 6)
+    assert driver.scheduler.take_dispatches() == (5, 6)
+    driver.step()
+    assert driver.scheduler.load().waiting == 2
+    assert driver.scheduler.take_dispatches() == (7,)
+    assert driver.scheduler.take_dispatches() == ()
 
 
 @pytest.mark.parametrize("guesses", [None, 0.0, 0.6, 1.0])
