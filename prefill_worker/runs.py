@@ -108,7 +108,7 @@ class PrefillRuns:
         self._news[key] = news
         received_s = self._clock.monotonic_s()
         submitted = replace(request, request_id=key, timeout_s=deadline_s - received_s)
-        self._inbox.post(self._scheduler.submit, submitted, grammar, wants_row)
+        self._inbox.post(self._scheduler.submit, submitted, grammar, wants_row, received_s)
         try:
             computed = await self._push_while_computing(news, push)
             computed_s = self._clock.monotonic_s()

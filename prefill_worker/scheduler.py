@@ -162,9 +162,15 @@ class PrefillScheduler:
         taken, self._dispatches = tuple(self._dispatches), []
         return taken
 
-    def submit(self, request: Request, grammar: CompiledGrammar | None = None, wants_row: bool = False) -> None:
+    def submit(
+        self,
+        request: Request,
+        grammar: CompiledGrammar | None = None,
+        wants_row: bool = False,
+        received_s: float | None = None,
+    ) -> None:
         """`grammar` is the request's own, compiled; `wants_row` says whether the decode side has use for the last hidden row. Its
-        time begins now."""
+        time began when it was received, which may be a long step ago; by default now."""
         block_tokens = self._layout.block_tokens
         root = root_hash(self._layout.fingerprint, request.cache_salt)
         named = hash_chain(root, request.prompt_token_ids, block_tokens) if self._blocks.prefix_cache else ()
@@ -174,7 +180,7 @@ class PrefillScheduler:
             PagedSequence(request.prompt_token_ids, root, block_tokens, names),
             names,
             serial=next(self._serials),
-            received_s=self._clock.monotonic_s(),
+            received_s=self._clock.monotonic_s() if received_s is None else received_s,
             block_tokens=block_tokens,
             grammar=grammar,
             wants_row=wants_row,

@@ -417,6 +417,17 @@ def test_queue_and_compute_time_are_told_apart() -> None:
     assert (driver.done["b"].queue_s, driver.done["b"].prefill_s) == (2.0, 2.0)
 
 
+def test_what_comes_while_a_step_computes_has_waited_for_that_step() -> None:
+    driver = Driver(PrefillConfig(chunk_tokens=8), num_blocks=64)
+    driver.clock.advance(10.0)
+    request = make_request("a", 8)
+    driver._prompts["a"] = request.prompt_token_ids
+    driver.scheduler.submit(request, received_s=7.0)
+    while "a" not in driver.done:
+        driver.step()
+    assert (driver.done["a"].queue_s, driver.done["a"].prefill_s) == (3.0, 1.0)
+
+
 def test_load_is_what_is_left_to_compute_without_what_is_cached() -> None:
     driver = Driver(PrefillConfig(chunk_tokens=8, max_running=1), num_blocks=64)
     for name, length, dispatch_id in (("a", 21, 7), ("b", 10, 0)):
