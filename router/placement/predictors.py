@@ -7,30 +7,34 @@
 
 One model of steps serves prompts and decoding alike, because both are tokens that attend to tokens. Every row is divided by the
 prediction, so that a fit is good in per cent; a row that is far off moves the fit no more than one that is a little off.
-Coefficients are never negative. Old samples fade, but never so far that the prior is forgotten where nothing was seen.
+Coefficients are never negative. A sample makes others fade in what it tells anew, and in nothing else: after a thousand steps
+that decode it is still known what prompts cost, while other work on the host, which makes steps slower, shows within a few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_FORGETTING = 0.98
+_FORGETTING = 0.8  # what is left of all that was known along a sample's features
 _NOISE = 0.05  # relative, of one sample
 _OUTLIER = 3.0  # of the typical residual: beyond this a sample counts as this far off
 _SURPRISE = 10.0  # the same for what is typical: many surprises in a row are the new truth
 _FLOOR_S = 1e-5
-_SPREAD = 3.0  # a coefficient may well be so many times what is known of it
+_LEAST_UNCERTAIN = 1e-9  # relative, squared: nothing is known better
+_SPREAD = 3.0  # a coefficient may well be so many times what is known of it, or thought of it beforehand
+_DOUBT_OF_PAIRS_S = 1e-7
 
 
 class LeastSquares:
-    """`prior` has one coefficient per feature. Features are handed in as they are; scaling is done here."""
+    """`prior` has one coefficient per feature, `doubt` how great each may be as well, by default the same. Features are handed in
+    as they are; scaling is done here."""
 
-    def __init__(self, prior: Sequence[float]) -> None:
+    def __init__(self, prior: Sequence[float], doubt: Sequence[float] | None = None) -> None:
         self.coefficients = list(prior)
         self.num_samples = 0
-        self._prior = tuple(max(value, 1e-12) for value in prior)
+        self._doubt = tuple(prior if doubt is None else doubt)
         self._covariance = [
-            [(_SPREAD * value) ** 2 if i == j else 0.0 for j in range(len(prior))] for i, value in enumerate(self._prior)
+            [(_SPREAD * value) ** 2 if i == j else 0.0 for j in range(len(prior))] for i, value in enumerate(self._doubt)
         ]
         self._residual = 0.5  # typical, relative
 
@@ -52,15 +56,17 @@ class LeastSquares:
         size = range(len(row))
         covariance = self._covariance
         towards = [sum(covariance[i][j] * row[j] for j in size) for i in size]
-        gain_base = _NOISE + sum(row[i] * towards[i] for i in size)
+        uncertain = max(sum(row[i] * towards[i] for i in size), _LEAST_UNCERTAIN)
+        gain_base = _FORGETTING * _NOISE + uncertain
         for i in size:
             self.coefficients[i] = max(0.0, self.coefficients[i] + towards[i] / gain_base * clipped)
-        known = 0.0 if clipped != error else 1.0 / gain_base  # a surprise makes nothing more certain
+        faded = (1.0 / _FORGETTING - 1.0) / uncertain
+        known = 0.0 if clipped != error else 1.0 / (_FORGETTING * gain_base)  # a surprise makes nothing more certain
         for i in size:
             for j in size:
-                covariance[i][j] = (covariance[i][j] - towards[i] * towards[j] * known) / _FORGETTING
+                covariance[i][j] += towards[i] * towards[j] * (faded - known)
         for i in size:
-            most = (_SPREAD * max(self._prior[i], self.coefficients[i])) ** 2
+            most = (_SPREAD * max(self._doubt[i], self.coefficients[i])) ** 2
             if covariance[i][i] > most:  # nothing new was seen along this feature: stay near what is known
                 shrink = (most / covariance[i][i]) ** 0.5
                 for j in size:
@@ -79,7 +85,8 @@ class StepModel:
     __slots__ = ("_fit", "a", "b", "c")
 
     def __init__(self, a: float = 3e-3, b: float = 1e-4, c: float = 1e-9) -> None:
-        self._fit = LeastSquares((a, b, c))
+        # Between a GPU and a small model on a CPU a pair differs by a factor of a million.
+        self._fit = LeastSquares((a, b, c), (a, b, max(c, _DOUBT_OF_PAIRS_S)))
         self.a, self.b, self.c = a, b, c
 
     @property

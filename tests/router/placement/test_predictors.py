@@ -35,6 +35,30 @@ def test_a_worker_that_becomes_slower_is_followed() -> None:
     assert model.seconds(200, 0.0, 1) == pytest.approx(0.075, rel=0.1)
 
 
+def test_what_pairs_cost_is_found_on_a_slow_machine() -> None:
+    """A small model on a CPU: attention is a third of a long prompt, and nothing of a short one."""
+    model, lengths = StepModel(), (32, 512, 128, 1800, 64, 900, 256)
+    for turn in range(40):
+        new = lengths[turn % len(lengths)]
+        model.learn(new, pairs(new, new), 0.008 + 5e-4 * new + 3e-7 * pairs(new, new))
+    for new in (40, 300, 1800):
+        expected = 0.008 + 5e-4 * new + 3e-7 * pairs(new, new)
+        assert model.seconds(new, pairs(new, new), 1) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_thousand_steps_of_one_kind_leave_what_others_told() -> None:
+    dice, model = random.Random(3), StepModel()
+    for turn in range(60):
+        new = (32, 512, 128, 1800)[turn % 4]
+        model.learn(new, pairs(new, new), 0.008 + 5e-4 * new + 3e-7 * pairs(new, new))
+    for _ in range(1000):
+        rows = dice.randrange(2, 5)
+        model.learn(rows, 300.0 * rows, (0.008 + 5e-4 * rows + 9e-5 * rows) * dice.lognormvariate(0, 0.1))
+    for new in (512, 1800):
+        expected = 0.008 + 5e-4 * new + 3e-7 * pairs(new, new)
+        assert model.seconds(new, pairs(new, new), 1) == pytest.approx(expected, rel=0.15)
+
+
 def test_what_was_never_seen_stays_near_the_prior() -> None:
     """Only decode steps of one size: what a token of a prompt costs is not known from them, and must not run away."""
     model = StepModel(a=3e-3, b=1e-4, c=1e-9)
