@@ -42,6 +42,7 @@ from common.config import RouteAlias
 from router.models.policy import error_of
 from router.models.predictor import Predictor
 from router.models.share import ShareController
+from router.models.text_features import facts, words_of
 from router.semantic.onnx_embedder import OnnxEmbedder
 from router.semantic.reading import read as read_words
 
@@ -127,7 +128,7 @@ def gains(predictor: Predictor, known: Known, rows: Sequence[int]) -> dict[str, 
     alone = scores_of(predictor.words, known.texts.part(rows))
     found = {"hard-first": -alone[:, 0], "words": alone[:, 1] - alone[:, 0]}
     if predictor.neighbours is not None and known.vectors is not None:
-        shifts = np.stack([predictor.neighbours.shift(known.vectors[row]) for row in rows])
+        shifts = np.stack([predictor.neighbours.shift(known.vectors[row], known.texts.facts[row]) for row in rows])
         both = predictor.neighbours.with_words(alone.astype(np.float32), shifts)
         found["words and similar"] = (both[:, 1] - both[:, 0]).astype(np.float64)
     return found
@@ -226,7 +227,9 @@ def decision_ms(predictor: Predictor, outcomes: Outcomes, known: Known) -> dict[
     calls: dict[str, Callable[[int], object]] = {"words": lambda row: predictor.probabilities(outcomes.prompts[row])}
     neighbours, vectors = predictor.neighbours, known.vectors
     if neighbours is not None and vectors is not None:
-        calls["neighbours"] = lambda row: neighbours.shift(vectors[row])
+        calls["neighbours"] = lambda row: neighbours.shift(
+            vectors[row], facts(outcomes.prompts[row], words_of(outcomes.prompts[row]))
+        )
     for name, call in calls.items():
         times = []
         for row in rows:

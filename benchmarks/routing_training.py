@@ -1,11 +1,12 @@
 """How a predictor of model routing is made of recorded outcomes: a ridge on words, and one on similar questions.
 
 Words: a ridge on each model's outcomes (0 or 1), over TF-IDF of the runs of words that at least two prompts have and facts of the
-text. Similar questions: a ridge with a kernel of the vectors' cosines. Both by conjugate gradients, deterministic. How strong
-the first is, and how much the facts count, four folds of the prompts decide: by the order that both together foresee, for a
-share of the prompts goes to the better model, who gains most first. Either counts alike, by how far what it says of them spreads:
-weights that fit some folds best were worse than that on others. How loud both are together is the least squares of what they say
-of these folds and of four more: of folds that keep similar prompts together, for questions of a new kind will come.
+text. Similar questions: a ridge with `router/models/likeness.py` for a kernel. Both by conjugate gradients, deterministic. How
+strong the first is, and how much the facts count there, four folds of the prompts decide: by the order that both together
+foresee, for a share of the prompts goes to the better model, who gains most first. Either counts alike, by how far what it says
+of them spreads: weights that fit some folds best were worse than that on others. How loud both are together is the least squares
+of what they say of these folds and of four more: of folds that keep similar prompts together, for questions of a new kind will
+come.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from router.models.likeness import Form, likeness
 from router.models.predictor import Neighbours, Predictor, Words
 from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
@@ -139,8 +141,8 @@ def scores_of(words: Words, texts: Texts) -> Floats:
     return np.asarray(np.stack(sums, axis=1) + texts.facts @ words.of_facts + words.bias)
 
 
-def fit_pull(vectors: Vectors, outcomes: Floats) -> Vectors:
-    kernel = np.exp(np.float32(SHARPNESS) * (vectors @ vectors.T - 1))
+def fit_pull(vectors: Vectors, forms: Vectors, outcomes: Floats) -> Vectors:
+    kernel = likeness(vectors @ vectors.T, forms, forms, SHARPNESS)
     centred = (outcomes - outcomes.mean(axis=0)).astype(np.float32)
     return solve(lambda way: kernel @ way, centred, KERNEL_RIDGE).astype(np.float32)
 
@@ -154,12 +156,12 @@ def foreseen(texts: Texts, outcomes: Floats, strength: float, facts_weight: floa
     return found
 
 
-def shifts(vectors: Vectors, outcomes: Floats, folds: Folds) -> Floats:
+def shifts(vectors: Vectors, forms: Vectors, outcomes: Floats, folds: Folds) -> Floats:
     """What similar questions say of each, learnt from the other folds."""
     found = np.zeros_like(outcomes)
     for out, rest in folds:
-        pull = fit_pull(vectors[rest], outcomes[rest])
-        found[out] = np.exp(np.float32(SHARPNESS) * (vectors[out] @ vectors[rest].T - 1)) @ pull
+        pull = fit_pull(vectors[rest], forms[rest], outcomes[rest])
+        found[out] = likeness(vectors[out] @ vectors[rest].T, forms[out], forms[rest], SHARPNESS) @ pull
     return found
 
 
@@ -171,7 +173,9 @@ def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vector
     if vectors is None:
         best = max(tried, key=lambda way: order_agreement(tried[way], truth))
         return Predictor(models, _softer(fit_words(texts, outcomes, *best), _loudness([tried[best]], truth), mean))
-    pulled = differences(shifts(vectors, outcomes, random_folds(len(outcomes))))
+    form = Form.of(texts.facts)
+    forms = form(texts.facts)
+    pulled = differences(shifts(vectors, forms, outcomes, random_folds(len(outcomes))))
 
     def beside(said: Floats) -> float:
         return float(said.std() / max(float(pulled.std()), 1e-12))
@@ -179,13 +183,16 @@ def train(models: Sequence[str], texts: Texts, outcomes: Floats, vectors: Vector
     # What is best alone is not best beside the other: what both say alike counts once.
     best = max(tried, key=lambda way: order_agreement(tried[way] + beside(tried[way]) * pulled, truth))
     balance, apart = beside(tried[best]), folds_apart(vectors)
-    far = differences(foreseen(texts, outcomes, *best, apart) - mean) + balance * differences(shifts(vectors, outcomes, apart))
+    far = differences(foreseen(texts, outcomes, *best, apart) - mean)
+    far += balance * differences(shifts(vectors, forms, outcomes, apart))
     # What is learnt from few prompts is said too loudly of others; how much, the folds tell.
     alone, together = _loudness([tried[best]], truth), _loudness([tried[best] + balance * pulled, far], truth)
-    pull = (fit_pull(vectors, outcomes) * (balance * together)).astype(np.float32)
+    pull = (fit_pull(vectors, forms, outcomes) * (balance * together)).astype(np.float32)
     words = _softer(fit_words(texts, outcomes, *best), alone, mean)
     of_words = together / alone if alone > 0.0 else 0.0
-    return Predictor(models, words, Neighbours(embedder, vectors, pull, SHARPNESS, of_words, mean.astype(np.float32)))
+    return Predictor(
+        models, words, Neighbours(embedder, vectors, form, forms, pull, SHARPNESS, of_words, mean.astype(np.float32))
+    )
 
 
 def _loudness(said: Sequence[Floats], truth: Floats) -> float:

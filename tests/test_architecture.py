@@ -103,6 +103,7 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
             "common": When.LAZILY,
             "common/gguf_reader.py": When.ALWAYS,  # itself imported lazily, by whoever meets a GGUF file
             "router": When.LAZILY,
+            "router/models/likeness.py": When.ALWAYS,  # imported by predictor.py alone
             "router/models/predictor.py": When.ALWAYS,  # itself imported lazily, by a router that has a predictor
             "router.semantic": When.ALWAYS,  # itself imported lazily, by a router that has the semantic cache on
             "deploy": When.LAZILY,

@@ -14,6 +14,7 @@ from pathlib import Path
 from common.config import RoutingConfig
 from common.errors import ConfigError
 from router.models.predictor import Floats, Neighbours, Predictor
+from router.models.text_features import facts, words_of
 from router.semantic.embedder import Embedder
 from router.semantic.off_loop import OffLoop, finished, until_done
 from router.semantic.reading import read
@@ -79,4 +80,4 @@ def make_predicting(config: RoutingConfig) -> Predicting | None:
 
 
 def _shift(text: str, embedder: Embedder, neighbours: Neighbours) -> Floats:
-    return neighbours.shift(embedder.embed(text, read(text)))
+    return neighbours.shift(embedder.embed(text, read(text)), facts(text, words_of(text)))

@@ -2,12 +2,12 @@
 
     text -> runs of words -> tf * idf, length 1  \
     text -> length, digits, lines, options, ...   > weights of each model -> (less) -----------> probability
-    vector of the text -> known questions -> what each has to say, weighted by how similar it is -^
+    vector and form of the text -> known questions -> what each has to say, as much as it is similar -^
 
-Similar is `exp(sharpness * (cosine - 1))`; what each has to say a ridge has found. Beside such questions the words count for less
-than alone (`Neighbours.of_words`); without a vector they speak alone. Trained elsewhere (`benchmarks/routing.py --train`): a file
-of JSON with numbers in base64, data only. Which model to take is not decided here; what counts for that is the
-difference between models, not how hard a text is.
+What each known question has to say a ridge has found; what similar is, `likeness.py` says. Beside such questions the words count
+for less than alone (`Neighbours.of_words`); without a vector they speak alone. Trained elsewhere
+(`benchmarks/routing.py --train`): a file of JSON with numbers in base64, data only. Which model to take is not decided here; what
+counts for that is the difference between models, not how hard a text is.
 
 Needs NumPy, so this is imported by a router that has a predictor only.
 """
@@ -27,11 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ConfigError
+from router.models.likeness import Form, likeness
 from router.models.text_features import NUM_FACTS, facts, runs, words_of
 
-SCHEMA = "pdserve-route-predictor-2"
+SCHEMA = "pdserve-route-predictor-3"
 MAX_FILE_BYTES = 64 * 1024 * 1024
 _LEAST, _MOST = 0.01, 0.99
+_MOST_FACT = 1e6  # squares of what is less are finite
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.uint32]
 
@@ -65,13 +67,16 @@ class Neighbours:
 
     embedder: str  # the revision of the embedder that made the vectors
     vectors: Floats  # [question][dimension], each about of length 1
+    form: Form
+    forms: Floats  # [question][fact], as `form` says
     pull: Floats  # [question][model]: what a question has to say of one just like it
     sharpness: float
     of_words: float  # how much of the words' departure from the mean counts beside this
     mean: Floats  # of the outcomes
 
-    def shift(self, vector: Floats) -> Floats:
-        return np.asarray(np.exp(np.float32(self.sharpness) * (self.vectors @ vector - 1)) @ self.pull, np.float32)
+    def shift(self, vector: Floats, facts: Sequence[float]) -> Floats:
+        own = self.form(np.asarray(facts, np.float32))[None]
+        return np.asarray((likeness((self.vectors @ vector)[None], own, self.forms, self.sharpness) @ self.pull)[0], np.float32)
 
     def with_words(self, scores: Floats, shift: Floats) -> Floats:
         return np.asarray(self.mean + np.float32(self.of_words) * (scores - self.mean) + shift, np.float32)
@@ -112,6 +117,9 @@ class Predictor:
                 "dimensions": known.vectors.shape[1],
                 "scale": scale,
                 "vectors": _packed(np.rint(known.vectors / scale), "|i1"),
+                "centre": known.form.centre.tolist(),
+                "factor": known.form.factor.tolist(),
+                "forms": _packed(known.forms, "<f4"),
                 "pull": _packed(known.pull, "<f4"),
                 "sharpness": known.sharpness,
                 "of_words": known.of_words,
@@ -167,9 +175,15 @@ def _neighbours(part: Mapping[str, Any], num_models: int) -> Neighbours:
     mean = _floats(np.array(part["mean"], np.float64))
     if not 0 <= sharpness <= 1000:
         raise ValueError("its neighbours have no sharpness from 0 to 1000")
-    if not len(vectors) or len(vectors) != len(pull) or mean.shape != (num_models,):
+    form = Form(_floats(np.array(part["centre"], np.float64)), _floats(np.array(part["factor"], np.float64)))
+    forms = _floats(_unpacked(part["forms"], "<f4")).reshape(-1, NUM_FACTS)
+    if form.centre.shape != (NUM_FACTS,) or form.factor.shape != (NUM_FACTS,):
+        raise ValueError("its neighbours have another number of facts")
+    if max(float(np.abs(part).max(initial=0.0)) for part in (form.centre, form.factor, forms)) > _MOST_FACT:
+        raise ValueError("its neighbours have facts that cannot be")
+    if not len(vectors) or not len(vectors) == len(pull) == len(forms) or mean.shape != (num_models,):
         raise ValueError("its neighbours do not fit together")
-    return Neighbours(embedder, vectors, pull, sharpness, of_words, mean)
+    return Neighbours(embedder, vectors, form, forms, pull, sharpness, of_words, mean)
 
 
 def _floats(values: NDArray[Any]) -> Floats:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from common.config import RoutingConfig
 from common.errors import ConfigError, ModelLoadError
+from router.models.likeness import Form
 from router.models.predicting import Predicting, make_predicting
 from router.models.predictor import Neighbours, Predictor, Words
 from router.models.text_features import NUM_FACTS
@@ -34,8 +35,14 @@ def predictor(embedder: str = "slow") -> Predictor:
         np.array([0.4, 0.6], np.float32),
     )
     mean = np.array([0.4, 0.6], np.float32)
-    known = Neighbours(embedder, np.array([[1.0, 0.0]], np.float32), np.array([[0.2, -0.2]], np.float32), 10.0, 1.0, mean)
-    return Predictor(("small", "large"), words, known)
+    return Predictor(("small", "large"), words, one_neighbour(embedder, np.array([1.0, 0.0], np.float32), 10.0, mean))
+
+
+def one_neighbour(embedder: str, vector: Vector, sharpness: float, mean: Vector) -> Neighbours:
+    """A question of any form."""
+    form = Form(np.zeros(NUM_FACTS, np.float32), np.zeros(NUM_FACTS, np.float32))
+    forms, pull = np.zeros((1, NUM_FACTS), np.float32), np.array([[0.2, -0.2]], np.float32)
+    return Neighbours(embedder, vector[None], form, forms, pull, sharpness, 1.0, mean)
 
 
 class Held:
@@ -128,7 +135,7 @@ async def test_minilm_tells_what_resembles_a_known_question(tmp_path: Path) -> N
     except ModelLoadError:
         pytest.skip("needs `pdserve pull minilm`")
     words = predictor().words
-    neighbours = Neighbours("minilm-1", known[None], np.array([[0.2, -0.2]], np.float32), 4.0, 1.0, words.bias)
+    neighbours = one_neighbour("minilm-1", known, 4.0, words.bias)
     path = tmp_path / "predictor.json"
     path.write_text(json.dumps(Predictor(("small", "large"), words, neighbours).as_json()))
     predicting = make_predicting(RoutingConfig(predictor=str(path), embedder="minilm", embedder_budget_s=10.0))
