@@ -1,6 +1,6 @@
 """How well the predictor of model routing spends a dear model, on recorded outcomes of a weak and a strong model.
 
-    python -m benchmarks.routing --outcomes FILE [--splits 5] [--json OUT]      figures, five-fold and with whole domains left out
+    python -m benchmarks.routing --outcomes FILE [--splits 10] [--json OUT]    figures, five-fold and with whole domains left out
     python -m benchmarks.routing --outcomes FILE --train OUT [--names small,large]      a file for `routing.predictor`
     ... --embedder minilm [--vectors FILE]      with similar questions beside the words; FILE keeps vectors for the next run
 
@@ -14,8 +14,9 @@ Baselines: random; length; hard-first (the words, ranked by how likely the weak 
 threshold that was fixed on the training prompts, as routers with a calibrated threshold use it, against our controller. What is
 learned (`benchmarks/routing_training.py`) sees prompts and outcomes; the score is the gain of the strong model. Domains are used
 for nothing but the split, and every choice that the training makes is made within the training part. How domains fall into folds
-matters as much as most improvements: figures are means over several divisions, with the least and the most. In-domain figures
-promise nothing for questions of another kind; left-out ones say more.
+matters as much as most improvements: figures are means over several divisions, with the least, the most and the deviation among
+them. `spread` is another thing: how far the area of one division would be off, had other prompts been asked. In-domain figures
+promise nothing for questions of another kind; left-out ones say more. With an embedder a division takes a minute and a half.
 """
 
 from __future__ import annotations
@@ -180,6 +181,7 @@ def report(outcomes: Outcomes, known: Known, divisions: Sequence[Sequence[Sequen
     found = {}
     for name, values in areas.items():
         found[name] = {"apgr": statistics.fmean(values), "least": min(values), "most": max(values)}
+        found[name]["deviation"] = statistics.pstdev(values)
         found[name] |= {f"cpt{int(100 * level)}": statistics.fmean(cpt[level] for cpt in parts[name]) for level in parts[name][0]}
         found[name]["spread"] = spread(last[name], outcomes)
     return found
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--names", default="weak,strong", help="with --train: what weak and strong are called in the configuration"
     )
-    parser.add_argument("--splits", type=int, default=1, help="divisions into folds that figures are means of")
+    parser.add_argument("--splits", type=int, default=10, help="divisions into folds that figures are means of")
     parser.add_argument("--first-split", type=int, default=0, help="seed of the first division")
     parser.add_argument("--embedder", choices=("none", "minilm"), default="none")
     parser.add_argument("--vectors", type=Path, help="an .npz that keeps vectors from run to run")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.routing import Known, Outcomes, curve, gain_of_domains, gains, held_out, read, spread, trained
+from benchmarks.routing import Known, Outcomes, by_rows, curve, gain_of_domains, gains, held_out, read, report, spread, trained
 from benchmarks.routing_training import (
     FACTS,
     KERNEL_RIDGE,
@@ -196,6 +196,16 @@ def test_a_told_domain_says_its_mean_gain_among_the_others() -> None:
     assert told == [float(outcomes.domains[row] == "proof") for row in fold]
     unknown = [row for row in range(300) if outcomes.domains[row] != "proof"]
     assert set(gain_of_domains(outcomes, range(60), unknown)) == {0.0}  # of what it never met it says the mean of the rest
+
+
+def test_figures_are_means_over_the_divisions() -> None:
+    outcomes = made_up(200)
+    known, divisions = known_of(outcomes), [by_rows(200, seed) for seed in (3, 4, 5)]
+    areas = [curve(held_out(outcomes, known, folds)["words"], outcomes)[0] for folds in divisions]
+    found = report(outcomes, known, divisions)["words"]
+    assert found["apgr"] == pytest.approx(np.mean(areas))
+    assert found["deviation"] == pytest.approx(np.std(areas))
+    assert (found["least"], found["most"]) == (min(areas), max(areas))
 
 
 def test_the_spread_of_an_area_shrinks_with_more_prompts() -> None:
