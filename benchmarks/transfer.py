@@ -17,7 +17,10 @@ both blocking. Digests are always on; what they cost is the ratio to a
 transfer in which both processes replace the digest of a piece by a constant and copy by memmove, which only this benchmark can.
 `last byte to verified` is the time for which nothing was left but to verify: from when the writer had written or sent everything
 until the last piece was found right, with waking whoever reads and what that one is behind. `by layer` pushes one layer of all
-blocks after the other without a pause, so that most of them wait for the first, and go together. `both ends on one core` counts
+blocks after the other without a pause, so that most of them wait for the first, and go together. `in a row` pushes the KV of
+eight prompts, a transfer each, one behind the other, as a worker with work to do does: from the first push until the last piece
+of the last one was found right, against eight times the bytes of a copy or a socket; what one transfer waits for at its
+beginning and its end, others use. `both ends on one core` counts
 transfers whose last batch was written and verified by the same core: a kernel often puts whoever is woken on the core of the one
 that wakes it, above all in a virtual machine whose other core sleeps, and then nothing is verified until all is written. What a
 ratio says depends on it. The native library is compiled before anything is measured; `--python-copies` does without it.
@@ -38,6 +41,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -54,7 +58,7 @@ from common.types import KVLayout, Ticket, WorkerRef
 from kvtransfer.digest import piece_digest
 from kvtransfer.native.choice import piece_kernel, prepare
 from kvtransfer.native.kernel import packed_piece
-from kvtransfer.receiver import KVReceiver
+from kvtransfer.receiver import Incoming, KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
@@ -64,7 +68,13 @@ from kvtransfer.transports.shm import MappedWriter
 from kvtransfer.transports.tcp import WireWriter
 
 WARM_UPS = 3
-TARGETS = {"shm / memcpy": 1.25, "tcp / bare socket": 1.18}
+IN_A_ROW = 8  # transfers
+TARGETS = {
+    "shm / memcpy": 1.25,
+    "tcp / bare socket": 1.18,
+    "shm in a row / memcpy": 1.25,
+    "tcp in a row / bare socket": 1.18,
+}
 PATIENCE_S = 60.0
 SECRET = derive_secret("benchmark")
 DIGESTING = (kvtransfer.incoming, kvtransfer.transports.receiving, kvtransfer.transports.shm, kvtransfer.transports.tcp)
@@ -85,7 +95,8 @@ class Shape:
         return self.block_bytes * self.num_blocks
 
     def region(self) -> BlockRegion:
-        return BlockRegion.create_shared(self.block_bytes, self.num_blocks)
+        """Of as many transfers as there are in a row."""
+        return BlockRegion.create_shared(self.block_bytes, IN_A_ROW * self.num_blocks)
 
 
 def constant_digest(piece: memoryview, nonce: bytes, logical_block: int, first_layer: int, num_layers: int) -> bytes:
@@ -103,7 +114,7 @@ def use_digests(on: bool) -> None:
 
 @dataclass(frozen=True)
 class Push:
-    ticket: Ticket
+    tickets: Sequence[Ticket]  # pushed one behind the other
     by_layer: bool
     digests: bool
 
@@ -111,7 +122,7 @@ class Push:
 @dataclass(frozen=True)
 class Pushed:
     started_s: float
-    digests: dict[int, bytes]
+    digests: Sequence[dict[int, bytes]] = ()  # of each ticket
     written_s: float = 0.0  # the last byte
     core: int = -1  # that wrote it
 
@@ -119,6 +130,12 @@ class Pushed:
 @dataclass(frozen=True)
 class BeBareSocket:
     port: int
+
+
+@dataclass(frozen=True)
+class SendBytes:
+    num_bytes: int
+    start_s: float
 
 
 def prefill_process(control: Connection, shape: Shape, native: bool) -> None:
@@ -140,33 +157,35 @@ async def _prefill(control: Connection, shape: Shape) -> None:
                 use_digests(order.digests)
                 control.send(await _push(sender, order, shape))
             case TransportOffer():
-                control.send(await sender.connect("d/" + order.kind, 1, [order], shape.num_blocks))
+                control.send(await sender.connect("d/" + order.kind, 1, [order], region.num_blocks))
             case BeBareSocket():
                 bare = socket.create_connection(("127.0.0.1", order.port))
-            case float() if bare is not None:  # when to go
-                await asyncio.sleep(order - time.perf_counter())
+            case SendBytes(num_bytes, start_s) if bare is not None:
+                await asyncio.sleep(start_s - time.perf_counter())
                 started_s = time.perf_counter()
-                bare.sendall(region.buffer)
-                control.send(Pushed(started_s, {}))
+                bare.sendall(region.buffer[:num_bytes])
+                control.send(Pushed(started_s))
     await sender.close()
     if bare is not None:
         bare.close()
 
 
 async def _push(sender: KVSender, order: Push, shape: Shape) -> Pushed:
-    outgoing = sender.open(order.ticket)
+    outgoings = [sender.open(ticket) for ticket in order.tickets]
     async with asyncio.timeout(PATIENCE_S):
-        while not outgoing._credit_bytes:  # noqa: ASYNC110 - not let in yet, and no event says so
+        while not all(outgoing._credit_bytes for outgoing in outgoings):  # noqa: ASYNC110 - not let in yet, and no event says so
             await asyncio.sleep(0.001)
     await asyncio.sleep(0.003)
-    everything = [(block, block) for block in range(shape.num_blocks)]
     started_s = time.perf_counter()
-    if order.by_layer:
-        for layer in range(shape.num_layers):
-            await outgoing.push(everything, (layer, layer + 1))
-    else:
-        await outgoing.push(everything)
-    return Pushed(started_s, dict((await outgoing.finish()).digests), _written_s, _written_by)
+    for number, outgoing in enumerate(outgoings):
+        everything = [(block, number * shape.num_blocks + block) for block in range(shape.num_blocks)]
+        if order.by_layer:
+            for layer in range(shape.num_layers):
+                await outgoing.push(everything, (layer, layer + 1))
+        else:
+            await outgoing.push(everything)
+    accounts = [await outgoing.finish() for outgoing in outgoings]
+    return Pushed(started_s, [dict(account.digests) for account in accounts], _written_s, _written_by)
 
 
 _core = ctypes.CDLL(None).sched_getcpu  # that the calling thread is on
@@ -176,15 +195,20 @@ _written_by = -1
 
 def note_writes(writer: type[MappedWriter] | type[WireWriter]) -> None:
     """From now on `_written_s` is when one of these has written a batch, and `_written_by` on which core."""
-    original = writer.write
+    original = writer.prepare
 
-    def write(*arguments: Any) -> list[bytes]:
-        global _written_s, _written_by
-        digests = original(*arguments)
-        _written_s, _written_by = time.perf_counter(), _core()
-        return digests
+    def prepare(*arguments: Any) -> Callable[[], list[bytes]]:
+        write = original(*arguments)
 
-    writer.write = write  # type: ignore[method-assign,assignment]
+        def noted() -> list[bytes]:
+            global _written_s, _written_by
+            digests = write()
+            _written_s, _written_by = time.perf_counter(), _core()
+            return digests
+
+        return noted
+
+    writer.prepare = prepare  # type: ignore[method-assign,assignment]
 
 
 # -- the decode side ---------------------------------------------------------------------------------------------------
@@ -208,37 +232,40 @@ class Decode:
         self._receiver = TimedReceiver(self._region, shape.layout, "d/" + kind, 1, SECRET, SystemClock())
         self._attempt = 0
         self.exposed_s = 0.0  # of the last transfer, from its last byte until it was verified
-        self.on_one_core = 0  # transfers
+        self.transfers = 0  # or rows of them
+        self.on_one_core = 0  # of these, by how the last one ended
 
     async def start(self) -> None:
         self._control.send((await self._receiver.start([self.kind], "127.0.0.1"))[0])
         await asyncio.to_thread(self._control.recv)
 
-    async def transfer(self, *, by_layer: bool = False, digests: bool = True) -> tuple[float, float]:
-        """Seconds from push to verified, and from ticket to usable."""
+    async def transfer(self, *, by_layer: bool = False, digests: bool = True, in_a_row: int = 1) -> tuple[float, float]:
+        """Seconds from the first push to verified, and from the first ticket to usable."""
         use_digests(digests)
-        self._attempt += 1
         began_s = time.perf_counter()
-        incoming = self._receiver.open(
+        incomings = [self._open(number) for number in range(in_a_row)]
+        self._control.send(Push([incoming.ticket for incoming in incomings], by_layer, digests))
+        pushed: Pushed = await asyncio.to_thread(self._control.recv)
+        for incoming, its_digests in zip(incomings, pushed.digests, strict=True):
+            await incoming.complete(Seal(incoming.ticket.nonce, incoming.ticket.num_tokens, its_digests))
+        use_digests(True)
+        self.exposed_s = self._receiver.verified_s - pushed.written_s
+        self.on_one_core += self._receiver.verified_by == pushed.core
+        self.transfers += 1
+        return self._receiver.verified_s - pushed.started_s, time.perf_counter() - began_s
+
+    def _open(self, number: int) -> Incoming:
+        """The transfer of this number in a row, into blocks of its own."""
+        self._attempt += 1
+        return self._receiver.open(
             request_id="r",
             attempt=self._attempt,
             prefill=WorkerRef("p", 1, ""),
             first_block=0,
-            blocks=range(self._shape.num_blocks),
+            blocks=range(number * self._shape.num_blocks, (number + 1) * self._shape.num_blocks),
             num_tokens=16 * self._shape.num_blocks,
             ttl_s=PATIENCE_S,
         )
-        self._control.send(Push(incoming.ticket, by_layer, digests))
-        pushed: Pushed = await asyncio.to_thread(self._control.recv)
-        await incoming.complete(Seal(incoming.ticket.nonce, incoming.ticket.num_tokens, pushed.digests))
-        use_digests(True)
-        self.exposed_s = self._receiver.verified_s - pushed.written_s
-        self.on_one_core += self._receiver.verified_by == pushed.core
-        return self._receiver.verified_s - pushed.started_s, time.perf_counter() - began_s
-
-    @property
-    def transfers(self) -> int:
-        return self._attempt
 
     async def close(self) -> None:
         await self._receiver.close()
@@ -246,12 +273,16 @@ class Decode:
 
 
 class Memory:
+    """What one thread does between two regions; `in_a_row` as of a transfer."""
+
     def __init__(self, shape: Shape) -> None:
+        self._shape = shape
         self._source, self._destination = shape.region(), shape.region()
         self._source.buffer[:] = os.urandom(self._source.buffer.nbytes)
 
-    async def copy(self) -> float:
-        source, destination = (np.frombuffer(region.buffer, np.uint8) for region in (self._source, self._destination))
+    async def copy(self, in_a_row: int = 1) -> float:
+        num_bytes = in_a_row * self._shape.total_bytes
+        source, destination = (np.frombuffer(region.buffer, np.uint8)[:num_bytes] for region in (self._source, self._destination))
         await asyncio.sleep(0.003)  # the other side of a comparison comes from a pause, too
         started_s = time.perf_counter()
         np.copyto(destination, source)
@@ -261,32 +292,28 @@ class Memory:
         """Block by block with the native library, as the writer over shared memory does it."""
         kernel = piece_kernel()
         assert kernel is not None
-        (source, destination), size = self._addresses, self._source.block_bytes
+        source, destination, size = self._source.address, self._destination.address, self._shape.block_bytes
         moves = [
-            packed_piece(source + start, destination + start, size, 0, 0, 0)
-            for start in range(0, self._source.buffer.nbytes, size)
+            packed_piece(source + start, destination + start, size, 0, 0, 0) for start in range(0, self._shape.total_bytes, size)
         ]
         await asyncio.sleep(0.003)
         started_s = time.perf_counter()
         kernel.copy(moves)
         return time.perf_counter() - started_s
 
-    @property
-    def _addresses(self) -> tuple[int, ...]:
-        return tuple(np.frombuffer(region.buffer, np.uint8).ctypes.data for region in (self._source, self._destination))
-
 
 class BareSocket:
     def __init__(self, control: Connection, shape: Shape) -> None:
         self._control = control
+        self._shape = shape
         self._region = shape.region()
         with socket.create_server(("127.0.0.1", 0)) as server:
             control.send(BeBareSocket(server.getsockname()[1]))
             self._sock, _ = server.accept()
 
-    async def receive(self) -> float:
-        self._control.send(time.perf_counter() + 0.005)
-        left = self._region.buffer
+    async def receive(self, in_a_row: int = 1) -> float:
+        left = self._region.buffer[: in_a_row * self._shape.total_bytes]
+        self._control.send(SendBytes(left.nbytes, time.perf_counter() + 0.005))
         while left:
             left = left[self._sock.recv_into(left) :]
         received_s = time.perf_counter()
@@ -326,9 +353,9 @@ async def compare(ours: Measure, other: Measure, rounds: int) -> dict[str, float
     }
 
 
-def verified(decode: Decode, **options: bool) -> Measure:
+def verified(decode: Decode, *, by_layer: bool = False, digests: bool = True, in_a_row: int = 1) -> Measure:
     async def measure() -> float:
-        return (await decode.transfer(**options))[0]
+        return (await decode.transfer(by_layer=by_layer, digests=digests, in_a_row=in_a_row))[0]
 
     return measure
 
@@ -339,9 +366,12 @@ async def measure_all(control: Connection, shape: Shape, rounds: int, only: str)
     await shm.start()
     await tcp.start()
     memory, bare = Memory(shape), BareSocket(control, shape)
+    row = partial(memory.copy, IN_A_ROW), partial(bare.receive, IN_A_ROW)
     comparisons: dict[str, tuple[Measure, Measure]] = {
         "shm / memcpy": (verified(shm), memory.copy),
         "tcp / bare socket": (verified(tcp), bare.receive),
+        "shm in a row / memcpy": (verified(shm, in_a_row=IN_A_ROW), row[0]),
+        "tcp in a row / bare socket": (verified(tcp, in_a_row=IN_A_ROW), row[1]),
         "shm by layer / memcpy": (verified(shm, by_layer=True), memory.copy),
         "tcp by layer / bare socket": (verified(tcp, by_layer=True), bare.receive),
         "shm / shm without digests": (verified(shm), verified(shm, digests=False)),
@@ -411,7 +441,8 @@ def main() -> None:
         if "count" in row:
             print(f"  {name:29} {row['count']:4.0f} of {row['of']:.0f} transfers")
             continue
-        gigabytes_per_s = shape.total_bytes / row["ours_s"] / 1e9
+        num_bytes = shape.total_bytes * (IN_A_ROW if "in a row" in name else 1)
+        gigabytes_per_s = num_bytes / row["ours_s"] / 1e9
         line = f"  {name:29} {row['ours_s'] * 1e3:7.2f} ms {gigabytes_per_s:6.2f} GB/s"
         if "share" in row:
             line = f"  {name:29} {row['ours_s'] * 1e3:7.3f} ms {row['share']:6.1%} of the transfer"

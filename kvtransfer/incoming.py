@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import itemgetter
 
 from common.clock import Clock
 from common.errors import HandoffError, PdserveError, RequestCancelled, TicketRefused, TransferBroken
 from common.types import Ticket
 from kvtransfer.device import read_contents
 from kvtransfer.digest import piece_digest
+from kvtransfer.found import FoundPieces
 from kvtransfer.lease import PULSES_PER_LEASE
 from kvtransfer.native.choice import piece_kernel
 from kvtransfer.native.kernel import packed_piece
@@ -32,6 +35,7 @@ from kvtransfer.transports.base import PieceName, ReceiverLink, Refusal, Written
 RELEASE_TRIES = 3
 RELEASE_TIMEOUT_S = 2.0
 _NOTHING = memoryview(b"")
+_layers_of = itemgetter(1, 2)  # of a row: first layer, number of layers
 
 
 @dataclass(slots=True)
@@ -181,23 +185,30 @@ class Incoming:
         transfer, counters = self.transfer, self._side.counters
         blocks_before = len(transfer.verified)
         transfer.heard(self._side.clock.monotonic_s())
-        arrived_layers = verified_layers = repeated_layers = 0
-        for (name, stated, _, _), found in zip(written, self._digests_of(written), strict=True):
-            if not transfer.receiving:
-                counters.late_pieces += 1
+        verified_layers = repeated_layers = refused_layers = 0
+        rows, found = self._rows_of(written)
+        for (first_layer, num_layers), run in groupby(rows, _layers_of):
+            blocks, _, _, digests = zip(*run, strict=True)
+            its_found = digests if found is None else tuple(islice(found, len(digests)))
+            if its_found == digests and transfer.pieces_arrived(blocks, first_layer, num_layers, digests):
+                verified_layers += num_layers * len(blocks)
                 continue
-            num_layers = name[2]
-            arrived_layers += num_layers
-            arrival = transfer.piece_arrived(name, stated, found == stated)
-            if arrival is Arrival.VERIFIED:
-                verified_layers += num_layers
-            elif arrival is Arrival.DUPLICATE:
-                repeated_layers += num_layers
+            for block, digest, its in zip(blocks, digests, its_found, strict=True):
+                if not transfer.receiving:
+                    counters.late_pieces += 1
+                    continue
+                arrival = transfer.piece_arrived(PieceName(block, first_layer, num_layers), digest, its == digest)
+                if arrival is Arrival.VERIFIED:
+                    verified_layers += num_layers
+                elif arrival is Arrival.DUPLICATE:
+                    repeated_layers += num_layers
+                else:
+                    refused_layers += num_layers
         verified_bytes = verified_layers * self._layer_bytes
         counters.blocks += len(transfer.verified) - blocks_before
         counters.bytes += verified_bytes
         counters.bytes_by_writer[self.ticket.prefill_worker_id] += verified_bytes
-        self._unspent_bytes -= arrived_layers * self._layer_bytes
+        self._unspent_bytes -= (verified_layers + repeated_layers + refused_layers) * self._layer_bytes
         self._unreturned_bytes += verified_bytes + repeated_layers * self._layer_bytes
         if self._unspent_bytes < 0:
             transfer.poison(TransferBroken("the writer wrote more than it had credit for"))
@@ -220,9 +231,15 @@ class Incoming:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
+    def _rows_of(self, written: Sequence[Written]) -> tuple[Sequence[tuple[int, int, int, bytes]], Iterator[bytes] | None]:
+        """Logical block, first layer, number of layers and stated digest of each; and the digests that their bytes have, as their
+        link has found them, or here and now. None = those that were stated."""
+        if isinstance(written, FoundPieces) and written.as_stated:
+            return written.rows(), None
+        return [(*name, stated) for name, stated, _, _ in written], iter(self._digests_of(written))
+
     def _digests_of(self, written: Sequence[Written]) -> Iterable[bytes]:
-        """What the bytes of these pieces are, as their link has found it, or here and now: by one native call, where all lie in
-        the pool."""
+        """By one native call, where all lie in the pool and none is known."""
         known = [found for _, _, _, found in written if found is not None]
         if len(known) == len(written):
             return known

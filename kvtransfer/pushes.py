@@ -7,7 +7,8 @@ A push that is refused leaves no trace. Does not know when what was pushed is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import repeat
 
 from common.errors import TicketRefused
 from common.types import Ticket
@@ -86,18 +87,19 @@ class Pushes:
             outside = next(block for block in blocks if not 0 <= block < self._region.num_blocks)
             raise IndexError(f"block {outside} of {self._region.num_blocks}")
 
-    def _check_new(self, logical_blocks: Iterable[int], first: int, end: int) -> dict[int, int]:
+    def _check_new(self, logical_blocks: Sequence[int], first: int, end: int) -> dict[int, int]:
         """What is pushed of each of these blocks once these layers are."""
         if not 0 <= first < end <= self.num_layers:
             raise TicketRefused(f"layers from {first} to {end} of blocks with {self.num_layers}", param="layers")
         layers = (1 << end) - (1 << first) & self._all_layers
         first_block, num_destinations = self._ticket.first_block, len(self._ticket.blocks)
-        pushed: dict[int, int] = {}
-        for logical in logical_blocks:
-            if not 0 <= logical - first_block < num_destinations:
-                raise TicketRefused(f"logical block {logical} is not in the ticket", param="logical_block")
-            before = self._pushed.get(logical, 0)
-            if before & layers or logical in pushed:
-                raise TicketRefused("a logical block was pushed twice", param="logical_block")
-            pushed[logical] = before | layers
-        return pushed
+        outside = [logical for logical in logical_blocks if not 0 <= logical - first_block < num_destinations]
+        if outside:
+            raise TicketRefused(f"logical block {outside[0]} is not in the ticket", param="logical_block")
+        befores = set(map(self._pushed.get, logical_blocks, repeat(0)))  # as a rule one, for layers come in the same order
+        distinct = len(set(logical_blocks)) == len(logical_blocks)
+        if not distinct or any(before & layers for before in befores):
+            raise TicketRefused("a logical block was pushed twice", param="logical_block")
+        if len(befores) == 1:
+            return dict.fromkeys(logical_blocks, befores.pop() | layers)
+        return {logical: self._pushed.get(logical, 0) | layers for logical in logical_blocks}

@@ -14,11 +14,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import repeat
 from operator import add
 from typing import NamedTuple, Protocol, overload
 
-from kvtransfer.native.kernel import packed_piece
+from kvtransfer.native.kernel import packed_piece, packed_pieces
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName
 
@@ -115,11 +114,8 @@ class SpanPieces(Sequence[Piece]):
     def packed(self, pool_address: int | None) -> bytes:
         here, packed = self._region.address, list[bytes]()
         for first, number, size, blocks, sources, destinations in self._spans:
-            places = repeat(0) if pool_address is None else [pool_address + place for place in destinations]
-            packed += [
-                packed_piece(here + start, place, size, block, first, number)
-                for block, start, place in zip(blocks, sources, places, strict=False)
-            ]
+            to = [0] * len(blocks) if pool_address is None else [pool_address + place for place in destinations]
+            packed.append(packed_pieces([here + start for start in sources], to, size, blocks, first, number))
         return b"".join(packed)
 
     @cached_property

@@ -24,8 +24,9 @@ the injected clock.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from common.clock import Clock
 from common.errors import (
@@ -57,6 +58,7 @@ class HandoffState(enum.Enum):
     FREE = "free"  # the owner of the pool has taken the blocks back
 
 
+_Piece = tuple[int, int, bytes]  # first layer, number of layers, digest
 _ENDINGS = {HandoffState.POISONED, HandoffState.CANCELLED}
 TRANSITIONS: dict[HandoffState, frozenset[HandoffState]] = {
     HandoffState.RESERVED: frozenset({HandoffState.OFFERED, *_ENDINGS}),
@@ -104,7 +106,7 @@ class IncomingTransfer:
         self.writer_open = False
         self._deadline_s: float | None = None  # the ticket's
         self._lease: Lease | None = None
-        self._pieces: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
+        self._pieces: dict[int, list[_Piece]] = {}  # logical block -> of those that are verified
         self._layers_here: dict[int, int] = {}  # logical block -> a bit for each layer that is verified
         self._num_layers = num_layers
         self._all_layers = mask_of(ticket.part, num_layers)  # that the ticket is for
@@ -188,22 +190,25 @@ class IncomingTransfer:
         if not ok:
             return self._refuse(DigestMismatch(f"the bytes of logical block {logical_block} are not what was sent"))
         here = self._layers_here.get(logical_block, 0)
-        piece = (first_layer, num_layers, digest)
         if here & layers:
-            if piece in self._pieces[logical_block]:
+            if (first_layer, num_layers, digest) in self._pieces[logical_block]:
                 return Arrival.DUPLICATE
             return self._refuse(DigestMismatch(f"layers of logical block {logical_block} were sent twice, and differently"))
-        if here:
-            self._pieces[logical_block].append(piece)
-        else:
-            self._pieces[logical_block] = [piece]
-        if here | layers == self._all_layers:
-            block_digest = block_digest_of(sorted(self._pieces[logical_block])) if here else digest
-            if self.seal is not None and self.seal.digests[logical_block] != block_digest:
-                return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
-            self.verified[logical_block] = block_digest
-        self._layers_here[logical_block] = here | layers
+        if not self._take((logical_block,), first_layer, num_layers, (digest,), here):
+            return self._refuse(SealMismatch(f"logical block {logical_block} is not the one that was sealed"))
         return Arrival.VERIFIED
+
+    def pieces_arrived(self, logical_blocks: Sequence[int], first_layer: int, num_layers: int, digests: Sequence[bytes]) -> bool:
+        """As `piece_arrived` of the same layers of each of these blocks, with bytes that have the stated digests: takes all of
+        them at once if each would be VERIFIED and the blocks have the same other layers here; else none."""
+        if not self.receiving or not self.writer_open:
+            return False
+        layers = self._layers(PieceName(0, first_layer, num_layers))
+        blocks, here = set(logical_blocks), set(map(self._layers_here.get, logical_blocks, repeat(0)))
+        if not layers or len(here) != 1 or len(blocks) != len(logical_blocks) or not blocks <= self.expected:
+            return False
+        layers_here = here.pop()
+        return not layers_here & layers and self._take(logical_blocks, first_layer, num_layers, digests, layers_here)
 
     def heard(self, now_s: float) -> None:
         """A sign of life of the writer."""
@@ -291,6 +296,28 @@ class IncomingTransfer:
             return 0
         layers = ((1 << num_layers) - 1) << first_layer
         return 0 if layers & ~self._all_layers else layers
+
+    def _take(
+        self, logical_blocks: Sequence[int], first_layer: int, num_layers: int, digests: Sequence[bytes], here: int
+    ) -> bool:
+        """Notes pieces of different blocks, all of which have these layers `here`, and not those of the pieces. False, and
+        nothing was noted, if one of the blocks is complete with it and is not what was sealed."""
+        pieces = [(first_layer, num_layers, digest) for digest in digests]
+        layers_then = here | self._layers(PieceName(0, first_layer, num_layers))
+        before = [self._pieces[block] for block in logical_blocks] if here else [list[_Piece]() for _ in pieces]
+        if layers_then == self._all_layers:
+            whole = zip(before, pieces, strict=True)
+            block_digests = [block_digest_of(sorted([*others, piece])) for others, piece in whole] if here else digests
+            complete = dict(zip(logical_blocks, block_digests, strict=True))
+            if self.seal is not None and any(self.seal.digests[block] != digest for block, digest in complete.items()):
+                return False
+            self.verified.update(complete)
+        for others, piece in zip(before, pieces, strict=True):
+            others.append(piece)
+        if not here:
+            self._pieces.update(zip(logical_blocks, before, strict=True))
+        self._layers_here.update(dict.fromkeys(logical_blocks, layers_then))
+        return True
 
     def _time_out(self, text: str) -> None:
         if self.state in UNDECIDED:

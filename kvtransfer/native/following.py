@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 from common.types import Ticket
 from kvtransfer.digest import DIGEST_BYTES, binding_of
-from kvtransfer.frames import DESCRIPTOR_BYTES, MAX_PIECES, Frame, FrameKind, descriptors_in
+from kvtransfer.found import FoundPieces
+from kvtransfer.frames import DESCRIPTOR_BYTES, MAX_PIECES, Frame, FrameKind
 from kvtransfer.native.kernel import Followed, FollowedPool, InboxEntry, PieceKernel, WriterEntry
 from kvtransfer.part import mask_of
-from kvtransfer.transports.base import PieceName, Written
 
 CALL_BYTES = 16 * 1024 * 1024  # a millisecond: then others get their turn
 PATIENCE_US = 100
 _MOST_PIECES = 2 * MAX_PIECES  # of one call
 _FIRST_ROOM = 8  # writers
+_NOTHING = FoundPieces(b"", None)
 
 
 class PoolPlaces(NamedTuple):
@@ -39,7 +40,7 @@ class Caught(NamedTuple):
     """What one call brought."""
 
     nonce: bytes  # whose pieces they are
-    pieces: list[Written]
+    pieces: FoundPieces
     begin: int  # of what is left in the inbox
     end: int
     drained: bool  # there was nothing more on the socket
@@ -103,17 +104,10 @@ class Following:
             self._followed_at,
         )
         if not followed.num_pieces:
-            return Caught(b"", [], inbox.begin, inbox.end, bool(followed.drained))
-        return Caught(self._nonces[followed.writer], self._written(), inbox.begin, inbox.end, bool(followed.drained))
+            return Caught(b"", _NOTHING, inbox.begin, inbox.end, bool(followed.drained))
+        return Caught(self._nonces[followed.writer], self._found(), inbox.begin, inbox.end, bool(followed.drained))
 
-    def _written(self) -> list[Written]:
-        number = self._followed.num_pieces
-        table = descriptors_in(self._table[: number * DESCRIPTOR_BYTES])
-        if not self._followed.num_unlike:
-            return [Written(PieceName(block, first, layers), stated, None, stated) for block, first, layers, stated in table]
-        digests = bytes(self._digests[: number * DIGEST_BYTES])
-        found = [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
-        return [
-            Written(PieceName(block, first, layers), stated, None, its)
-            for (block, first, layers, stated), its in zip(table, found, strict=True)
-        ]
+    def _found(self) -> FoundPieces:
+        number, unlike = self._followed.num_pieces, self._followed.num_unlike
+        digests = bytes(self._digests[: number * DIGEST_BYTES]) if unlike else None
+        return FoundPieces(bytes(self._table[: number * DESCRIPTOR_BYTES]), digests)

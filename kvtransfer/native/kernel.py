@@ -31,10 +31,30 @@ DESCRIPTOR_BYTES = NAME_BYTES + DIGEST_BYTES
 _BYTES_PER_BUFFER = 16
 
 _PIECE = struct.Struct("<QQQIHH")
+_NAME = struct.Struct("<IHH")
+_WORD = struct.Struct("<Q")
 PIECE_BYTES = _PIECE.size
 packed_piece = _PIECE.pack
 """A piece, as all calls take it: address of the source, address of the destination (0: it stays where it is), bytes, and its
 name: logical block, first layer, number of layers. Raises struct.error for what has no room."""
+
+
+def packed_pieces(
+    sources: Sequence[int],
+    destinations: Sequence[int],
+    size_bytes: int,
+    logical_blocks: Sequence[int],
+    first_layer: int,
+    num_layers: int,
+) -> bytes:
+    """The same layers of many blocks: `packed_piece` of each, by columns, of which a piece has four of 64 bits. Raises
+    OverflowError for what has no room."""
+    columns = array("Q", bytes(PIECE_BYTES * len(logical_blocks)))
+    columns[0::4], columns[1::4] = array("Q", sources), array("Q", destinations)
+    columns[2::4] = array("Q", (size_bytes,)) * len(logical_blocks)
+    (layers,) = _WORD.unpack(_NAME.pack(0, first_layer, num_layers))
+    columns[3::4] = array("Q", [layers + block for block in array("I", logical_blocks)])
+    return columns.tobytes()
 
 
 class Outcome(enum.IntEnum):

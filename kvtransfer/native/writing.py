@@ -41,12 +41,9 @@ def write_natively(
     """Frames of `kind`, the first with the pieces before `ends[0]`, and so on. The digests of what was written until done or told
     to stop. Pieces have at least `kernel.least_bytes`."""
     header, with_payload = Frame(kind, nonce).encode(), kind is FrameKind.BLOCKS
-    ends_bytes = [0, *accumulate(sizes_bytes)]
     digests: list[bytes] = []
     while (first := len(digests)) < len(sizes_bytes) and not stop():
-        frame = bisect_right(ends, first)
-        last = bisect_left(ends_bytes, ends_bytes[first] + CALL_BYTES, first)  # pieces before it are enough for a call
-        frames = ends[frame : bisect_left(ends, last) + 1]
+        frames = _frames_of_a_call(sizes_bytes, ends, first)
         written, outcome = kernel.write(
             packed[first * PIECE_BYTES : frames[-1] * PIECE_BYTES],
             [end - first for end in frames],
@@ -58,3 +55,12 @@ def write_natively(
         digests += written
         send.check(outcome)
     return digests
+
+
+def _frames_of_a_call(sizes_bytes: Sequence[int], ends: Sequence[int], first: int) -> Sequence[int]:
+    """The ends of as many frames as are enough for one, from the piece `first` on."""
+    if first == 0 and sum(sizes_bytes) <= CALL_BYTES:  # as a rule
+        return ends
+    ends_bytes = [0, *accumulate(sizes_bytes)]
+    last = bisect_left(ends_bytes, ends_bytes[first] + CALL_BYTES, first)  # pieces before it are enough
+    return ends[bisect_right(ends, first) : bisect_left(ends, last) + 1]

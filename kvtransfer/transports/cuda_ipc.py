@@ -22,6 +22,7 @@ import secrets
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -98,7 +99,10 @@ class DeviceWriter:
         self._pool = pool
         self._pool_bytes = pool_bytes
 
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
+        return partial(self._write, nonce, pieces, stop, send)
+
+    def _write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         """Frame by frame, each one launch that copies and sums."""
         digests: list[bytes] = []
         for first in range(0, len(pieces), MAX_PIECES):

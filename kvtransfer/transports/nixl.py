@@ -36,6 +36,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from common.errors import HandoffError, HandshakeRefused, StartupError, TransferBroken
@@ -315,7 +316,10 @@ class WindowWriter:
         self._changed = threading.Condition()  # of the room in the ring, or of the link
         self._dropped = threading.Event()
 
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
+        return partial(self._write, nonce, pieces, stop, send)
+
+    def _write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         digests: list[bytes] = []
         for batch in _batches(pieces):
             if stop():

@@ -20,13 +20,13 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from common.errors import HandoffError, TransferBroken
 from kvtransfer.frames import HEADER_BYTES, Frame, FrameKind, decode_header
 from kvtransfer.native.kernel import Outcome, Outlet
 from kvtransfer.transports.base import Piece, Refusal, WriterNews
+from kvtransfer.transports.lane import Lane
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no bytes for so long is given up
 PATIENCE_S = 0.05  # native code that has waited for so long asks whether its batch is still wanted
@@ -86,8 +86,9 @@ class SocketSend:
 
 
 class BatchWriter(Protocol):
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
-        """Runs in the lane. Writes pieces and announces them through `send` until done or told to stop; returns their digests."""
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
+        """Runs on the event loop, while the lane may be busy with a batch before. What it returns runs in the lane, once: it
+        writes pieces and announces them through `send` until done or told to stop, and returns their digests."""
         ...
 
     def close(self) -> None:
@@ -103,8 +104,7 @@ class StreamSenderLink:
         self._sock = sock
         self._writer = writer
         self._loop = asyncio.get_running_loop()
-        self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-send-{kind}")
-        self._jobs: set[asyncio.Future[Any]] = set()
+        self._lane = Lane(f"kv-send-{kind}", self._job_failed)
         self._asking: dict[bytes, tuple[asyncio.Future[None], WriterNews]] = {}  # said OPEN, not answered
         self._news: dict[bytes, WriterNews] = {}  # of the writers that were let in
         self._pulsing: set[bytes] = set()  # their pulse waits for its turn in the lane
@@ -126,12 +126,12 @@ class StreamSenderLink:
                 granted.exception()  # retrieved: the send may have failed first
 
     async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
-        return await self._in_lane(lambda: self._writer.write(nonce, pieces, lambda: stop() or self.lost is not None, self._send))
+        return await self._in_lane(self._writer.prepare(nonce, pieces, lambda: stop() or self.lost is not None, self._send))
 
     def pulse(self, nonce: bytes) -> None:
         if self.lost is None and nonce not in self._pulsing:
             self._pulsing.add(nonce)
-            job = self._start_in_lane(lambda: self._send([Frame(FrameKind.PULSE, nonce).encode()]))
+            job = self._lane.start(lambda: self._send([Frame(FrameKind.PULSE, nonce).encode()]))
             job.add_done_callback(lambda _: self._pulsing.discard(nonce))
 
     async def close_writer(self, nonce: bytes) -> None:
@@ -160,9 +160,7 @@ class StreamSenderLink:
             await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        while self._jobs:
-            await asyncio.wait(self._jobs)
-        self._lane.shutdown()
+        await self._lane.drained()
         self._writer.close()
         self._sock.close()
         os.close(self._wake)
@@ -172,17 +170,9 @@ class StreamSenderLink:
     async def _in_lane(self, job: Callable[[], Result]) -> Result:
         if self.lost is not None:
             raise self.lost
-        return await asyncio.shield(self._start_in_lane(job))
+        return await self._lane.start(job)
 
-    def _start_in_lane(self, job: Callable[[], Result]) -> asyncio.Future[Result]:
-        future = self._loop.run_in_executor(self._lane, job)
-        self._jobs.add(future)
-        future.add_done_callback(self._job_done)
-        return future
-
-    def _job_done(self, future: asyncio.Future[Any]) -> None:
-        self._jobs.discard(future)
-        error = None if future.cancelled() else future.exception()
+    def _job_failed(self, error: Exception) -> None:
         if isinstance(error, TransferBroken):
             self.drop(error)
 

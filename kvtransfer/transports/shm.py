@@ -26,6 +26,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -123,21 +124,21 @@ class MappedWriter:
         self._touching = FirstTouch(self._pool_address, pool_bytes)
         self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy-shm")
 
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
-        """Parts are taken in order, and finished once they are taken: so after a stop the first few pieces are written."""
-        if not pieces:
-            return []
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
         kernel = piece_kernel()
         columns = columns_of(pieces)
         sizes_bytes = columns.sizes_bytes
-        if kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
-            first_bytes, end_bytes = columns.reach()
-            self._check(first_bytes, end_bytes - first_bytes)
-            ends = announcements(len(pieces), sizes_bytes[0])
-            packed = columns.packed(self._pool_address)
-            return write_natively(kernel, send, FrameKind.WRITTEN, nonce, packed, sizes_bytes, ends, stop)
-        batch = _Batch(nonce, pieces, stop, send)
-        worth_helping = batch.piece_bytes >= LARGE_PIECE_BYTES and batch.piece_bytes * len(pieces) >= WORTH_HELPING_BYTES
+        if kernel is None or not isinstance(send, SocketSend) or min(sizes_bytes, default=0) < kernel.least_bytes:
+            return partial(self._write_here, _Batch(nonce, pieces, stop, send)) if pieces else list
+        first_bytes, end_bytes = columns.reach()
+        self._check(first_bytes, end_bytes - first_bytes)
+        ends = announcements(len(pieces), sizes_bytes[0])
+        packed = columns.packed(self._pool_address)
+        return partial(write_natively, kernel, send, FrameKind.WRITTEN, nonce, packed, sizes_bytes, ends, stop)
+
+    def _write_here(self, batch: _Batch) -> list[bytes]:
+        """Parts are taken in order, and finished once they are taken: so after a stop the first few pieces are written."""
+        worth_helping = batch.piece_bytes >= LARGE_PIECE_BYTES and batch.size_bytes >= WORTH_HELPING_BYTES
         helping = self._helper.submit(batch.write, self._copy) if worth_helping else None
         try:
             batch.write(self._copy)
@@ -171,6 +172,7 @@ class _Batch:
 
     def __init__(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> None:
         self.piece_bytes = pieces[0].source.nbytes  # most pieces of a batch are alike
+        self.size_bytes = self.piece_bytes * len(pieces)
         self.digests = [b""] * len(pieces)  # of those that were written
         self._nonce = nonce
         self._pieces = pieces
@@ -205,14 +207,15 @@ class _Batch:
             self._send([Frame(FrameKind.WRITTEN, self._nonce, count=len(indexes)).encode() + encode_table(names, digests)])
 
 
-def announcements(num_pieces: int, piece_bytes: int) -> list[int]:
+@lru_cache(maxsize=256)
+def announcements(num_pieces: int, piece_bytes: int) -> tuple[int, ...]:
     """Before which pieces an announcement is made, the last one's included, where one thread copies."""
     part = max(LEAST_ANNOUNCED_BYTES // piece_bytes, 1)
     ends: list[int] = []
     while (done := ends[-1] if ends else 0) < num_pieces:
         pieces = min(max(_worth_announcing(num_pieces - done if done else 0, part, piece_bytes), 1), MAX_PIECES)
         ends.append(min(done + pieces, num_pieces))
-    return ends
+    return tuple(ends)
 
 
 def _worth_announcing(pieces_left: int, part: int, piece_bytes: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from common.errors import HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -66,27 +67,32 @@ class TcpTransport:
 class WireWriter:
     """Sends pieces after a table of them, many in one frame."""
 
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
         kernel = piece_kernel()
         columns = columns_of(pieces)
         sizes_bytes = columns.sizes_bytes
         ends = _ends_of_frames(sizes_bytes)
-        if pieces and kernel is not None and isinstance(send, SocketSend) and min(sizes_bytes) >= kernel.least_bytes:
-            return write_natively(kernel, send, FrameKind.BLOCKS, nonce, columns.packed(None), sizes_bytes, ends, stop)
-        digests: list[bytes] = []
-        for end in ends:
-            if stop():
-                break
-            frame = pieces[len(digests) : end]
-            own = [piece_digest(source, nonce, *name) for name, _, source in frame]
-            payload = [piece.source for piece in frame]
-            header = Frame(FrameKind.BLOCKS, nonce, len(frame), sum([source.nbytes for source in payload])).encode()
-            send([header + encode_table([piece.name for piece in frame], own), *payload])
-            digests += own
-        return digests
+        if kernel is None or not isinstance(send, SocketSend) or min(sizes_bytes, default=0) < kernel.least_bytes:
+            return partial(_write_here, nonce, pieces, ends, stop, send)
+        packed = columns.packed(None)
+        return partial(write_natively, kernel, send, FrameKind.BLOCKS, nonce, packed, sizes_bytes, ends, stop)
 
     def close(self) -> None:
         """Nothing of the peer's is held here."""
+
+
+def _write_here(nonce: bytes, pieces: Sequence[Piece], ends: Sequence[int], stop: Callable[[], bool], send: Send) -> list[bytes]:
+    digests: list[bytes] = []
+    for end in ends:
+        if stop():
+            break
+        frame = pieces[len(digests) : end]
+        own = [piece_digest(source, nonce, *name) for name, _, source in frame]
+        payload = [piece.source for piece in frame]
+        header = Frame(FrameKind.BLOCKS, nonce, len(frame), sum([source.nbytes for source in payload])).encode()
+        send([header + encode_table([piece.name for piece in frame], own), *payload])
+        digests += own
+    return digests
 
 
 def _ends_of_frames(sizes_bytes: Sequence[int]) -> list[int]:

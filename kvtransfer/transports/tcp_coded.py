@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from common.errors import HandoffError, HandshakeRefused, StartupError, TransferBroken
 from common.types import KVLayout
@@ -72,7 +73,10 @@ class CodingWriter:
     def __init__(self, wire: WireFormat) -> None:
         self._wire = wire
 
-    def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
+    def prepare(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> Callable[[], list[bytes]]:
+        return partial(self._write, nonce, pieces, stop, send)
+
+    def _write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool], send: Send) -> list[bytes]:
         """Raises HandoffError for a value that is not finite: it has no code."""
         digests: list[bytes] = []
         while len(digests) < len(pieces) and not stop():

@@ -281,7 +281,7 @@ async def test_a_write_that_does_not_end_ends_the_link_and_frees_the_sources(
     stuck: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nixl, "WRITE_TIMEOUT_S", 0.3)
-    write = nixl.WindowWriter.write
+    write = nixl.WindowWriter._write
     let_go: list[bool] = []
 
     def watched(writer: nixl.WindowWriter, *arguments: Any) -> list[bytes]:
@@ -290,7 +290,7 @@ async def test_a_write_that_does_not_end_ends_the_link_and_frees_the_sources(
         finally:
             let_go.append(writer._agent._agent is None)  # of the sources, before anybody takes them for free
 
-    monkeypatch.setattr(nixl.WindowWriter, "write", watched)
+    monkeypatch.setattr(nixl.WindowWriter, "_write", watched)
     incoming = stuck.offer(range(8))
     outgoing = stuck.sender.open(incoming.ticket)
     await within(outgoing.push([(block, block) for block in range(8)]))

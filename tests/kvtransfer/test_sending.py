@@ -268,7 +268,7 @@ class Mapped:
         self.announced.append([(PieceName(*entry[:3]), entry[3]) for entry in entries])
 
     def write(self, pieces: list[Piece], stop: Callable[[], bool] = lambda: False) -> list[bytes]:
-        return self.writer.write(NONCE, pieces, stop, self.send)
+        return self.writer.prepare(NONCE, pieces, stop, self.send)()
 
     def close(self) -> None:
         self.writer.close()
@@ -400,7 +400,7 @@ def test_two_threads_announce_one_after_the_other(mapped: Mapped, source: BlockR
         sending.release()
         mapped.send(buffers)
 
-    mapped.writer.write(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, slow_send)
+    mapped.writer.prepare(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, slow_send)()
     assert sum(len(group) for group in mapped.announced) == BLOCKS
     assert len(threads) == 2
 
@@ -410,5 +410,5 @@ def test_a_send_that_fails_leaves_nobody_reading_the_sources(mapped: Mapped, sou
         raise TransferBroken("gone")
 
     with pytest.raises(TransferBroken):
-        mapped.writer.write(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, fail)
+        mapped.writer.prepare(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, fail)()
     mapped.write([piece(source, 0, 0)])  # the helper is free

@@ -16,6 +16,7 @@ import pytest
 
 import kvtransfer.incoming
 import kvtransfer.outgoing
+import kvtransfer.transports.receiving
 from common.clock import Clock, ManualClock, SystemClock
 from common.errors import (
     DigestMismatch,
@@ -332,7 +333,8 @@ def tamper(pair: Pair, monkeypatch: pytest.MonkeyPatch, at_block: int, change: C
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
-    monkeypatch.setattr(kvtransfer.incoming, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
+    for module in (kvtransfer.incoming, kvtransfer.transports.receiving):  # with it: `native/test_native_pieces.py`
+        monkeypatch.setattr(module, "piece_kernel", lambda: None)
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)  # of a device: not before the damage is done
 
 
@@ -362,7 +364,8 @@ async def test_one_flipped_bit_in_one_layer_is_noticed(pair: Pair, monkeypatch: 
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
-    monkeypatch.setattr(kvtransfer.incoming, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
+    for module in (kvtransfer.incoming, kvtransfer.transports.receiving):  # with it: `native/test_native_pieces.py`
+        monkeypatch.setattr(module, "piece_kernel", lambda: None)
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)
     incoming = pair.offer((5, 6))
     outgoing = pair.sender.open(incoming.ticket)

@@ -90,7 +90,8 @@ class Wire:
         self._left = (0, 0)
 
     def follow(self) -> Followed:
-        nonce, pieces, begin, end, drained = self.following.follow(*self._left)
+        nonce, found, begin, end, drained = self.following.follow(*self._left)
+        pieces = list(found)
         self._left = begin, end
         return Followed(nonce, pieces, bytes(self.inbox[begin:end]), drained)
 

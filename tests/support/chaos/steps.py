@@ -208,6 +208,17 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
 
     _wrap(IncomingTransfer, "piece_arrived", make_arrived)
 
+    def make_arrived_at_once(original: Any) -> Any:
+        """Where a step between pieces is waited for, they are taken one by one."""
+        between = (DecodeStep.FIRST_PIECE_VERIFIED, DecodeStep.HALF_VERIFIED, DecodeStep.ALL_VERIFIED)
+
+        def arrived(self: Any, *arguments: Any) -> Any:
+            return not any(map(breakpoint_.awaits, between)) and original(self, *arguments)
+
+        return arrived
+
+    _wrap(IncomingTransfer, "pieces_arrived", make_arrived_at_once)
+
     def make_closed(original: Any) -> Any:
         def writer_closed(self: Any) -> None:
             was_open = self.writer_open

@@ -128,6 +128,7 @@ def complete_by_count(patch: pytest.MonkeyPatch) -> None:
     offer = IncomingTransfer.offer
     patch.setattr(IncomingTransfer, "offer", forget)
     patch.setattr(IncomingTransfer, "piece_arrived", count)
+    patch.setattr(IncomingTransfer, "pieces_arrived", lambda *_: False)  # each is counted
     patch.setattr(IncomingTransfer, "complete", property(complete))
     patch.setattr(IncomingTransfer, "_complaint_about", complaint)
 
