@@ -1,15 +1,16 @@
 """The OpenAI HTTP face: its routes put together, and errors in the shapes that clients expect.
 
 Routes that generate are in `http_answers.py`, those that tokenise in `http_tokens.py`, bodies are read by `http_body.py`. Every
-PdserveError raised by a route becomes its status and an OpenAI-shaped body, and so does what the framework refuses.
+PdserveError raised by a route becomes its status and an OpenAI-shaped body. The framework's own pages, validation and error
+shapes are switched off.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,9 +45,10 @@ def build_app(front: Front, prometheus: CollectorRegistry, console: Console | No
     _add_state_routes(routes, front, prometheus)
     if console is not None:
         add_routes(routes, console, read)
-    errors = {PdserveError: _on_error, HTTPException: _on_http_exception, Exception: _on_bug}
-    app = Starlette(routes=routes.all, exception_handlers=errors)
-    app.router.redirect_slashes = False
+    app = FastAPI(openapi_url=None, redirect_slashes=False, routes=list(routes.all))
+    app.add_exception_handler(PdserveError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
     return Edge(app, front, open_paths=frozenset() if console is None else console.pages.paths)
 
 

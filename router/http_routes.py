@@ -1,5 +1,8 @@
 """How the routes of the HTTP face are written down, whichever file they are in: a method, a path, and who answers.
 
+They are Starlette's, which a FastAPI app takes as they are: one of its own would look for parameters, dependencies and a response
+model in each endpoint, and go through all that with each request, where there is nothing but a request and a response.
+
 @routes.post("/v1/completions")
 async def completions(request: Request) -> Response: ...
 """

@@ -112,6 +112,7 @@ LIBRARIES: dict[str, tuple[dict[str, When], str]] = {
     ),
     "onnxruntime": ({"router.semantic": When.LAZILY}, "one embedder among others, and an extra"),
     "ray": ({"deploy": When.ALWAYS}, "Ray places processes; no call of it is on a request's path"),
+    "fastapi": ({"router": When.ALWAYS, "deploy": When.ALWAYS}, "HTTP is spoken at the edge only"),
     "starlette": ({"router": When.ALWAYS, "deploy": When.ALWAYS}, "HTTP is spoken at the edge only"),
     "uvicorn": ({"router": When.ALWAYS, "deploy": When.ALWAYS}, "HTTP is spoken at the edge only"),
     "grpc": (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[2]
-_LIBRARIES = ("pdserve", "torch", "ray", "grpcio", "starlette", "uvicorn", "uvloop", "httptools", "orjson")
+_LIBRARIES = ("pdserve", "torch", "ray", "grpcio", "fastapi", "uvicorn", "uvloop", "httptools", "orjson")
 
 
 def describe() -> dict[str, Any]:

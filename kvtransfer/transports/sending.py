@@ -172,7 +172,7 @@ class StreamSenderLink:
             raise self.lost
         return await self._lane.start(job)
 
-    def _job_failed(self, error: Exception) -> None:
+    def _job_failed(self, error: BaseException) -> None:
         if isinstance(error, TransferBroken):
             self.drop(error)
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKING = (
-    "starlette",
+    "fastapi",
     "gguf",
     "google",
     "grpc_health",

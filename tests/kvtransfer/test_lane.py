@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator
 
@@ -17,7 +18,7 @@ class Told:
     """A lane, and the errors that it told of."""
 
     def __init__(self) -> None:
-        self.errors: list[Exception] = []
+        self.errors: list[BaseException] = []
         self.lane = Lane("test-lane", self.errors.append)
 
 
@@ -86,20 +87,19 @@ async def test_drained_waits_for_what_was_started_and_ends_the_thread() -> None:
     async with asyncio.timeout(PATIENCE_S):
         await draining
     assert done == [1]
-    assert "test-lane" not in {thread.name for thread in threading.enumerate()}
+    assert not any(thread.name.startswith("test-lane") for thread in threading.enumerate())
 
 
-def test_a_loop_that_is_closed_first_is_no_error_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", raised.append)
+def test_a_loop_that_is_closed_first_is_no_error_of_the_thread(caplog: pytest.LogCaptureFixture) -> None:
     may_go_on = threading.Event()
 
     async def start() -> threading.Thread:
         Told().lane.start(lambda: may_go_on.wait(PATIENCE_S))
-        return next(thread for thread in threading.enumerate() if thread.name == "test-lane")
+        return next(thread for thread in threading.enumerate() if thread.name.startswith("test-lane"))
 
     thread = asyncio.run(start())
     may_go_on.set()
+    gc.collect()  # a pool that nobody holds ends its thread
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
-    assert raised == []
+    assert caplog.records == []
