@@ -2,7 +2,8 @@
 nothing tokenised.
 
 A text counts as known only to the tenant who sent it, for how long an answer takes would otherwise tell others of it. Bounded by
-characters, the least recently used goes first. Safe to use from any thread: long texts are tokenised beside the loop.
+characters, of which each text has some more than its own, for what is kept beside it; the least recently used goes first. Safe to
+use from any thread: long texts are tokenised beside the loop.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from common.tokenizer import Tokenizer
 
 _Key = tuple[str, bool, Tokenizer, str]
+_ENTRY_CHARS = 64  # a key, a tuple, and their places
 
 
 class RecentTexts:
@@ -37,15 +39,19 @@ class RecentTexts:
                 self._ids.move_to_end(key)
                 return ids
         ids = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        if len(text) <= self._max_chars:
+        if _chars_of(text) <= self._max_chars:
             self._keep(key, ids)
         return ids
 
     def _keep(self, key: _Key, ids: tuple[int, ...]) -> None:
         with self._lock:
             if key not in self._ids:
-                self._chars += len(key[-1])
+                self._chars += _chars_of(key[-1])
             self._ids[key] = ids
             while self._chars > self._max_chars:
                 oldest, _ = self._ids.popitem(last=False)
-                self._chars -= len(oldest[-1])
+                self._chars -= _chars_of(oldest[-1])
+
+
+def _chars_of(text: str) -> int:
+    return len(text) + _ENTRY_CHARS

@@ -207,10 +207,12 @@ def test_native_is_torch_in_float32(library: Library, case: Case) -> None:
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Library, case: Case) -> None:
-    """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly. Of several models, for in
-    one of a few rows a single rounding that falls the other way decides: of 40 seeds of such a case torch is nearer in one."""
+    """The truth: fp64 attention and fp32 arithmetic with the same weights, which bf16 holds exactly. Of several models, with 64
+    rows together, for in a few rows a single rounding that falls the other way decides: of 240 models of one row, the native
+    step's error is 0.7 of torch's on the whole, and larger in every fifth."""
+    num_models = max(4, 64 // sum(rows for _, rows in case.sequences))
     squares = torch.zeros(2, 2)  # logits, KV; of torch, native
-    for seed in range(case.seed, case.seed + 4):
+    for seed in range(case.seed, case.seed + num_models):
         world, wide = World(replace(case, seed=seed), torch.bfloat16), World(replace(case, seed=seed))
         wide.weights = {name: weight.float() for name, weight in world.weights.items()}
         wide.memory = world.memory.float()
@@ -220,7 +222,7 @@ def test_native_bfloat16_is_no_further_from_the_truth_than_torch(library: Librar
         by_native = world.run(world.native_model(library, native_pool), native_pool)
         squares[0] += torch.stack([(logits - truth).square().mean() for logits in (by_torch, by_native)])
         squares[1] += torch.stack([(pool.tensor - wide_pool.tensor).square().mean() for pool in (torch_pool, native_pool)])
-    (torch_logits, native_logits), (torch_kv, native_kv) = (squares / 4).sqrt()
+    (torch_logits, native_logits), (torch_kv, native_kv) = (squares / num_models).sqrt()
     assert native_logits <= 1.3 * torch_logits + 1e-2
     assert native_kv <= 1.3 * torch_kv + 1e-3
 
