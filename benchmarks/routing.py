@@ -187,14 +187,18 @@ def report(outcomes: Outcomes, known: Known, divisions: Sequence[Sequence[Sequen
     return found
 
 
-def halves(outcomes: Outcomes) -> dict[str, tuple[list[str], list[str]]]:
+def changes(outcomes: Outcomes) -> dict[str, tuple[list[str], list[str]]]:
     """Domains that are known, and those that come then."""
     names = sorted(set(outcomes.domains))
     gain: dict[str, list[float]] = {name: [] for name in names}
     for name, difference in zip(outcomes.domains, (outcomes.strong - outcomes.weak).tolist(), strict=True):
         gain[name].append(difference)
     names.sort(key=lambda name: statistics.fmean(gain[name]))
-    found = {"more to gain": (names[: len(names) // 2], names[len(names) // 2 :])}
+    half, quarter = len(names) // 2, len(names) // 4
+    found = {"more to gain": (names[:half], names[half:])}
+    if quarter:
+        found["most to gain"] = names[:-quarter], names[-quarter:]
+        found["least to gain"] = names[quarter:], names[:quarter]
     if "gsm8k" in gain and len(names) > 1:
         found["only gsm8k"] = ([name for name in names if name != "gsm8k"], ["gsm8k"])
     return found
@@ -294,7 +298,7 @@ def main() -> None:
             for router, values in figures.items():
                 print(f"  {router:18}" + "".join(f"  {name} {value:.3f}" for name, value in values.items()), flush=True)
     print("\nshare of the strong model when the questions change")
-    for change, (old, new) in halves(outcomes).items():
+    for change, (old, new) in changes(outcomes).items():
         found[f"share, then {change}"] = moved = shift(outcomes, known, old, new)
         for row in moved:
             print(f"  {change:14}" + "".join(f"  {name} {value:.3f}" for name, value in row.items()))
