@@ -48,7 +48,7 @@ def packed_pieces(
     num_layers: int,
 ) -> bytes:
     """The same layers of many blocks: `packed_piece` of each, by columns, of which a piece has four of 64 bits. Raises
-    OverflowError for what has no room."""
+    OverflowError or struct.error for what has no room."""
     columns = array("Q", bytes(PIECE_BYTES * len(logical_blocks)))
     columns[0::4], columns[1::4] = array("Q", sources), array("Q", destinations)
     columns[2::4] = array("Q", (size_bytes,)) * len(logical_blocks)
