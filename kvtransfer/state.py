@@ -172,7 +172,7 @@ class IncomingTransfer:
         if not self.receiving or not self.writer_open:
             return None
         logical_block = name.logical_block
-        layers = self._layers(name)
+        layers = self._layers(name.first_layer, name.num_layers)
         if logical_block not in self.expected or not layers or self._layers_here.get(logical_block, 0) & layers:
             return None
         return self.ticket.blocks[logical_block - self.ticket.first_block]
@@ -184,7 +184,7 @@ class IncomingTransfer:
         logical_block, first_layer, num_layers = name
         if logical_block not in self.expected:
             return self._refuse(TicketRefused(f"logical block {logical_block} is not in the ticket", param="logical_block"))
-        layers = self._layers(name)
+        layers = self._layers(first_layer, num_layers)
         if not layers:
             return self._refuse(TicketRefused(f"a piece of {num_layers} layers from {first_layer}", param="num_layers"))
         if not ok:
@@ -203,7 +203,7 @@ class IncomingTransfer:
         them at once if each would be VERIFIED and the blocks have the same other layers here; else none."""
         if not self.receiving or not self.writer_open:
             return False
-        layers = self._layers(PieceName(0, first_layer, num_layers))
+        layers = self._layers(first_layer, num_layers)
         blocks, here = set(logical_blocks), set(map(self._layers_here.get, logical_blocks, repeat(0)))
         if not layers or len(here) != 1 or len(blocks) != len(logical_blocks) or not blocks <= self.expected:
             return False
@@ -289,9 +289,8 @@ class IncomingTransfer:
         self.state = state
         self.receiving = state in RECEIVING
 
-    def _layers(self, name: PieceName) -> int:
+    def _layers(self, first_layer: int, num_layers: int) -> int:
         """A bit for each layer of the piece; none if the ticket is for no such layers."""
-        _, first_layer, num_layers = name
         if first_layer < 0 or num_layers <= 0 or first_layer + num_layers > self._num_layers:
             return 0
         layers = ((1 << num_layers) - 1) << first_layer
@@ -303,7 +302,7 @@ class IncomingTransfer:
         """Notes pieces of different blocks, all of which have these layers `here`, and not those of the pieces. False, and
         nothing was noted, if one of the blocks is complete with it and is not what was sealed."""
         pieces = [(first_layer, num_layers, digest) for digest in digests]
-        layers_then = here | self._layers(PieceName(0, first_layer, num_layers))
+        layers_then = here | self._layers(first_layer, num_layers)
         before = [self._pieces[block] for block in logical_blocks] if here else [list[_Piece]() for _ in pieces]
         if layers_then == self._all_layers:
             whole = zip(before, pieces, strict=True)

@@ -101,13 +101,19 @@ def test_nobody_foresees_what_only_its_own_prompt_says() -> None:
     assert abs(float(np.corrcoef(said, coin[:, 0])[0, 1])) < 0.2
 
 
+def vectors_about(about: np.ndarray, num_subjects: int, dice: np.random.Generator) -> np.ndarray:
+    """One per question, of length 1, near those of the same subject."""
+    noise = dice.normal(0, 0.05, (len(about), num_subjects)).astype(np.float32)
+    vectors = np.eye(num_subjects, dtype=np.float32)[about] + noise
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def test_similar_questions_tell_what_words_do_not() -> None:
     """What words prompts share says nothing, but their vectors show what they are about."""
     dice = np.random.default_rng(0)
     count = 240
     about = dice.integers(0, 3, count)
-    vectors = np.eye(4, dtype=np.float32)[about] + dice.normal(0, 0.05, (count, 4)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors_about(about, 4, dice)
     prompts = ["what is " + "".join(chr(97 + int(letter)) for letter in dice.integers(0, 26, 9)) for _ in range(count)]
     outcomes = Outcomes(prompts, (about == 0).astype(float), (about != 1).astype(float), ["one"] * count)
     known = known_of(outcomes, vectors)
@@ -125,8 +131,7 @@ def test_the_form_of_a_question_tells_what_its_subject_does_not() -> None:
     dice = np.random.default_rng(8)
     count = 600
     about, is_long = dice.integers(0, 2, count), dice.integers(0, 2, count)
-    vectors = np.eye(3, dtype=np.float32)[about] + dice.normal(0, 0.05, (count, 3)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors_about(about, 3, dice)
     facts = Texts.of([" ".join(["word"] * int(dice.integers(4, 9) + 40 * more)) for more in is_long]).facts
     strong = (about == is_long).astype(float)
     outcomes = Outcomes([""] * count, np.zeros(count), strong, ["one"] * count)
@@ -143,8 +148,7 @@ def test_words_and_similar_questions_count_alike() -> None:
     dice = np.random.default_rng(6)
     count = 900
     told, about = dice.integers(0, 2, count), dice.integers(0, 2, count)
-    vectors = np.eye(3, dtype=np.float32)[about] + dice.normal(0, 0.05, (count, 3)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors_about(about, 3, dice)
     prompts = [("prove it" if one else "guess it") + f" w{dice.integers(0, 40)}" for one in told]
     strong = (dice.random(count) < 0.1 + 0.4 * told + 0.4 * about).astype(float)
     outcomes = Outcomes(prompts, np.zeros(count), strong, ["one"] * count)

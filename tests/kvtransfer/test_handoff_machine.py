@@ -563,14 +563,14 @@ class ForgetsTheLease(IncomingTransfer):
 
 class TakesOverlaps(IncomingTransfer):
     def piece_arrived(self, name: PieceName, digest: bytes, ok: bool) -> Arrival:
-        if self._layers_here.get(name.logical_block, 0) & self._layers(name) and self.receiving and self.writer_open:
+        if self._layers_here.get(name.logical_block, 0) & self._layers(*name[1:]) and self.receiving and self.writer_open:
             return Arrival.DUPLICATE
         return super().piece_arrived(name, digest, ok)
 
 
 class TakesAFirstLayerForTheBlock(IncomingTransfer):
-    def _layers(self, name: PieceName) -> int:
-        layers = super()._layers(name)
+    def _layers(self, first_layer: int, num_layers: int) -> int:
+        layers = super()._layers(first_layer, num_layers)
         return self._all_layers if layers & 1 else layers
 
 
