@@ -167,7 +167,8 @@ class Registry:
     async def wait_changed(self, timeout_s: float) -> None:
         """Returns at the next snapshot, when it is to look again, or when the time is over."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def stir(self) -> None:
         """Ends the waiting of all in `wait_changed`: they are to look again."""

@@ -1,7 +1,7 @@
 """The router's process: binds its two ports, watches the registry, serves, drains.
 
     bind HTTP -> bind gRPC -> watch -> on_ready -> ... stop -> NOT_SERVING, refuse new work -> wait for what runs (grace)
-                                                          -> abort the rest, typed -> stop listening, hear who was let in
+                                                          -> abort the rest, typed -> let in who waits, stop listening, hear them
                                                           -> close servers, links, watch
 
 Nothing is shared between routers; any number of them may watch one manager.
@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-
-import uvicorn
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 
 from common.clock import Clock, SystemClock
-from common.config import Config, RouterConfig
-from common.errors import ClusterError
+from common.config import Config
 from common.logs import get_logger
 from common.rpc import start_server
 from common.wire import inference_pb2_grpc, registry_pb2
@@ -29,15 +25,12 @@ from router.dispatch import Dispatcher
 from router.front import Front
 from router.grpc_front import SERVICE, InferenceServicer
 from router.http_app import build_app
+from router.http_server import CLOSING_S, address_of, bound_socket, http_server
 
 log = get_logger(__name__)
 
 DRAIN_GRACE_S = 30.0
 _ABORTED_S = 5.0  # after the grace: for the typed errors of aborted streams to reach their clients
-_CLOSING_S = 1.0  # for the last bytes of what has ended, and for calls that never end, such as health watches
-_BACKLOG = 2048
-_HEARD_S = 0.3  # for the requests of connections that were made just before the last one was accepted
-_KEEP_ALIVE_S = 65  # longer than the idle time of common load balancers
 
 
 async def run(
@@ -64,7 +57,7 @@ async def run(
     )
     front, console = router.front, router.console
     async with AsyncExitStack() as ending:
-        listener = ending.enter_context(_bound_socket(config.router))
+        listener = ending.enter_context(bound_socket(config.router))
         rpc = await start_server(
             lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), server),
             host=config.router.grpc_host,
@@ -72,13 +65,13 @@ async def run(
             token=None,
             services=(SERVICE,),
         )
-        http_address = _address(config.router.http_host, listener)
+        http_address = address_of(config.router.http_host, listener)
         router.start(
             registry_pb2.WatchRequest(router_id=router_id, http_address=http_address, grpc_address=rpc.address, pid=os.getpid()),
             ending,
         )
-        ending.push_async_callback(rpc.stop, _CLOSING_S)
-        async with _http_server(build_app(front, router.prometheus, console), listener):
+        ending.push_async_callback(rpc.stop, CLOSING_S)
+        async with http_server(build_app(front, router.prometheus, console), listener):
             on_ready(http_address, rpc.address)
             log.info("router is up", http=http_address, grpc=rpc.address)
             await stop.wait()
@@ -105,62 +98,3 @@ async def _drain(front: Front, dispatcher: Dispatcher, grace_s: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(_ABORTED_S):
             await front.in_flight.idle.wait()
-
-
-@contextmanager
-def _bound_socket(config: RouterConfig) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in config.http_host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
-        # Accepted sockets inherit it. Without it a small event waits 40 ms for the acknowledgement of the one before.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            listener.bind((config.http_host, config.http_port))
-        except OSError as error:
-            where = f"{config.http_host}:{config.http_port}"
-            raise ClusterError(f"cannot listen on {where}: {error.strerror}", param="router.http_port") from error
-        listener.listen(_BACKLOG)
-        yield listener
-
-
-def _address(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process that embeds it decides what a signal means. And who was let in just now is
-    heard: a connection without a request yet would be closed unanswered, and its client could not tell whether it was served."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        if any(getattr(connection, "cycle", connection) is None for connection in self.server_state.connections):
-            await asyncio.sleep(_HEARD_S)
-        await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@asynccontextmanager
-async def _http_server(app: object, listener: socket.socket) -> AsyncIterator[None]:
-    """Serves on a bound socket while the body runs; then stops accepting and closes what is open."""
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # uvicorn spells the ASGI types out on its own
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(_CLOSING_S),
-    )
-    server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await asyncio.wait([serving])
-        serving.result()

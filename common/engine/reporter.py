@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -136,10 +137,9 @@ class Reporter:
         return (scheduler.num_running, scheduler.num_waiting, totals.submitted, totals.computed_tokens, totals.generated_tokens)
 
     async def _pause(self, interval_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._closed.wait(), interval_s)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(interval_s):
+                await self._closed.wait()
 
     async def _look(self) -> None:
         """All who want a look at the same time share it."""

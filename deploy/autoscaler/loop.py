@@ -101,7 +101,8 @@ class Autoscaler:
         """Until it is cancelled."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), self._interval_s)
+                async with asyncio.timeout(self._interval_s):
+                    await self._asked.wait()
             self._asked.clear()
             await self.look()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from common.clock import SystemClock
@@ -37,3 +39,23 @@ async def test_a_model_is_served_once_the_workers_that_it_takes_are_ready(
     all_there = decode == "ready" and (prefill == "ready" or local_prefill != "never")
     assert registry.serves("m") is (all_there or wakes)
     assert not registry.serves("another")
+
+
+async def test_who_is_cancelled_while_there_is_news_is_cancelled() -> None:
+    """A request that its client gave up, or a router that stops, in the moment in which a snapshot comes."""
+    config = Config.model_validate({"models": [{"name": "m", "source": "m"}]})
+    registry = Registry(config, manager_address="127.0.0.1:9", cluster_token="secret", clock=SystemClock())
+
+    async def follow() -> None:
+        while True:
+            await registry.wait_changed(60.0)
+
+    for turns in range(4):  # of the loop, between the news and the cancellation
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0.01)
+        registry.stir()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following}, timeout=5.0)
+        assert following.cancelled(), turns

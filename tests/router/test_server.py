@@ -19,12 +19,19 @@ from openai import APIError
 
 from common.errors import ClusterError
 from common.rpc import connect
-from router.server import _bound_socket, run
+from router import http_server
+from router.http_server import bound_socket
+from router.server import run
 from support.fake_cluster import MODEL, TOKEN, FakeCluster, FakeManager, router_config
 from support.plain_http import NO_CERTIFICATES
 from support.router_clients import http_client, openai_client
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 50}
+_ENCODED = json.dumps(BODY).encode()
+ASKED = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+    len(_ENCODED),
+    _ENCODED,
+)
 
 
 async def eventually(condition: Any) -> None:
@@ -48,7 +55,7 @@ async def test_a_taken_port_is_said_clearly(which: str) -> None:
 
 
 def test_small_writes_leave_at_once() -> None:
-    with _bound_socket(router_config().router) as listener, socket.create_connection(listener.getsockname()):
+    with bound_socket(router_config().router) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -136,7 +143,7 @@ async def test_a_drain_lets_streams_finish_and_refuses_new_work(start_cluster: A
 
 async def test_who_was_let_in_just_before_the_end_is_answered(start_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its request is on its way when the router stops listening: it is told to ask somebody else."""
-    monkeypatch.setattr("router.server._HEARD_S", 4.0)
+    monkeypatch.setattr(http_server, "_HEARD_S", 4.0)
     async with start_cluster() as cluster, http_client(cluster) as http:
         host, port = cluster.http_url.removeprefix("http://").rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -147,12 +154,34 @@ async def test_who_was_let_in_just_before_the_end_is_answered(start_cluster: Any
                 while True:
                     _, let_in = await asyncio.open_connection(host, int(port))
                     let_in.close()
-        body = json.dumps(BODY).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(ASKED)
         async with asyncio.timeout(120):
             assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
         writer.close()
+
+
+async def test_who_waits_to_be_let_in_at_the_end_is_answered(start_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have connected and asked, and nobody accepted them before the port closes: they are told to ask somebody else."""
+    waiting: list[socket.socket] = []
+    shut_down = http_server._Server.shutdown
+
+    async def connect_and_shut_down(self: http_server._Server, sockets: list[socket.socket] | None = None) -> None:
+        for _ in range(20):  # the loop does not turn in between
+            waiting.append(socket.create_connection((host, int(port)), timeout=60))
+            waiting[-1].sendall(ASKED)
+        await shut_down(self, sockets)
+
+    monkeypatch.setattr(http_server._Server, "shutdown", connect_and_shut_down)
+    async with start_cluster() as cluster:
+        host, port = cluster.http_url.removeprefix("http://").rsplit(":", 1)
+        cluster.stop.set()
+        await asyncio.wait({cluster.task}, timeout=120)
+        assert len(waiting) == 20
+        for connection in waiting:
+            with connection:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 503 ")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)), timeout=60)
 
 
 async def test_what_is_not_done_after_the_grace_ends_in_one_typed_error(start_cluster: Any) -> None:

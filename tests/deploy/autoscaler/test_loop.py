@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 
 from common.clock import ManualClock
@@ -20,6 +21,7 @@ class Manager:
         self.pools = PoolsState(desired={Pool("m", Role.PREFILL): 1, Pool("m", Role.DECODE): 3})
         self.scaled: list[Mapping[Role, int]] = []
         self.told: list[str] = []
+        self.waking: list[str] = []
 
     async def scale(self, model: str, desired: Mapping[Role, int], wait_s: float) -> ClusterSnapshot:
         self.scaled.append(desired)
@@ -32,12 +34,13 @@ class Manager:
         self.told.append(text)
 
     def wakes(self, models: Iterable[str]) -> None:
-        assert not list(models)
+        self.waking = list(models)
 
 
 async def test_a_dry_run_says_once_what_it_wants_all_the_time() -> None:
     manager, clock = Manager(), ManualClock()
     autoscaler = Autoscaler(manager, {"m": AutoscalingConfig.model_validate({"mode": "dry-run"})}, clock)
+    assert not manager.waking
     for _ in range(5):
         clock.advance(1.0)
         await autoscaler.look()
@@ -50,3 +53,19 @@ async def test_a_dry_run_says_once_what_it_wants_all_the_time() -> None:
     await autoscaler.look()
     assert [one.performed for one in autoscaler.report("m").models[0].decisions] == [False, True]
     assert manager.scaled == [{Role.PREFILL: 1, Role.DECODE: 1}]
+
+
+async def test_it_stops_also_while_it_is_asked_to_wake_a_model() -> None:
+    config = AutoscalingConfig.model_validate({"mode": "on", "decode": {"min_replicas": 0}, "prefill": {"min_replicas": 0}})
+    for turns in range(4):  # of the loop, between the two
+        manager = Manager()
+        autoscaler = Autoscaler(manager, {"m": config}, ManualClock())
+        running = asyncio.create_task(autoscaler.run())
+        await asyncio.sleep(0.01)
+        manager.pools = PoolsState(desired={Pool("m", Role.PREFILL): 0, Pool("m", Role.DECODE): 0})
+        assert autoscaler.demand("m")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running}, timeout=5.0)
+        assert running.cancelled(), turns
