@@ -8,22 +8,23 @@ The prefill side is a process of its own, as in service. Both read the same mono
                          until the last piece's digest was found right on the decode side
     ticket to usable     from handing out the ticket until `complete` has returned: with control, permission, CLOSE and seal
 
-Compared things alternate in rounds of A B B A; a ratio is taken in each round. Reported are the median of the ratios, and between
-which two of them the true median lies with 95 % (by their ranks: nothing is assumed of how they spread). A target is reached or
-missed where this interval lies on one side of it; else more rounds are needed. `memcpy` is one call of one thread over all bytes,
-between two regions whose pages were touched, of the same kind of memory and after the same pause as a transfer; unlike one, it
-wakes nobody. `bare socket` is one `sendall` over all bytes and as many `recv_into` as it takes, between the same two processes,
-both blocking. Digests are always on; what they cost is the ratio to a
-transfer in which both processes replace the digest of a piece by a constant and copy by memmove, which only this benchmark can.
-`last byte to verified` is the time for which nothing was left but to verify: from when the writer had written or sent everything
-until the last piece was found right, with waking whoever reads and what that one is behind. `by layer` pushes one layer of all
-blocks after the other without a pause, so that most of them wait for the first, and go together. `in a row` pushes the KV of
-eight prompts, a transfer each, one behind the other, as a worker with work to do does: from the first push until the last piece
-of the last one was found right, against eight times the bytes of a copy or a socket; what one transfer waits for at its
-beginning and its end, others use. `both ends on one core` counts
-transfers whose last batch was written and verified by the same core: a kernel often puts whoever is woken on the core of the one
-that wakes it, above all in a virtual machine whose other core sleeps, and then nothing is verified until all is written. What a
-ratio says depends on it. The native library is compiled before anything is measured; `--python-copies` does without it.
+Compared things alternate in rounds of A B B A; a ratio is taken in each round. Reported are the median of the ratios, and
+between which two of them the true median lies with 95 % (by their ranks: nothing is assumed of how they spread). A target is
+reached or missed where this interval lies on one side of it; else more rounds are needed. `memcpy` is one call of one thread
+over all bytes, between two regions whose pages were touched, of the same kind of memory and after the same pause as a
+transfer; unlike one, it wakes nobody. `bare socket` is one `sendall` over all bytes and as many `recv_into` as it takes,
+between the same two processes, both blocking. Digests are always on; what they cost is the ratio to a transfer in which both
+processes replace the digest of a piece by a constant and copy by memmove, which only this benchmark can. `last byte to
+verified` is the time for which the writer had nothing left to do: from when it had sent or stated everything until the last
+piece was found right, with waking whoever reads and what that one is behind. `by layer` pushes one layer of all blocks after
+the other without a pause, so that most of them wait for the first, and go together. `in a row` pushes the KV of eight
+prompts, a transfer each, one behind the other, as a worker with work to do does: from the first push until the last piece of
+the last one was found right, against eight times the bytes of a copy or a socket; what one transfer waits for at its
+beginning and its end, others use. `both ends on one core` counts transfers whose last batch was written and verified by the
+same core: a kernel often puts whoever is woken on the core of the one that wakes it, above all in a virtual machine whose
+other core sleeps, and then nothing is done side by side. What a ratio says depends on it. With `--cores-apart` each of the
+two processes keeps to a core of its own, in all that is compared, as where operators bind workers to cores. The native
+library is compiled before anything is measured; `--python-copies` does without it.
 """
 
 from __future__ import annotations
@@ -44,13 +45,12 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import kvtransfer.incoming
-import kvtransfer.transports.receiving
-import kvtransfer.transports.shm
+import kvtransfer.transports.fetching
+import kvtransfer.transports.offer
 import kvtransfer.transports.tcp
 from common.clock import SystemClock
 from common.config import pdserve_home
@@ -64,7 +64,7 @@ from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.base import ReceiverLink, TransportOffer, Written
-from kvtransfer.transports.shm import MappedWriter
+from kvtransfer.transports.offer import Offer
 from kvtransfer.transports.tcp import WireWriter
 
 WARM_UPS = 3
@@ -77,7 +77,7 @@ TARGETS = {
 }
 PATIENCE_S = 60.0
 SECRET = derive_secret("benchmark")
-DIGESTING = (kvtransfer.incoming, kvtransfer.transports.receiving, kvtransfer.transports.shm, kvtransfer.transports.tcp)
+DIGESTING = (kvtransfer.incoming, kvtransfer.transports.fetching, kvtransfer.transports.offer, kvtransfer.transports.tcp)
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,12 @@ class Pushed:
     core: int = -1  # that wrote it
 
 
+def keep_to(core: int | None) -> None:
+    """All threads of this process that are started from now on; None = wherever the kernel puts them."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+
+
 @dataclass(frozen=True)
 class BeBareSocket:
     port: int
@@ -138,11 +144,11 @@ class SendBytes:
     start_s: float
 
 
-def prefill_process(control: Connection, shape: Shape, native: bool) -> None:
+def prefill_process(control: Connection, shape: Shape, native: bool, core: int | None) -> None:
+    keep_to(core)
     if native:
         prepare(pdserve_home() / "kernels", print)
-    for writer in (MappedWriter, WireWriter):
-        note_writes(writer)
+    note_writes()
     asyncio.run(_prefill(control, shape))
 
 
@@ -193,22 +199,18 @@ _written_s = 0.0
 _written_by = -1
 
 
-def note_writes(writer: type[MappedWriter] | type[WireWriter]) -> None:
-    """From now on `_written_s` is when one of these has written a batch, and `_written_by` on which core."""
-    original = writer.prepare
+def note_writes() -> None:
+    """From now on `_written_s` is when a batch was written, and `_written_by` on which core."""
+    prepare, write = WireWriter.prepare, Offer.write
 
-    def prepare(*arguments: Any) -> Callable[[], list[bytes]]:
-        write = original(*arguments)
+    def noted(job: Callable[[], list[bytes]]) -> list[bytes]:
+        global _written_s, _written_by
+        digests = job()
+        _written_s, _written_by = time.perf_counter(), _core()
+        return digests
 
-        def noted() -> list[bytes]:
-            global _written_s, _written_by
-            digests = write()
-            _written_s, _written_by = time.perf_counter(), _core()
-            return digests
-
-        return noted
-
-    writer.prepare = prepare  # type: ignore[method-assign,assignment]
+    WireWriter.prepare = lambda *arguments: partial(noted, prepare(*arguments))  # type: ignore[method-assign]
+    Offer.write = lambda *arguments: noted(partial(write, *arguments))  # type: ignore[method-assign]
 
 
 # -- the decode side ---------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ class Memory:
         return time.perf_counter() - started_s
 
     async def copy_and_digest(self) -> float:
-        """Block by block with the native library, as the writer over shared memory does it."""
+        """Block by block with the native library, as the reader over shared memory does it."""
         kernel = piece_kernel()
         assert kernel is not None
         source, destination, size = self._source.address, self._destination.address, self._shape.block_bytes
@@ -417,6 +419,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--python-copies", action="store_true", help="as where there is no compiler")
+    parser.add_argument("--cores-apart", action="store_true", help="each of the two processes keeps to a core of its own")
     parser.add_argument("--only", default="", help="measures those whose names contain this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -424,8 +427,13 @@ def main() -> None:
 
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
-    process = context.Process(target=prefill_process, args=(theirs, shape, not options.python_copies))
+    cores = sorted(os.sched_getaffinity(0))
+    if options.cores_apart and len(cores) < 2:
+        parser.error("--cores-apart: there is only one core")
+    prefill_core, decode_core = (cores[0], cores[-1]) if options.cores_apart else (None, None)
+    process = context.Process(target=prefill_process, args=(theirs, shape, not options.python_copies, prefill_core))
     process.start()
+    keep_to(decode_core)
     if not options.python_copies:
         prepare(pdserve_home() / "kernels", print)
     load_before = os.getloadavg()[0]
@@ -433,9 +441,10 @@ def main() -> None:
     control.send(None)
     process.join()
 
+    where = "wherever the kernel puts both ends" if prefill_core is None else "a core for each end"
     print(
         f"{shape.total_bytes / 2**20:.1f} MiB, {shape.num_blocks} blocks of {shape.num_layers} layers, {options.rounds} rounds; "
-        f"{os.cpu_count()} CPUs, load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
+        f"{os.cpu_count()} CPUs, {where}, load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     )
     for name, row in results.items():
         if "count" in row:
@@ -459,6 +468,7 @@ def main() -> None:
         "num_layers": shape.num_layers,
         "rounds": options.rounds,
         "cpus": os.cpu_count(),
+        "cores_apart": options.cores_apart,
         "machine": platform.machine(),
         "load_before": load_before,
         "load_after": os.getloadavg()[0],

@@ -43,7 +43,7 @@ from decode_worker.events import RemotePrefill, RemotePrefillWanted
 from decode_worker.prefill_links import PrefillLink, PrefillLinks
 from decode_worker.prefill_peer import ConnectPrefill
 from kvtransfer import PROTOCOL_VERSION
-from kvtransfer.device import DeviceMemory, region_of
+from kvtransfer.device import region_of_pool
 from kvtransfer.probe import ProbeOrder, ProbeTarget, PushReport
 from kvtransfer.ranks.orders import RankOrders
 from kvtransfer.ranks.parts import Degrees, window_of
@@ -74,11 +74,6 @@ class MakeReceiver(Protocol):
         *,
         lease_s: float,
     ) -> KVReceiver: ...
-
-
-def region_of_pool(memory: PoolMemory, device_memory: DeviceMemory | None, block_bytes: int) -> BlockRegion:
-    """Where the engine's KV pool lies; on a GPU the engine brings the memory itself. Raises StartupError."""
-    return memory.region if device_memory is None else region_of(device_memory, block_bytes)
 
 
 class _Named(TypedDict):

@@ -31,12 +31,13 @@ does not keep up stops its writers, one transfer at a time, and no other transfe
 of which the other one has said nothing for `lease.LEASE_S`. For the whole: the ticket's time. Explicit release is only quicker.
 
 A block is not free while a writer may touch it. What ends a writer, by transport: its CLOSE, or the end of its link; where the
-bytes pass through our own hands (tcp), also our own decision, at once. Memory shared with a stopped process stays in quarantine
-until that process goes on or dies; no timeout can change that.
+bytes pass through our own hands (tcp, shm, nixl), also our own decision, at once. Memory of ours that another process can write
+to (cuda_ipc) stays in quarantine until that process goes on or dies; no timeout can change that.
 
-The design space: d pulls or p pushes; one-sided or two-sided; control inside or beside the data. Chosen: p pushes, so that
-transfer overlaps computation; permission is granted by the owner of the memory per nonce; logical block numbers travel, addresses
-and pool indices never do (the ticket holds the indices, under a MAC); control beside the data, on the workers' gRPC. Bytes are
+The design space: d pulls or p pushes; one-sided or two-sided; control inside or beside the data. Chosen: p decides when what
+leaves, as it is computed, so that transfer overlaps computation; who moves the bytes is the link's affair (over shm d does, from
+where p says they lie). Permission is granted by the owner of the memory per nonce; logical block numbers travel, and where
+something is to be written never does (the ticket holds it, under a MAC); control beside the data, on the workers' gRPC. Bytes are
 checked in full, always, on the side that will compute with them. What travels is in d's layout, so d need not know p's: where
 block size or dtype differ, p cuts its blocks anew (`recutting`, by `gather`, as `reshard` plans). Where workers have several
 ranks, each rank is such an end by itself, for its part of each block (`ranks`). Two links for slow networks carry codes of a
@@ -45,5 +46,5 @@ byte a value (`wire_dtype`).
 This package knows memory as regions of equal blocks and a `KVLayout`; it knows no engine, no tensor library, no gRPC.
 """
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Of tickets, frames and seals together. Workers of different versions do not exchange KV."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from common.errors import StartupError
-from kvtransfer.region import BlockRegion
+from kvtransfer.region import BlockRegion, PoolMemory
 
 Range = tuple[int, int]
 """Offset and size, in bytes; both are multiples of a layer of a block."""
@@ -99,6 +99,11 @@ def region_of(pool: memoryview | DeviceMemory, block_bytes: int) -> BlockRegion:
     if isinstance(pool, memoryview):
         return BlockRegion(pool, block_bytes, pool.nbytes // block_bytes)
     return DeviceRegion(pool, block_bytes, pool.size_bytes // block_bytes)
+
+
+def region_of_pool(memory: PoolMemory, device_memory: DeviceMemory | None, block_bytes: int) -> BlockRegion:
+    """Where the engine's KV pool lies; on a GPU the engine brings the memory itself. Raises StartupError."""
+    return memory.region if device_memory is None else region_of(device_memory, block_bytes)
 
 
 def read_contents(views: Sequence[object]) -> None:

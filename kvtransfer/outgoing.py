@@ -5,7 +5,8 @@
 
 A task of its own (the pump) asks to be let in, writes what was pushed, in order, and says CLOSE, whatever happens. Callers wait
 for the pump, they do not drive it: cancelling a caller never leaves a write half done. The source blocks of a push must stay as
-they are until `finish` or `abort` has returned.
+they are until `finish` or `abort` has returned: where the decode side fetches them by itself, it has done so then, or whatever it
+fetches later does not have the digest that it was told.
 
 The pump writes one bounded batch at a time, and only what it has credit for; it waits for credit outside the link, so that others
 have the link meanwhile. The transfer ends by itself when the ticket's time is over, or when the decode worker has given no sign
@@ -48,7 +49,7 @@ STOP_GRACE_S = 0.8  # a failed transfer's write ends by then, or its link does
 
 @dataclass(frozen=True, slots=True)
 class TransferAccount:
-    """What was written: goes into the seal. `transfer_s` is the time during which something was being written."""
+    """What was written: goes into the seal. `transfer_s` is the time during which something was being written or fetched."""
 
     digests: Mapping[int, bytes]  # logical block -> digest
     bytes: int
@@ -70,7 +71,7 @@ class SourceSide:
 
 class _Phase(enum.Enum):
     PUSHING = "pushing"  # takes pushes
-    FINISHING = "finishing"  # no more pushes; writes what is queued
+    FINISHING = "finishing"  # no more pushes; writes what is queued, and waits until what was lent is fetched
     STOPPING = "stopping"  # aborted or failed; nothing new is written
     ENDED = "ended"  # the pump is through: nothing is written any more
 
@@ -103,7 +104,10 @@ class Outgoing:
         self._credit_bytes = 0
         self._digests: dict[int, list[tuple[int, int, bytes]]] = {}  # logical block -> first layer, number of layers, digest
         self._bytes = 0
+        self._num_lent = 0  # pieces that the decode side has yet to fetch; below zero for a moment if it is quick
         self._transfer_s = 0.0
+        self._writing = False
+        self._moving_since_s: float | None = None
         self._link: SenderLink | None = None
         self._changed = asyncio.Event()  # for the pump: a push, credit, or another phase
         self._room = asyncio.Event()  # for push: the queue is short, or nothing more will be written
@@ -178,6 +182,15 @@ class Outgoing:
         self._credit_bytes += size_bytes
         self._changed.set()
 
+    def lent(self, num_pieces: int) -> None:
+        self._num_lent += num_pieces
+
+    def taken(self, num_pieces: int) -> None:
+        self._num_lent -= num_pieces
+        if not self._writing:
+            self._note_moving(False)
+        self._changed.set()
+
     def renewed(self) -> None:
         self._heard_s = self._side.clock.monotonic_s()
         self._lease.renew(self._heard_s)
@@ -219,18 +232,30 @@ class Outgoing:
         while True:
             batch = self._next_batch()
             if batch:
-                started_s = self._side.clock.monotonic_s()
+                self._note_moving(True)
                 if self._recutting is None:
                     spans = [span for span in batch if isinstance(span, Span)]
                     await self._write(link, SpanPieces(self._side.region, spans))
                 else:
                     await self._write_cut(link, self._recutting, batch)
-                self._transfer_s += self._side.clock.monotonic_s() - started_s
-            if self._stopping() or (self._phase is _Phase.FINISHING and not self._queue):
+                self._note_moving(False)
+            if self._stopping() or self._is_through():
                 return
             if not self._can_write():
                 self._changed.clear()
                 await self._changed.wait()  # bounded by the lease and by the ticket's time
+
+    def _note_moving(self, writing: bool) -> None:
+        """A write begins, or ended, or something was taken: time counts while something is being written or fetched."""
+        if writing and self._moving_since_s is None:
+            self._moving_since_s = self._side.clock.monotonic_s()
+        elif not writing and self._num_lent <= 0 and self._moving_since_s is not None:
+            self._transfer_s += self._side.clock.monotonic_s() - self._moving_since_s
+            self._moving_since_s = None
+        self._writing = writing
+
+    def _is_through(self) -> bool:
+        return self._phase is _Phase.FINISHING and not self._queue and self._num_lent <= 0
 
     async def _write_cut(self, link: SenderLink, recutting: Recutting, batch: Sequence[Span | Cut]) -> None:
         """This batch, and those that there is credit for behind it: each is made while the one before it is written. When it has

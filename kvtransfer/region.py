@@ -17,8 +17,8 @@ import mmap
 import os
 
 from common.errors import StartupError
-from kvtransfer.first_touch import MADV_POPULATE_WRITE
 
+MADV_POPULATE_WRITE = 23
 F_ADD_SEALS = 1033
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 
@@ -51,7 +51,7 @@ class BlockRegion:
             raise StartupError(f"no shared memory for the KV pool: {error.strerror}") from error
         try:
             os.ftruncate(fd, size_bytes)
-            # A peer holds the same descriptor: without the seals it could shrink the file under our mapping (SIGBUS here).
+            # A peer maps the same file, and takes none that can shrink under its mapping: whoever reads there then dies (SIGBUS).
             fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
             mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
@@ -86,7 +86,7 @@ class BlockRegion:
 
 class PoolMemory:
     """Shared memory for an engine's KV pool, made when the engine asks for it, and given up by whoever keeps the engine.
-    `touch` says whether its pages are taken at once; where nobody else writes into it they may as well come when they are
+    `touch` says whether its pages are taken at once; where only the engine writes into it they may as well come when they are
     used. `rank_program` is the module that the other ranks of the worker are started with: it knows of the transfer and of the
     engine, which do not know each other."""
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from operator import add
 from typing import NamedTuple, Protocol, overload
 
+from kvtransfer.frames import encode_places
 from kvtransfer.native.kernel import packed_piece, packed_pieces
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, PieceName
@@ -72,11 +73,15 @@ class Columns(Protocol):
     def names(self) -> list[PieceName]: ...
 
     def reach(self) -> tuple[int, int]:
-        """The pool's bytes that they go to lie between these two offsets."""
+        """Of pieces in host memory: their bytes lie between these two addresses."""
         ...
 
-    def packed(self, pool_address: int | None) -> bytes:
-        """Of pieces in host memory, for native code that writes them to the pool at this address, or with none leaves them."""
+    def packed(self) -> bytes:
+        """Of pieces in host memory, for native code that reads them where they lie."""
+        ...
+
+    def placed(self, pool_address: int) -> bytes:
+        """Of pieces that lie in the pool at this address: descriptors of READY."""
         ...
 
 
@@ -108,15 +113,20 @@ class SpanPieces(Sequence[Piece]):
         return [PieceName(logical, first, number) for first, number, _, blocks, _, _ in self._spans for logical in blocks]
 
     def reach(self) -> tuple[int, int]:
-        ends_bytes = [max(span.destinations_bytes) + span.piece_bytes for span in self._spans]
-        return min([min(span.destinations_bytes) for span in self._spans]), max(ends_bytes)
+        here, ends_bytes = self._region.address, [max(span.sources_bytes) + span.piece_bytes for span in self._spans]
+        return here + min([min(span.sources_bytes) for span in self._spans]), here + max(ends_bytes)
 
-    def packed(self, pool_address: int | None) -> bytes:
+    def packed(self) -> bytes:
         here, packed = self._region.address, list[bytes]()
-        for first, number, size, blocks, sources, destinations in self._spans:
-            to = [0] * len(blocks) if pool_address is None else [pool_address + place for place in destinations]
-            packed.append(packed_pieces([here + start for start in sources], to, size, blocks, first, number))
+        for first, number, size, blocks, sources, _ in self._spans:
+            packed.append(packed_pieces([here + start for start in sources], size, blocks, first, number))
         return b"".join(packed)
+
+    def placed(self, pool_address: int) -> bytes:
+        here, placed = self._region.address - pool_address, list[bytes]()
+        for first, number, _, blocks, sources, _ in self._spans:
+            placed.append(encode_places(blocks, first, number, [here + start for start in sources] if here else sources))
+        return b"".join(placed)
 
     @cached_property
     def _pieces(self) -> list[Piece]:
@@ -139,14 +149,17 @@ class ListedPieces:
         return [piece.name for piece in self._pieces]
 
     def reach(self) -> tuple[int, int]:
-        starts_bytes = [piece.destination_offset_bytes for piece in self._pieces]
-        return min(starts_bytes), max(map(add, starts_bytes, self.sizes_bytes))
+        starts = [address_of(source) for _, _, source in self._pieces]
+        return min(starts), max(map(add, starts, self.sizes_bytes))
 
-    def packed(self, pool_address: int | None) -> bytes:
+    def packed(self) -> bytes:
+        return b"".join([packed_piece(address_of(source), 0, source.nbytes, *name) for name, _, source in self._pieces])
+
+    def placed(self, pool_address: int) -> bytes:
         return b"".join(
             [
-                packed_piece(address_of(source), 0 if pool_address is None else pool_address + offset_bytes, source.nbytes, *name)
-                for name, offset_bytes, source in self._pieces
+                encode_places((block,), first, number, (address_of(source) - pool_address,))
+                for (block, first, number), _, source in self._pieces
             ]
         )
 

@@ -303,18 +303,20 @@ class IncomingTransfer:
         nothing was noted, if one of the blocks is complete with it and is not what was sealed."""
         pieces = [(first_layer, num_layers, digest) for digest in digests]
         layers_then = here | self._layers(first_layer, num_layers)
-        before = [self._pieces[block] for block in logical_blocks] if here else [list[_Piece]() for _ in pieces]
+        others = [self._pieces[block] for block in logical_blocks] if here else []  # of each block
         if layers_then == self._all_layers:
-            whole = zip(before, pieces, strict=True)
-            block_digests = [block_digest_of(sorted([*others, piece])) for others, piece in whole] if here else digests
+            block_digests = digests
+            if here:
+                block_digests = [block_digest_of(sorted([*its, piece])) for its, piece in zip(others, pieces, strict=True)]
             complete = dict(zip(logical_blocks, block_digests, strict=True))
             if self.seal is not None and any(self.seal.digests[block] != digest for block, digest in complete.items()):
                 return False
             self.verified.update(complete)
-        for others, piece in zip(before, pieces, strict=True):
-            others.append(piece)
-        if not here:
-            self._pieces.update(zip(logical_blocks, before, strict=True))
+        if here:
+            for its, piece in zip(others, pieces, strict=True):
+                its.append(piece)
+        else:
+            self._pieces.update(zip(logical_blocks, [[piece] for piece in pieces], strict=True))
         self._layers_here.update(dict.fromkeys(logical_blocks, layers_then))
         return True
 

@@ -29,7 +29,7 @@ from common.types import KVLayout, Ticket
 from common.wire import worker_pb2
 from common.worker import WorkerSpec
 from kvtransfer import PROTOCOL_VERSION
-from kvtransfer.device import DeviceMemory, region_of
+from kvtransfer.device import region_of_pool
 from kvtransfer.native.choice import prepare
 from kvtransfer.probe import ProbeOrder, ProbeSource
 from kvtransfer.ranks.orders import RankOrders
@@ -41,7 +41,7 @@ from kvtransfer.sender import KVSender, Outgoing, TransferAccount
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.base import TransportOffer
 
-__all__ = ["MakeSender", "PoolMemory", "PrefillHandoff", "Push"]
+__all__ = ["MakeSender", "PoolMemory", "PrefillHandoff", "Push", "region_of_pool"]
 
 _log = get_logger(__name__)
 
@@ -67,20 +67,19 @@ class PrefillHandoff:
         self,
         spec: WorkerSpec,
         layout: KVLayout,
-        pool: memoryview | DeviceMemory,
+        region: BlockRegion,
         clock: Clock,
         *,
         make_sender: MakeSender = KVSender,
         ranks: Sequence[socket.socket] = (),
     ) -> None:
-        """`pool` is this process's KV memory, a whole number of blocks; `ranks` lead to the worker's other ranks, and `layout` is
-        that of blocks of all of them together."""
+        """`region` is this process's KV memory; `ranks` lead to the worker's other ranks, and `layout` is that of blocks of all
+        of them together."""
         self._spec = spec
         self._layout = layout
         secret = derive_secret(spec.cluster_token)
         self._degrees = Degrees(spec.parallel.tensor_parallel, spec.parallel.pipeline_parallel)
         own = window_of(layout, self._degrees, 0)
-        region = region_of(pool, own.block_bytes)
         self._sender = make_sender(region, own, spec.worker_id, spec.incarnation, secret, clock, lease_s=spec.transfer.lease_s)
         self._ranks = RankSenders(
             [RankEnd(region, clock), *(RankOrders(end, rank) for rank, end in enumerate(ranks, 1))],

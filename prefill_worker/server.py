@@ -2,8 +2,8 @@
 
 start: model -> engine -> hand-off -> engine thread -> ports       stop: drain -> links -> engine thread, memory
 
-`retire` stops without giving up engine and memory. Its pool lies in memory that could be shared, for the next worker in this
-process may be a decode worker.
+`retire` stops without giving up engine and memory. Its pool lies in shared memory: decode workers on this host fetch from it, and
+the next worker in this process may be one of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.tracing.tracer import header_of
 from common.types import WorkerRef
 from common.wire import worker_pb2, worker_pb2_grpc
 from common.worker import LoadedModel, WorkerSpec
-from prefill_worker.handoff import PoolMemory, PrefillHandoff
+from prefill_worker.handoff import PoolMemory, PrefillHandoff, region_of_pool
 from prefill_worker.runs import PrefillRuns
 from prefill_worker.scheduler import Event, PrefillScheduler
 
@@ -61,7 +61,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServicer):
         self._handoff = PrefillHandoff(
             self._spec,
             engine.layout,
-            engine.device_memory or engine.pool.buffer,
+            region_of_pool(self._loaded.memory, engine.device_memory, engine.pool.layout.block_bytes),
             self._clock,
             ranks=() if engine.group is None else engine.group.beside,
         )

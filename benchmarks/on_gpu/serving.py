@@ -38,9 +38,9 @@ from decode_worker.events import Event as DecodeEvent
 from decode_worker.events import Failed, Output, RemotePrefill, RemotePrefillWanted
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.step_ahead import overlaps
-from kvtransfer.device import region_of
+from kvtransfer.device import region_of_pool
 from kvtransfer.receiver import KVReceiver
-from kvtransfer.region import BlockRegion
+from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.sender import KVSender, Outgoing
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
@@ -150,10 +150,9 @@ def listen_to(connection: Connection, take: Callable[[Any], None], ended: Callab
     loop.add_reader(connection.fileno(), readable)
 
 
-def region_for(engine: Engine, device: str, blocks: BlockRegion | None) -> tuple[BlockRegion, str]:
-    if engine.device_memory is not None:
-        return region_of(engine.device_memory, engine.layout.block_bytes), "cuda_ipc"
-    return blocks or region_of(engine.pool.buffer, engine.layout.block_bytes), "shm"
+def region_for(engine: Engine, memory: PoolMemory) -> tuple[BlockRegion, str]:
+    kind = "shm" if engine.device_memory is None else "cuda_ipc"
+    return region_of_pool(memory, engine.device_memory, engine.layout.block_bytes), kind
 
 
 class _Decoding:
@@ -169,7 +168,7 @@ class _Decoding:
         self._control, self._prefill = control, prefill
         self._lane = lane
         self._model, self._settings, self._limits = model, settings, limits
-        self._shared: BlockRegion | None = None
+        self._memory = PoolMemory(touch=True)
         self._sealed: dict[str, asyncio.Future[Sealed]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -184,7 +183,7 @@ class _Decoding:
         over = asyncio.Event()
         self._loop.start(deliver=self._deliver, on_failure=lambda _: over.set())
         if self._prefill is not None:
-            region, kind = region_for(engine, self._settings.device, self._shared)
+            region, kind = region_for(engine, self._memory)
             self._receiver = KVReceiver(region, engine.layout, "d", 1, SECRET, SystemClock())
             offers = await self._receiver.start([kind], "127.0.0.1")
             self._prefill.send(Introduction(tuple(offers), region.num_blocks))
@@ -195,10 +194,6 @@ class _Decoding:
         await self._loop.stop(STOP_S)
         if self._prefill is not None:
             await self._receiver.close()
-
-    def _memory(self, block_bytes: int, blocks: int) -> memoryview:
-        self._shared = BlockRegion.create_shared(block_bytes, blocks)
-        return self._shared.buffer
 
     def _submit(self, job: Job) -> None:
         request = Request(job.name, "m", job.prompt, SamplingParams(job.max_tokens, seed=0, temperature=0.0), timeout_s=TTL_S)
@@ -258,9 +253,10 @@ async def _prefill(
     control: Connection, decode: Connection, model: str, settings: Settings, limits: PrefillSettings, lane: Lane
 ) -> None:
     notes: list[str] = []
+    memory = PoolMemory(touch=True)
     with lane():
-        engine = engine_of(model, settings, notes)
-    region, _ = region_for(engine, settings.device, None)
+        engine = engine_of(model, settings, notes, memory=memory)
+    region, _ = region_for(engine, memory)
     sender = KVSender(region, engine.layout, "p", 1, SECRET, SystemClock())
     scheduler = PrefillScheduler(limits, engine.layout, engine.blocks, SystemClock())
     core = Core(engine, scheduler, metrics_of(model, "prefill"), SystemClock(), watcher=scheduler, layer_groups=LAYER_GROUPS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.engine.engine import Engine, build_engine
+from kvtransfer.region import PoolMemory
 
 _BUILDING = threading.Lock()
 
@@ -55,17 +55,7 @@ class DecodeSettings:
     local_prefill_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """A KV pool's memory that no other process maps."""
-
-    allocate: Callable[[int, int], memoryview]
-    rank_program: str = ""  # nobody shares it
-
-
-def engine_of(
-    source: str, settings: Settings, announce: list[str], *, memory: Callable[[int, int], memoryview] | None = None
-) -> Engine:
+def engine_of(source: str, settings: Settings, announce: list[str], *, memory: PoolMemory | None = None) -> Engine:
     """`source` is random:NAME or a path. What the engine had to do without is appended to `announce`. In a process with several
     engines they are built one after the other: each takes its share of what is free, and captures its steps undisturbed."""
     with _BUILDING:
@@ -75,6 +65,6 @@ def engine_of(
             threads=1,
             model_digest=source,
             tokenizer_digest="none",
-            memory=None if memory is None else _Memory(memory),
+            memory=memory,
             announce=announce.append,
         )

@@ -24,9 +24,9 @@ from common.engine.batch import ScheduledBatch, SequenceSlice
 from common.engine.core import group_ends
 from common.engine.device_memory import DeviceAllocation
 from common.types import KVLayout, Ticket, WorkerRef
-from kvtransfer.device import region_of
+from kvtransfer.device import region_of, region_of_pool
 from kvtransfer.receiver import KVReceiver
-from kvtransfer.region import BlockRegion
+from kvtransfer.region import BlockRegion, PoolMemory
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
 from kvtransfer.ticket import derive_secret
@@ -182,9 +182,10 @@ async def _prefill(control: Connection, device: str, model: str, most_tokens: in
         kv_pool_tokens=most_tokens + 64,
         max_model_tokens=most_tokens,
     )
-    engine = engine_of(model, settings, [])
+    memory = PoolMemory(touch=True)
+    engine = engine_of(model, settings, [], memory=memory)
     layout = engine.layout
-    region = region_of(engine.device_memory or engine.pool.buffer, layout.block_bytes)
+    region = region_of_pool(memory, engine.device_memory, layout.block_bytes)
     engine.pool.tensor.normal_()
     sender = KVSender(region, layout, "p", 1, SECRET, SystemClock())
     control.send(layout)

@@ -2,8 +2,8 @@
 
     copy       contents of pieces that are copied
     digests    digests of pieces that lie where they lie
-    write      a batch from end to end: copied, digested, framed and sent, a frame at a time
-    follow     the other end of it over shared memory: announcements are read, and what they name is digested
+    write      a batch from end to end: digested, framed and sent, a frame at a time
+    follow     the other end of it over shared memory: what is ready is copied and digested, and what was stated is compared
 
 Addresses are plain numbers: whoever calls keeps the memory alive and has checked its bounds. Calls let go of the GIL.
 """
@@ -23,12 +23,13 @@ from xxhash import xxh3_128_digest
 from common.native_build import BuildError
 from kvtransfer.digest import DIGEST_BYTES, binding_of, piece_digest
 
-_INTERFACE = 3
+_INTERFACE = 5
 _CHECKED_NONCE = bytes(range(200, 216))
 _CHECKED_SIZES = (241, 256, 257, 1023, 1024, 1025, 4096, 4097, 12_288, 65_536 + 33)
 NAME_BYTES = 8
 DESCRIPTOR_BYTES = NAME_BYTES + DIGEST_BYTES
 _BYTES_PER_BUFFER = 16
+_MOST_PIECES = 1024  # of a frame: MOST of `source/pieces.cpp`
 
 _PIECE = struct.Struct("<QQQIHH")
 _NAME = struct.Struct("<IHH")
@@ -41,16 +42,15 @@ name: logical block, first layer, number of layers. Raises struct.error for what
 
 def packed_pieces(
     sources: Sequence[int],
-    destinations: Sequence[int],
     size_bytes: int,
     logical_blocks: Sequence[int],
     first_layer: int,
     num_layers: int,
 ) -> bytes:
-    """The same layers of many blocks: `packed_piece` of each, by columns, of which a piece has four of 64 bits. Raises
-    OverflowError or struct.error for what has no room."""
+    """The same layers of many blocks, which stay where they are: `packed_piece` of each, by columns, of which a piece has four of
+    64 bits. Raises OverflowError or struct.error for what has no room."""
     columns = array("Q", bytes(PIECE_BYTES * len(logical_blocks)))
-    columns[0::4], columns[1::4] = array("Q", sources), array("Q", destinations)
+    columns[0::4] = array("Q", sources)
     columns[2::4] = array("Q", (size_bytes,)) * len(logical_blocks)
     (layers,) = _WORD.unpack(_NAME.pack(0, first_layer, num_layers))
     columns[3::4] = array("Q", [layers + block for block in array("I", logical_blocks)])
@@ -80,26 +80,30 @@ _pack_link = struct.Struct("=iiII32s28sI").pack  # the outlet, a header, what di
 
 
 class WriterEntry(ctypes.Structure):
-    """A writer that was let in, as `follow` knows it: `blocks` is the address of its ticket's blocks, 32 bits each."""
+    """A writer that was let in, as `follow` knows it: `blocks` is the address of its ticket's blocks, 32 bits each, `here` that
+    of a byte for each layer of each of them."""
 
     _fields_ = (
-        ("header", ctypes.c_uint8 * 32),  # of an announcement without pieces
+        ("header", ctypes.c_uint8 * 32),  # of a READY without pieces
         ("binding", ctypes.c_uint8 * 28),
         ("first_block", ctypes.c_uint32),
         ("num_blocks", ctypes.c_uint32),
         ("padding", ctypes.c_uint32),
         ("blocks", ctypes.c_uint64),
-        ("left_bytes", ctypes.c_uint64),  # that it has not announced yet
+        ("left_bytes", ctypes.c_uint64),  # of which it has not said yet that they are ready
+        ("here", ctypes.c_uint64),  # 1: was fetched, or is not this writer's
     )
 
 
 class FollowedPool(ctypes.Structure):
-    """Where announced pieces lie, the socket that they are announced on, and when a call is over."""
+    """Where pieces go, the peer's pool that they lie in, the socket that they are announced on, and when a call is over."""
 
     _fields_ = (
         ("address", ctypes.c_uint64),
         ("block_bytes", ctypes.c_uint64),
         ("layer_bytes", ctypes.c_uint64),
+        ("source", ctypes.c_uint64),
+        ("source_bytes", ctypes.c_uint64),
         ("num_layers", ctypes.c_uint32),
         ("socket", ctypes.c_int32),
         ("most_bytes", ctypes.c_uint64),
@@ -119,15 +123,30 @@ class InboxEntry(ctypes.Structure):
     )
 
 
-class Followed(ctypes.Structure):
-    """What a call of `follow` has found: so many pieces, how many of them do not have the digest that was announced, which
-    writer's they are, and whether the socket was empty after them."""
+class Fetched(ctypes.Structure):
+    """What was fetched last, and found to be, of which a part was stated: kept from call to call. No more than a frame has."""
 
     _fields_ = (
+        ("header", ctypes.c_uint8 * 32),  # of a statement without pieces
+        ("num_pieces", ctypes.c_uint32),
+        ("num_stated", ctypes.c_uint32),
+        ("names", ctypes.c_uint8 * (NAME_BYTES * _MOST_PIECES)),
+        ("digests", ctypes.c_uint8 * (DIGEST_BYTES * _MOST_PIECES)),
+    )
+
+
+class Followed(ctypes.Structure):
+    """What a call of `follow` has found, all of one writer: so many pieces that were fetched and stated, how many of them do not
+    have the digest that was stated, how many fetched pieces the peer was not told of, whether the socket was empty after them,
+    and whether there was more than is enough for a call."""
+
+    _fields_ = (
+        ("nonce", ctypes.c_uint8 * 16),
         ("num_pieces", ctypes.c_uint64),
         ("num_unlike", ctypes.c_uint64),
-        ("writer", ctypes.c_uint64),
-        ("drained", ctypes.c_uint64),
+        ("num_untold", ctypes.c_uint64),
+        ("drained", ctypes.c_uint32),
+        ("enough", ctypes.c_uint32),
     )
 
 
@@ -153,8 +172,8 @@ class PieceKernel:
         self._write.argtypes = (text, text, pointer, number, pointer, pointer, pointer)
         self._write.restype = ctypes.c_int64
         self.follow = library.pdserve_pieces_follow
-        """Takes pool, writers and their number, inbox; then room for descriptors and digests, and for what was found."""
-        self.follow.argtypes = (pointer, pointer, number, pointer, pointer, pointer, pointer)
+        """Takes pool, writers and their number, inbox, what was fetched; room for descriptors, digests, and what was found."""
+        self.follow.argtypes = (pointer, pointer, number, pointer, pointer, pointer, pointer, pointer)
         self.follow.restype = None
 
     def copy(self, pieces: Sequence[bytes]) -> list[bytes]:
@@ -173,7 +192,7 @@ class PieceKernel:
     def write(
         self, pieces: bytes, ends: Sequence[int], outlet: Outlet, nonce: bytes, header: bytes, *, with_payload: bool
     ) -> tuple[list[bytes], Outcome]:
-        """Copies and digests packed pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the
+        """Digests packed pieces of at least `least_bytes`, and sends a frame before each of the ascending `ends`, the
         last of which is their number: `header` with its own count of pieces, and amount of payload if there is any; descriptors;
         payload. Returns the digests of those whose frames were sent in full."""
         frames = array("I", ends)

@@ -1,7 +1,7 @@
 """Writes a batch over a socket with the compiled library: each call takes some frames from their pieces to the wire.
 
 The interpreter is asked between calls whether the batch is still wanted; a call is over after `CALL_BYTES`, or soon after the
-socket has kept it waiting. What is in a frame, and where pieces are copied to, is the caller's affair.
+socket has kept it waiting. What is in a frame is the caller's affair.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from common.clock import SystemClock
 from common.config import pdserve_home
 from common.errors import IllegalTransition, PdserveError
 from common.logs import get_logger
-from kvtransfer.device import DeviceMemory, region_of
+from kvtransfer.device import DeviceMemory, region_of_pool
 from kvtransfer.native.choice import prepare
 from kvtransfer.ranks.orders import (
     Fields,
@@ -48,7 +48,7 @@ class Beside:
 
     def serve(self, end: socket.socket, device_memory: DeviceMemory | None, block_bytes: int) -> None:
         """Once the pool is there: in `memory`, or on a device. Blocking, as `serve`."""
-        serve(end, self.memory.region if device_memory is None else region_of(device_memory, block_bytes))
+        serve(end, region_of_pool(self.memory, device_memory, block_bytes))
 
 
 def serve(end: socket.socket, region: BlockRegion) -> None:

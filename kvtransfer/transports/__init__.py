@@ -3,7 +3,7 @@
 | kind     | for                     | how                                               | a writer that does not answer |
 |----------|-------------------------|---------------------------------------------------|-------------------------------|
 | inproc   | tests, simulations      | copies within the process                         | its link must end             |
-| shm      | two processes, one host | the peer maps the pool; one memcpy                | its process must end or go on |
+| shm      | two processes, one host | copied out of the peer's pool, which is mapped    | is fenced at once             |
 | cuda_ipc | two processes, one GPU  | the peer opens the pool; one launch for a batch   | its process must end or go on |
 | tcp      | anywhere                | bytes pass through the owner of the pool          | is fenced at once             |
 | tcp_int8 | slow networks           | as tcp, a byte a value: lossy (`wire_dtype`)      | is fenced at once             |

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from common.errors import HandshakeRefused, TransferBroken
 from kvtransfer.transports.base import LinkCredentials, PeerName
 
-LINK_VERSION = 2
+LINK_VERSION = 3
 AUTHENTICATION_TIMEOUT_S = 5.0
 MAX_NAME_BYTES = 256
 CHALLENGE_BYTES = 32

@@ -11,6 +11,7 @@
       landing.link_lost, exactly once, last                    close()
     link.credit(nonce, bytes)  --------------------------->    news.credited
     link.pulse(nonce)          --------------------------->    news.renewed
+    pieces that it has fetched --------------------------->    news.taken                where it reads the sources by itself
 
 What travels are pieces: some layers of one logical block, next to each other in memory. The pieces of a block are disjoint and
 together cover it. How much may be on its way is the receiver's decision: a writer spends credit as it writes and gets it back for
@@ -68,7 +69,8 @@ class PieceName(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What to write where. `source` has the bytes of the named layers and must not change until the write has returned."""
+    """What to write where. `source` has the bytes of the named layers and must not change until the write has returned, or, of
+    pieces that were `lent`, until they were `taken`."""
 
     name: PieceName
     destination_offset_bytes: int  # into the pool
@@ -138,7 +140,8 @@ class Landing(Protocol):
         ...
 
     def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
-        """Of a writer that was let in, for a link that looks at what is written before it reports it. None = look not."""
+        """Of a writer that was let in and may still write, for a link that puts pieces into the pool and looks at them before it
+        reports them; asked anew before it does. None = one piece at a time, each at its `destination`."""
         ...
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
@@ -174,6 +177,15 @@ class WriterNews(Protocol):
         """That many more bytes may be written: the grant's first credit, then what was verified."""
         ...
 
+    def lent(self, num_pieces: int) -> None:
+        """So many of the pieces that were just written lie where they lay, and the decode side reads them there."""
+        ...
+
+    def taken(self, num_pieces: int) -> None:
+        """So many of those are not read any more, whatever became of them. May be told before `lent` is, of the same write. Who
+        gives up need not wait for it: what is read of a source that has changed does not have its digest."""
+        ...
+
     def renewed(self) -> None:
         """The decode side lives and still wants this transfer."""
         ...
@@ -195,8 +207,8 @@ class SenderLink(Protocol):
 
     async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
         """Writes in order and returns the digests; fewer than `pieces` if `stop` said so in between. When it has returned or
-        raised, the sources are not read any more and nothing of these pieces is still being written by this side. Not to be
-        cancelled: ask through `stop`, or `drop` the link."""
+        raised, the sources are not read any more, but for those that are `lent`, and nothing of these pieces is still being
+        written by this side. Not to be cancelled: ask through `stop`, or `drop` the link."""
         ...
 
     def pulse(self, nonce: bytes) -> None:

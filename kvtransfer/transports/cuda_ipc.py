@@ -9,7 +9,7 @@
 A handle is bytes of the driver's; it is neither an object nor code. Copies run on a stream of their own beside the steps of both
 engines. The lane waits for the event behind a batch and only then says WRITTEN: what is announced is there.
 
-As with shm the writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A link that is
+The writer cannot be fenced: d's blocks stay in quarantine until p says CLOSE or its socket ends. A link that is
 closed lets go of the pool first. A process that dies takes its work on the device along before its sockets end, which is the
 driver's doing; one that is stopped may have a batch in the device's queue, and that batch runs: no timeout makes such a block
 safe, and none is used.

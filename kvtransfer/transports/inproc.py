@@ -1,4 +1,4 @@
-"""Both ends in one process and on one event loop, for tests and simulations: the contract of shm without processes and threads.
+"""Both ends in one process and on one event loop, for tests: the contract of cuda_ipc without processes, threads and a GPU.
 
 The sender copies into the receiver's region by itself, one piece per turn of the event loop, so a cancel can fall between any two
 pieces; nobody fences it. The proofs of identity are the real ones, passed by hand.

@@ -27,10 +27,17 @@ class Lane:
         """`failed` is told on the loop of each error that ends a job, before who waits for it is."""
         self._loop = asyncio.get_running_loop()
         self._failed = failed
+        self._num_started = 0  # and not told the end of
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    @property
+    def idle(self) -> bool:
+        """All jobs that were started are done, and the loop has been told."""
+        return self._num_started == 0
 
     def start(self, job: Callable[[], Result]) -> asyncio.Future[Result]:
         future: asyncio.Future[Result] = self._loop.create_future()
+        self._num_started += 1
         self._thread.submit(job).add_done_callback(partial(self._done, future))
         return future
 
@@ -45,6 +52,7 @@ class Lane:
             self._loop.call_soon_threadsafe(self._tell, future, work)
 
     def _tell(self, future: asyncio.Future[Any], work: Future[Any]) -> None:
+        self._num_started -= 1
         error = work.exception()
         if error is not None:
             self._failed(error)

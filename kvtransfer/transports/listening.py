@@ -21,6 +21,10 @@ MAX_UNAUTHENTICATED = 64
 ACCEPT_BACKOFF_S = 0.1
 
 
+async def nothing_more(sock: socket.socket) -> None:
+    """Frames follow at once."""
+
+
 class StreamListener:
     """Accepts, authenticates, and keeps the links of one listening socket."""
 
@@ -35,15 +39,13 @@ class StreamListener:
         *,
         kind: str,
         data_kind: FrameKind,
-        introduce: Callable[[socket.socket], Awaitable[None]],  # what follows authentication, before the first frame
+        introduce: Callable[[socket.socket], Awaitable[None]] = nothing_more,  # what follows authentication
     ) -> None:
         self.address = address
         self._sock = sock
         self._landing = landing
         self._credentials = credentials
         self._shape = PoolShape(region.num_blocks, region.block_bytes)
-        announced = data_kind is FrameKind.WRITTEN and not region.on_device
-        self._pool_address = region.address if announced else None
         self._layout = layout
         self._kind = kind
         self._data_kind = data_kind
@@ -104,5 +106,4 @@ class StreamListener:
             kind=self._kind,
             data_kind=self._data_kind,
             on_end=self._links.discard,
-            pool_address=self._pool_address,
         )

@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -32,23 +33,25 @@ from common.errors import StartupError, TransferBroken
 _SAME_HOST = {"engine_config": "TLS=^tcp,NET_DEVICES=lo", "ucx_error_handling_mode": "none"}
 _NETWORK = {"ucx_error_handling_mode": "peer"}
 _NO_TRANSFER = 0
+_loading = threading.Lock()
 
 Result = TypeVar("Result")
 
 
 def load_nixl() -> Any:
     """The bindings of the library; slow the first time. Raises StartupError if it is not installed."""
-    first = "nixl_cu13" not in sys.modules
-    raise_exceptions = logging.raiseExceptions
-    try:
-        bindings = importlib.import_module("nixl_cu13._bindings")
-    except ImportError as error:
-        raise StartupError("KV transfer over NIXL needs more: pip install pdserve[nixl]", param="transports") from error
-    if first:  # the package around them takes over standard output for its messages, and a switch of everybody's logging
-        logging.raiseExceptions = raise_exceptions
-        logger = logging.getLogger("nixl")
-        logger.handlers.clear()
-        logger.propagate = True
+    with _loading:  # two at once would each take the other's state of logging for what it was before
+        first = "nixl_cu13" not in sys.modules
+        raise_exceptions = logging.raiseExceptions
+        try:
+            bindings = importlib.import_module("nixl_cu13._bindings")
+        except ImportError as error:
+            raise StartupError("KV transfer over NIXL needs more: pip install pdserve[nixl]", param="transports") from error
+        if first:  # the package around them takes over standard output for its messages, and a switch of everybody's logging
+            logging.raiseExceptions = raise_exceptions
+            logger = logging.getLogger("nixl")
+            logger.handlers.clear()
+            logger.propagate = True
     return bindings
 
 

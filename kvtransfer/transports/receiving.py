@@ -1,4 +1,4 @@
-"""The decode worker's end of a link over a socket, shared by tcp and shm: reads frames and reports.
+"""The decode worker's end of a link over a socket, shared by all that have one: reads frames and reports.
 
     frames: OPEN ... BLOCKS|WRITTEN ... CLOSE ... -> end of the link -> landing.link_lost
 
@@ -6,10 +6,9 @@ A link reads on the event loop: header, table of pieces, and then straight into 
 with one system call. It asks anew before each read: once the landing says "nowhere", what is still on the wire goes to scratch.
 Where no payload comes over the socket, all frames that are there are read at once; else a header and as long a table as the last
 one was, and what turns out to be payload is copied to its place. At most `READS_PER_WAKEUP` reads happen, and pieces of about
-`BYTES_PER_WAKEUP` are looked at, before others get their turn. Where a writer writes into the pool by itself, and a compiled
-library is there, that reads what is announced and digests it meanwhile (`native.following`). A peer that breaks the rules is hung
-up on. If it writes into the pool by itself (shm), it is only told so, and the link counts as lost when it has hung up in turn:
-before that it may still be writing.
+`BYTES_PER_WAKEUP` are looked at, before others get their turn. A peer that breaks the rules is hung up on. If it writes into
+the pool by itself (cuda_ipc), it is only told so, and the link counts as lost when it has hung up in turn: before that it may
+still be writing.
 """
 
 from __future__ import annotations
@@ -24,19 +23,16 @@ from common.errors import TransferBroken
 from common.types import KVLayout
 from kvtransfer.frames import HEADER_BYTES, MAX_TABLE_BYTES, Frame, FrameKind, decode_header, decode_table
 from kvtransfer.layout import layer_bytes as pool_layer_bytes
-from kvtransfer.native.choice import piece_kernel
-from kvtransfer.native.following import Following, PoolPlaces
 from kvtransfer.transports.base import Landing, PeerName, Refusal, Written
 
 READS_PER_WAKEUP = 4
-PARTS_PER_WAKEUP = 64  # headers and tables that are looked at beside native code
 BYTES_PER_WAKEUP = 4 * 1024 * 1024  # announced by the frames that are looked at in one turn
 MAX_PLACES_PER_READ = 64
 MIN_READ_BYTES, MAX_READ_BYTES = 64 * 1024, 1024 * 1024  # places are asked for in proportion to what a read brought last
 WORTH_WAKING_BYTES = 512 * 1024
 
 
-class _Part(enum.Enum):
+class Part(enum.Enum):
     """What comes next on the wire."""
 
     HEADER = "header"
@@ -45,7 +41,7 @@ class _Part(enum.Enum):
     REMAINS = "remains"  # of a peer that broke the rules: read for its end only
 
 
-_FRAMED = (_Part.HEADER, _Part.TABLE)
+_FRAMED = (Part.HEADER, Part.TABLE)
 
 
 class StreamReceiverLink:
@@ -60,7 +56,6 @@ class StreamReceiverLink:
         data_kind: FrameKind,  # BLOCKS: payload comes over the socket; WRITTEN: the peer writes into the pool
         on_end: Callable[[StreamReceiverLink], None],
         layer_bytes: int | None = None,  # on the wire; None = as in the pool
-        pool_address: int | None = None,  # where the peer's pieces can be read while it writes more of them
     ) -> None:
         self.kind = kind
         self.peer = peer
@@ -72,7 +67,7 @@ class StreamReceiverLink:
         self._data_kinds = frozenset({data_kind})
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._part = _Part.HEADER
+        self._part = Part.HEADER
         self._inbox = memoryview(bytearray(HEADER_BYTES + MAX_TABLE_BYTES))
         self._begin = self._end = 0  # of what was read there and not looked at: a part of a header or a table, or more
         self._reads_ahead_bytes = len(self._inbox) if data_kind is FrameKind.WRITTEN else HEADER_BYTES
@@ -87,8 +82,6 @@ class StreamReceiverLink:
         self._read_bytes = MIN_READ_BYTES
         self._enough_bytes = 1  # for the kernel to wake us
         self._ended = False
-        self._pool_address = pool_address
-        self._following: Following | None = None  # once there is a writer that native code can follow
         self._loop.add_reader(sock, self._readable)
 
     def end(self) -> None:
@@ -114,7 +107,7 @@ class StreamReceiverLink:
         self._say(Frame(FrameKind.PULSE, nonce))
 
     def _say(self, frame: Frame) -> None:
-        if self._ended or self._part is _Part.REMAINS:
+        if self._ended or self._part is Part.REMAINS:
             return
         data = frame.encode()
         try:
@@ -129,10 +122,7 @@ class StreamReceiverLink:
     def _readable(self) -> None:
         if self._ended:
             return
-        self._allowance_bytes = BYTES_PER_WAKEUP
-        if self._following is not None:
-            self._follow(self._following)
-            return
+        self._begin_turn()
         self._handle_frames()  # that were left to this turn
         for _ in range(READS_PER_WAKEUP):
             if self._ended or self._has_more or not self._read_once():
@@ -144,31 +134,20 @@ class StreamReceiverLink:
         else:
             self._wait_for_enough()
 
-    def _follow(self, following: Following) -> None:
-        """Announcements are read and looked after by native code, everything else here; after a report others get their turn."""
-        for _ in range(PARTS_PER_WAKEUP):
-            if self._part is _Part.HEADER:
-                nonce, pieces, self._begin, self._end, drained = following.follow(self._begin, self._end)
-                if pieces:
-                    self._landing.pieces_written(self, nonce, pieces)
-                if drained or self._ended:
-                    return
-                if pieces:
-                    break
-            if self._has_more:
-                self._handle_part()
-            elif not self._read_once():
-                return
-            if self._ended:
-                return
-            if self._allowance_bytes <= 0:
-                break
-        self._loop.call_soon(self._readable)
+    def _begin_turn(self) -> None:
+        self._allowance_bytes = BYTES_PER_WAKEUP
+
+    def _note_looked_at(self, size_bytes: int) -> None:
+        self._allowance_bytes -= size_bytes
+
+    @property
+    def _turn_is_over(self) -> bool:
+        return self._allowance_bytes <= 0
 
     def _read_once(self) -> bool:
         """One receive; False when the socket has no more for now, or for ever."""
         try:
-            if self._part is _Part.PAYLOAD:
+            if self._part is Part.PAYLOAD:
                 received, whole = self._sock.recvmsg_into(self._places())[0], False
             else:
                 target = self._target()
@@ -181,10 +160,10 @@ class StreamReceiverLink:
         if received == 0:
             self.end()
             return False
-        if self._part is _Part.PAYLOAD:
+        if self._part is Part.PAYLOAD:
             self._read_bytes = min(max(2 * received, MIN_READ_BYTES), MAX_READ_BYTES)
             self._payload_received(received)
-        elif self._part is not _Part.REMAINS:
+        elif self._part is not Part.REMAINS:
             self._end += received
             self._handle_frames()
         return not whole
@@ -192,7 +171,7 @@ class StreamReceiverLink:
     def _wait_for_enough(self) -> None:
         """In the middle of a payload it is not worth while to wake up for a single packet; but what is left must wake us."""
         enough_bytes = 1
-        if self._part is _Part.PAYLOAD:
+        if self._part is Part.PAYLOAD:
             enough_bytes = min(self._payload_left_bytes, WORTH_WAKING_BYTES)
         if enough_bytes != self._enough_bytes:
             self._enough_bytes = enough_bytes
@@ -200,7 +179,7 @@ class StreamReceiverLink:
 
     def _target(self) -> memoryview:
         """For the rest of a header or a table, and for what may come behind it."""
-        if self._part is _Part.REMAINS:
+        if self._part is Part.REMAINS:
             return self._inbox
         if self._begin == self._end:
             self._begin = self._end = 0
@@ -212,7 +191,7 @@ class StreamReceiverLink:
 
     @property
     def _part_bytes(self) -> int:
-        return HEADER_BYTES if self._part is _Part.HEADER else self._frame.table_bytes
+        return HEADER_BYTES if self._part is Part.HEADER else self._frame.table_bytes
 
     @property
     def _has_more(self) -> bool:
@@ -220,7 +199,7 @@ class StreamReceiverLink:
         return self._part in _FRAMED and self._end - self._begin >= self._part_bytes
 
     def _handle_frames(self) -> None:
-        while not self._ended and self._has_more and self._allowance_bytes > 0:
+        while not self._ended and self._has_more and not self._turn_is_over:
             self._handle_part()
 
     def _handle_part(self) -> None:
@@ -228,12 +207,12 @@ class StreamReceiverLink:
         part = self._inbox[self._begin : self._begin + self._part_bytes]
         self._begin += len(part)
         try:
-            if self._part is _Part.HEADER:
+            if self._part is Part.HEADER:
                 self._header_received(decode_header(part, block_bytes=self._layout.block_bytes))
             else:
-                self._part = _Part.HEADER
-                self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
-            while self._part is _Part.PAYLOAD and self._begin < self._end:
+                self._part = Part.HEADER
+                self._tabled(part)
+            while self._part is Part.PAYLOAD and self._begin < self._end:
                 self._take_payload()
         except TransferBroken:
             self._condemn()
@@ -244,41 +223,30 @@ class StreamReceiverLink:
                 answer = self._landing.writer_opened(self, frame.nonce)
                 kind = FrameKind.REFUSE if isinstance(answer, Refusal) else FrameKind.GRANT
                 self._say(Frame(kind, frame.nonce, amount=answer))
-                self._let_in(frame.nonce)
             case FrameKind.CLOSE:
-                if self._following is not None:
-                    self._following.forget(frame.nonce)
                 self._landing.writer_closed(self, frame.nonce)
             case FrameKind.PULSE:
                 self._landing.writer_alive(self, frame.nonce)
             case kind if kind in self._data_kinds:
                 self._frame = frame
-                self._part = _Part.TABLE
+                self._part = Part.TABLE
             case _:
                 raise TransferBroken(f"a {frame.kind.name} frame does not belong on a {self.kind} link")
 
-    def _let_in(self, nonce: bytes) -> None:
-        kernel = piece_kernel()
-        if kernel is None or self._pool_address is None or self._layer_bytes < kernel.least_bytes:
-            return
-        ticket = self._landing.ticket_of(self, nonce)
-        if ticket is None:
-            return
-        if self._following is None:
-            places = PoolPlaces(self._pool_address, self._layout.block_bytes, self._layer_bytes, self._layout.num_layers)
-            self._following = Following(kernel, self._sock.fileno(), places, self._inbox)
-        self._following.let_in(ticket)
+    def _tabled(self, part: memoryview) -> None:
+        """The table of the frame is here."""
+        self._table_received(decode_table(self._frame, part, self._layout.num_layers, self._layer_bytes))
 
     def _table_received(self, pieces: list[Written]) -> None:
         if self._frame.kind is FrameKind.BLOCKS:
-            self._part = _Part.PAYLOAD
+            self._part = Part.PAYLOAD
             self._pieces = pieces
             self._next = self._into_piece = 0
             self._payload_left_bytes = self._frame.amount
             self._dropping = False
             self._reads_ahead_bytes = HEADER_BYTES + self._frame.table_bytes
         else:
-            self._allowance_bytes -= sum([name.num_layers for name, *_ in pieces]) * self._layer_bytes
+            self._note_looked_at(sum([name.num_layers for name, *_ in pieces]) * self._layer_bytes)
             self._landing.pieces_written(self, self._frame.nonce, pieces)
 
     # -- payload ------------------------------------------------------------------------------------------------------
@@ -337,13 +305,13 @@ class StreamReceiverLink:
 
     def _end_of_piece(self) -> None:
         if self._next == len(self._pieces):
-            self._part = _Part.HEADER
+            self._part = Part.HEADER
             self._pieces = []
 
     def _condemn(self) -> None:
         if self.fences_locally:
             self.end()
             return
-        self._part = _Part.REMAINS
+        self._part = Part.REMAINS
         with contextlib.suppress(OSError):  # already gone: the next read says so
             self._sock.shutdown(socket.SHUT_WR)

@@ -5,9 +5,10 @@
     lane thread   ---- send OPEN ---- write a batch, another ... ---- send CLOSE ----      in order, one at a time
 
 Digests, copies and sends happen in the lane, so that neither a large block nor a slow peer stops the event loop; other links have
-lanes of their own. Batches of several transfers take turns in the lane, and so do pulses: one that finds the lane busy waits for
-its turn, and a second one for the same transfer is not queued behind it. How bytes get to the peer is the `BatchWriter`'s
-business.
+lanes of their own. Only the first bytes of a batch may leave from the loop, while the lane has nothing to do: the peer is woken
+by them while the lane is. Batches of several transfers take turns in the lane, and so do pulses: one that finds the lane busy
+waits for its turn, and a second one for the same transfer is not queued behind it. How bytes get to the peer is the
+`BatchWriter`'s business.
 
 The end of a link, in this order: the lane stops (a send that waits is woken, a copy under way runs to its end), the writer lets
 go of the peer's memory, then the socket is closed. So whoever sees the socket end knows that nothing is written any more.
@@ -32,6 +33,7 @@ STALL_TIMEOUT_S = 10.0  # a peer that takes no bytes for so long is given up
 PATIENCE_S = 0.05  # native code that has waited for so long asks whether its batch is still wanted
 MAX_BUFFERS_PER_SEND = 512
 REPLY_BUFFER_BYTES = 64 * HEADER_BYTES
+_NEWS = frozenset({FrameKind.CREDIT, FrameKind.PULSE, FrameKind.TAKEN})
 
 Result = TypeVar("Result")
 Send = Callable[[Sequence[bytes | memoryview]], None]
@@ -172,6 +174,16 @@ class StreamSenderLink:
             raise self.lost
         return await self._lane.start(job)
 
+    def _say_ahead(self, data: bytes) -> int:
+        """How many of these bytes are sent already, from the loop: none if the lane has something to do, for it may be sending.
+        The rest is to be the first thing that the next job sends."""
+        if self.lost is not None or not self._lane.idle:
+            return 0
+        try:
+            return self._sock.send(data)
+        except OSError:  # there is no room now; or the next job finds out what else it is
+            return 0
+
     def _job_failed(self, error: BaseException) -> None:
         if isinstance(error, TransferBroken):
             self.drop(error)
@@ -199,11 +211,13 @@ class StreamSenderLink:
     def _replied(self, frame: Frame) -> None:
         if frame.kind is FrameKind.GRANT or frame.kind is FrameKind.REFUSE:
             self._answered(frame)
-        elif frame.kind is FrameKind.CREDIT or frame.kind is FrameKind.PULSE:
+        elif frame.kind in _NEWS:
             news = self._news.get(frame.nonce)
             if news is not None:
                 news.renewed()
-                if frame.amount:
+                if frame.kind is FrameKind.TAKEN:
+                    news.taken(frame.amount)
+                elif frame.amount:
                     news.credited(frame.amount)
         else:
             raise TransferBroken(f"a {frame.kind.name} frame does not come from a decode worker")

@@ -74,7 +74,7 @@ class WireWriter:
         ends = _ends_of_frames(sizes_bytes)
         if kernel is None or not isinstance(send, SocketSend) or min(sizes_bytes, default=0) < kernel.least_bytes:
             return partial(_write_here, nonce, pieces, ends, stop, send)
-        packed = columns.packed(None)
+        packed = columns.packed()
         return partial(write_natively, kernel, send, FrameKind.BLOCKS, nonce, packed, sizes_bytes, ends, stop)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Unix sockets with abstract names: a process on this host finds them by name, and a kill leaves nothing behind.
 
-They carry handles and descriptors; KV does not travel here. Who may connect is `authentication`'s business.
+They carry handles, descriptors and frames; of KV no more than what was made for a peer. Who may connect is `authentication`'s
+business.
 """
 
 from __future__ import annotations

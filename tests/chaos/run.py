@@ -23,7 +23,7 @@ def main() -> int:
     from support.chaos import campaign
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", choices=["processes", "link", "transport", "rpc", "recut", "healthy"])
+    parser.add_argument("--only", default="", choices=["processes", "link", "transport", "rpc", "recut", "unfenced", "healthy"])
     parser.add_argument("--transports", default="", help="comma-separated; default: all that are installed")
     parser.add_argument("--verbose", action="store_true", help="a line per cell")
     chosen = parser.parse_args()

@@ -22,7 +22,7 @@ from support.chaos.cells import (
     rpc_cell,
     transport_cell,
 )
-from support.chaos.fault_transport import TransportFault
+from support.chaos.fault_transport import CORRUPTING, TransportFault, faults_over
 from support.chaos.oracle import Oracle
 from support.chaos.processes import Times
 from support.chaos.rig import Ending, Rig, running_rig
@@ -48,6 +48,7 @@ class Bench:
         *,
         proxied: bool = False,
         prefill_block_tokens: int | None = None,
+        fences: bool = True,
         sabotage: bool = False,
     ) -> AbstractAsyncContextManager[Rig]:
         return running_rig(
@@ -59,6 +60,7 @@ class Bench:
             times=TIMES,
             proxied=proxied,
             prefill_block_tokens=prefill_block_tokens,
+            fences=fences,
             sabotage=sabotage,
         )
 
@@ -93,13 +95,17 @@ IS_NOT_NOTICED: tuple[tuple[Step, Signal], ...] = (
     (DecodeStep.HALF_VERIFIED, Signal.KILL),
     (DecodeStep.WRITER_LET_IN, Signal.STOP_CONT),
 )
+BAD = (TransportFault.FLIPPED, TransportFault.SEAL_LIES, TransportFault.WRITTEN_LATE, TransportFault.MISPLACED)
+OFFERED: tuple[tuple[Step, Signal], ...] = ((DecodeStep.OFFERED, Signal.STOP_CONT), (DecodeStep.OFFERED, Signal.KILL))
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_a_worker_dies_or_stops_at_a_step(bench: Bench, transport: str) -> None:
     for policy, cells in ((Policy.NEVER, SURFACES), (Policy.AUTO, IS_NOT_NOTICED)):
         async with bench.rig(transport, policy) as rig:
-            for number, (step, signal_) in enumerate(cells):
+            for number, (step, signal_) in enumerate(
+                cells if policy is Policy.NEVER or transport == "tcp" else (*cells, *OFFERED)
+            ):
                 cell = without_problems(await process_cell(rig, policy, step, signal_, number))
                 assert cell.reached
                 if policy is Policy.NEVER:
@@ -118,10 +124,11 @@ async def test_a_bad_network_costs_time_and_nothing_else(bench: Bench, fault: Li
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_bad_memory_and_bad_writers_are_found_out(bench: Bench, transport: str) -> None:
     async with bench.rig(transport, Policy.NEVER) as rig:
-        for fault in (TransportFault.FLIPPED, TransportFault.SEAL_LIES, TransportFault.WRITTEN_LATE):
+        for fault in [fault for fault in BAD if fault in faults_over(transport)]:
             cell = without_problems(await transport_cell(rig, Policy.NEVER, fault, 24, 1))
-            assert cell.faulted
+            assert cell.faulted, fault
             assert cell.undetected == 0
+            assert fault not in CORRUPTING or cell.corruptions > 8, fault
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -141,12 +148,21 @@ async def test_lost_and_doubled_calls(bench: Bench) -> None:
             ("Handshake", RpcFault.RESPONSE_LOST),
             ("Run", RpcFault.RESPONSE_LOST),
             ("Run", RpcFault.DUPLICATED),
-            ("Release", RpcFault.REQUEST_LOST),
             ("Generate", RpcFault.RESPONSE_LOST),
         ):
             cell = without_problems(await rpc_cell(rig, Policy.AUTO, method, fault, 8, 1))
             assert cell.faulted, (method, fault)
         without_problems(await info_cell(rig, RpcFault.RESPONSE_LOST))
+
+
+async def test_blocks_whose_writer_cannot_be_shut_out_are_kept_until_it_has_stopped(bench: Bench) -> None:
+    async with bench.rig("shm", Policy.NEVER, fences=False) as rig:
+        for number, signal_ in enumerate((Signal.STOP_CONT, Signal.STOP_KILL)):
+            cell = without_problems(await process_cell(rig, Policy.NEVER, PrefillStep.MID_WRITE, signal_, number))
+            assert cell.outcomes[0].ending is Ending.ERROR, "the fault had no effect"
+    async with bench.rig("shm", proxied=True, fences=False) as rig:
+        cell = without_problems(await rpc_cell(rig, Policy.AUTO, "Release", RpcFault.REQUEST_LOST, 8, 1))
+        assert cell.faulted
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -168,6 +184,13 @@ async def test_a_worker_that_verifies_nothing_is_found_out(bench: Bench, transpo
     assert any(outcome.ending is Ending.WRONG for outcome in cell.outcomes), "other KV, and nobody noticed other tokens"
     assert cell.undetected > 8
     assert any("touched" in problem for problem in cell.problems)
+
+
+async def test_blocks_that_are_freed_too_early_are_seen(bench: Bench) -> None:
+    async with bench.rig("shm", Policy.NEVER) as rig:
+        rig.fences = False  # and yet its decode worker frees the blocks of whom it shuts out
+        cell = await process_cell(rig, Policy.NEVER, PrefillStep.MID_WRITE, Signal.STOP_CONT, 0)
+    assert any("freed while a stopped process" in problem for problem in cell.problems)
 
 
 async def test_what_is_held_is_seen(bench: Bench) -> None:

@@ -1,7 +1,8 @@
 """A prefill worker's transfer end in a process of its own, to be stopped and killed. Obeys JSON lines on stdin, answers each.
 
 {"do": "connect", "kind", "address", "pool_blocks"} · {"do": "open", "ticket"} · {"do": "push", "blocks"} · {"do": "finish"}
-{"do": "half", "logical"}: a header and half of its block, then nothing (tcp) · {"do": "release", "nonce"}
+{"do": "half", "logical"}: tcp: a header and half of its block, then nothing; shm: where it lies, and not what it is
+{"do": "release", "nonce"}
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from common.clock import SystemClock
 from common.errors import PdserveError
 from common.types import KVLayout, Ticket
 from kvtransfer.digest import piece_digest
-from kvtransfer.frames import Frame, FrameKind, encode_table
+from kvtransfer.frames import Frame, FrameKind, encode_places, encode_table
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender, Outgoing
 from kvtransfer.ticket import derive_secret
@@ -60,6 +61,11 @@ class Peer:
                 link, nonce, logical = self.outgoing._link, self.outgoing.ticket.nonce, order["logical"]
                 block = self.region.block(logical)
                 name = PieceName(logical, 0, LAYOUT.num_layers)
+                if link.kind == "shm":  # type: ignore[union-attr]
+                    table = encode_places([logical], 0, LAYOUT.num_layers, [logical * LAYOUT.block_bytes])
+                    ready = Frame(FrameKind.READY, nonce, 1).encode() + table
+                    await link._in_lane(lambda: link._send([ready]))  # type: ignore[union-attr]
+                    return None
                 announced = Frame(FrameKind.BLOCKS, nonce, 1, len(block)).encode()
                 announced += encode_table([name], [piece_digest(block, nonce, *name)])
                 await link._in_lane(lambda: link._send([announced, block[: len(block) // 2]]))  # type: ignore[union-attr]

@@ -15,17 +15,21 @@ from kvtransfer.frames import (
     HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_PIECES,
+    PLACE_BYTES,
     Frame,
     FrameKind,
     decode_header,
+    decode_places,
     decode_table,
+    encode_places,
     encode_table,
 )
 from kvtransfer.transports.base import PieceName, Written
 
 LAYOUT = KVLayout("model", "tokenizer", 6, 2, 32, 16, "float32", True)
 LAYER_BYTES = LAYOUT.block_bytes // 6
-WITH_TABLE = (FrameKind.BLOCKS, FrameKind.WRITTEN)
+WITH_DIGESTS = (FrameKind.BLOCKS, FrameKind.WRITTEN)
+WITH_TABLE = (*WITH_DIGESTS, FrameKind.READY)
 names = st.integers(0, 5).flatmap(
     lambda first: st.builds(PieceName, st.integers(0, 2**32 - 1), st.just(first), st.integers(1, 6 - first))
 )
@@ -36,10 +40,12 @@ def decode(header: bytes | bytearray) -> Frame:
 
 
 def test_the_form_on_the_wire() -> None:
-    assert (HEADER_BYTES, DESCRIPTOR_BYTES) == (32, 24)
-    expected = b"PDKV" + struct.pack("<HH", 2, 4) + bytes(range(16)) + struct.pack("<II", 1, LAYER_BYTES)
+    assert (HEADER_BYTES, DESCRIPTOR_BYTES, PLACE_BYTES) == (32, 24, 16)
+    expected = b"PDKV" + struct.pack("<HH", 3, 4) + bytes(range(16)) + struct.pack("<II", 1, LAYER_BYTES)
     assert Frame(FrameKind.BLOCKS, bytes(range(16)), 1, LAYER_BYTES).encode() == expected
     assert encode_table([PieceName(7, 2, 3)], [b"d" * 16]) == struct.pack("<IHH", 7, 2, 3) + b"d" * 16
+    placed = struct.pack("<IHHQ", 7, 2, 3, 1 << 40) + struct.pack("<IHHQ", 2**32 - 1, 2, 3, 5)
+    assert encode_places([7, 2**32 - 1], 2, 3, [1 << 40, 5]) == placed
 
 
 @given(
@@ -49,18 +55,26 @@ def test_the_form_on_the_wire() -> None:
     amount=st.integers(1, MAX_PAYLOAD_BYTES),
 )
 def test_headers_survive_the_trip(kind: FrameKind, nonce: bytes, count: int, amount: int) -> None:
-    with_amount = kind in (FrameKind.BLOCKS, FrameKind.GRANT, FrameKind.REFUSE, FrameKind.CREDIT)
+    with_amount = kind in (FrameKind.BLOCKS, FrameKind.GRANT, FrameKind.REFUSE, FrameKind.CREDIT, FrameKind.TAKEN)
     frame = Frame(kind, nonce, count if kind in WITH_TABLE else 0, amount if with_amount else 0)
     assert decode(frame.encode()) == frame
 
 
-@given(st.lists(st.tuples(names, st.binary(min_size=16, max_size=16)), min_size=1, max_size=20), st.sampled_from(WITH_TABLE))
+@given(st.lists(st.tuples(names, st.binary(min_size=16, max_size=16)), min_size=1, max_size=20), st.sampled_from(WITH_DIGESTS))
 def test_tables_survive_the_trip(pieces: list[tuple[PieceName, bytes]], kind: FrameKind) -> None:
     payload_bytes = sum(name.num_layers for name, _ in pieces) * LAYER_BYTES
     frame = Frame(kind, bytes(16), len(pieces), payload_bytes if kind is FrameKind.BLOCKS else 0)
     table = encode_table([name for name, _ in pieces], [digest for _, digest in pieces])
     assert len(table) == frame.table_bytes
     assert decode_table(frame, table, LAYOUT.num_layers, LAYER_BYTES) == [Written(name, digest, None) for name, digest in pieces]
+
+
+@given(st.lists(st.tuples(names, st.integers(0, 2**64 - 1)), min_size=1, max_size=20))
+def test_places_survive_the_trip(placed: list[tuple[PieceName, int]]) -> None:
+    frame = Frame(FrameKind.READY, bytes(16), len(placed))
+    table = b"".join([encode_places([block], first, number, [place]) for (block, first, number), place in placed])
+    assert len(table) == frame.table_bytes
+    assert decode_places(table, LAYOUT.num_layers) == placed
 
 
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
@@ -77,7 +91,7 @@ def test_magic_version_and_kind_must_be_right(position: int) -> None:
         decode(header)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 0xFFFF])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, 0xFFFF])
 def test_other_versions_are_refused(version: int) -> None:
     header = bytearray(Frame(FrameKind.OPEN, bytes(16)).encode())
     header[4:6] = struct.pack("<H", version)
@@ -128,7 +142,7 @@ def test_a_payload_that_is_not_the_sum_of_its_pieces_is_refused(wrong_bytes: int
 @pytest.mark.parametrize(
     ("first_layer", "num_layers"), [(0, 0), (0, 7), (6, 1), (5, 2), (3, 0xFFFF), (0xFFFF, 1), (0xFFFF, 0xFFFF)]
 )
-@pytest.mark.parametrize("kind", WITH_TABLE)
+@pytest.mark.parametrize("kind", WITH_DIGESTS)
 def test_layers_outside_a_block_are_refused(kind: FrameKind, first_layer: int, num_layers: int) -> None:
     table = encode_table([PieceName(0, first_layer, num_layers)], [bytes(16)])
     amount = num_layers * LAYER_BYTES if kind is FrameKind.BLOCKS else 0

@@ -103,3 +103,22 @@ def test_a_loop_that_is_closed_first_is_no_error_of_the_thread(caplog: pytest.Lo
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert caplog.records == []
+
+
+async def test_it_is_idle_once_the_loop_knows_of_the_end_of_all_jobs(told: Told) -> None:
+    """Also of those that nobody waits for, and that failed."""
+
+    def fails() -> None:
+        raise ValueError("planted")
+
+    assert told.lane.idle
+    may_go_on = threading.Event()
+    waiting, failing = told.lane.start(lambda: may_go_on.wait(PATIENCE_S)), told.lane.start(fails)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    assert not told.lane.idle
+    may_go_on.set()
+    with pytest.raises(ValueError, match="planted"):
+        async with asyncio.timeout(PATIENCE_S):
+            await failing
+    assert told.lane.idle

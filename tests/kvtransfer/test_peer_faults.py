@@ -172,58 +172,12 @@ async def test_a_stopped_writer_runs_out_of_time(decode: Decode) -> None:
     peer.signal(signal.SIGSTOP)
     async with asyncio.timeout(PATIENCE_S):
         assert isinstance(await incoming.wait_failed(), TransferTimeout)
-    assert decode.receiver.num_quarantined == (1 if decode.kind == "shm" else 0)
-
-
-async def test_over_shm_a_stopped_writer_keeps_the_blocks_until_it_goes_on(decode: Decode) -> None:
-    if decode.kind != "shm":
-        pytest.skip("tcp fences")
-    peer = await decode.start_peer("m/prefill/0")
-    incoming = await decode.half_done(peer)
-    peer.signal(signal.SIGSTOP)
-    tries = 0
-
-    async def release() -> None:
-        nonlocal tries
-        tries += 1
-        raise TransferTimeout("no answer")
-
-    abandoning = asyncio.create_task(incoming.abandon(release, tries=3, timeout_s=0.05))
-    async with asyncio.timeout(PATIENCE_S):
-        while tries < 3:
-            await asyncio.sleep(0.001)
-    await asyncio.wait({abandoning}, timeout=0.2)
-    assert not abandoning.done()
-    assert incoming.state is HandoffState.CANCELLED
-    assert (decode.receiver.num_open, decode.receiver.num_quarantined) == (1, 1)
-    assert decode.receiver.num_blocks_arriving == 0
-    peer.signal(signal.SIGCONT)
-    await peer.tell(do="release", nonce=incoming.ticket.nonce.hex())
-    async with asyncio.timeout(PATIENCE_S):
-        assert await abandoning == (3, 4, 5, 6)
-    assert (await peer.tell(do="push", blocks=[(2, 2)]))["error"] == "TransferBroken"
-
-
-async def test_over_shm_a_stopped_writer_that_dies_gives_the_blocks_back(decode: Decode) -> None:
-    if decode.kind != "shm":
-        pytest.skip("tcp fences")
-    peer = await decode.start_peer("m/prefill/0")
-    incoming = await decode.half_done(peer)
-    peer.signal(signal.SIGSTOP)
-    abandoning = asyncio.create_task(incoming.abandon(never_answers, tries=1, timeout_s=0.05))
-    await asyncio.wait({abandoning}, timeout=0.2)
-    assert not abandoning.done()
-    peer.signal(signal.SIGKILL)
-    async with asyncio.timeout(PATIENCE_S):
-        assert await abandoning == (3, 4, 5, 6)
+    assert decode.receiver.num_quarantined == 0
 
 
 @pytest.mark.parametrize("in_the_middle_of_a_block", [False, True])
-async def test_over_tcp_a_stopped_writer_is_fenced_and_its_late_bytes_are_dropped(
-    decode: Decode, in_the_middle_of_a_block: bool
-) -> None:
-    if decode.kind != "tcp":
-        pytest.skip("shm cannot fence")
+async def test_a_stopped_writer_is_fenced_and_what_comes_late_is_dropped(decode: Decode, in_the_middle_of_a_block: bool) -> None:
+    """Writers that cannot be fenced: `test_transports.py`."""
     peer = await decode.start_peer("m/prefill/0")
     other = await decode.start_peer("m/prefill/1")  # now: a writer that was stopped for longer than its lease writes nothing more
     incoming = await decode.half_done(peer)

@@ -258,9 +258,9 @@ ONE = Frame(FrameKind.BLOCKS, NONCE, 1, LAYOUT.block_bytes)
 FORGERIES = {
     "magic": forged(ONE, magic=b"PDKW"),
     "earlier version": forged(ONE, version=1),
-    "later version": forged(ONE, version=3),
+    "later version": forged(ONE, version=4),
     "kind 0": forged(ONE, kind=0),
-    "unknown kind": forged(ONE, kind=9),
+    "unknown kind": forged(ONE, kind=11),
     "not from a prefill worker": forged(Frame(FrameKind.CREDIT, NONCE, amount=1)),
     "no pieces": Frame(FrameKind.BLOCKS, NONCE, 0, LAYOUT.block_bytes).encode(),
     "too many pieces": Frame(FrameKind.BLOCKS, NONCE, MAX_PIECES + 1, LAYOUT.block_bytes).encode(),

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import random
 import socket
 import struct
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -18,10 +14,9 @@ from common.errors import TicketRefused, TransferBroken
 from kvtransfer.digest import piece_digest
 from kvtransfer.frames import Frame, FrameKind
 from kvtransfer.region import BlockRegion
-from kvtransfer.transports import shm, tcp
+from kvtransfer.transports import tcp
 from kvtransfer.transports.base import Piece, PieceName, Refusal
 from kvtransfer.transports.sending import BatchWriter, StreamSenderLink
-from kvtransfer.transports.shm import MappedWriter
 from kvtransfer.transports.tcp import WireWriter
 
 LAYERS = 4
@@ -41,6 +36,12 @@ class News:
 
     def renewed(self) -> None:
         self.heard.append("renewed")
+
+    def lent(self, num_pieces: int) -> None:
+        self.heard.append(f"{num_pieces} lent")
+
+    def taken(self, num_pieces: int) -> None:
+        self.heard.append(f"{num_pieces} taken")
 
 
 class Wire:
@@ -63,7 +64,7 @@ class Wire:
     async def read_frame(self) -> tuple[int, bytes, list[tuple[int, int, int, bytes]], list[bytes]]:
         """Kind, nonce, table, payloads; taken apart by hand."""
         magic, version, kind, nonce, count, amount = struct.unpack("<4sHH16sII", await self.read(32))
-        assert (magic, version) == (b"PDKV", 2)
+        assert (magic, version) == (b"PDKV", 3)
         table = list(struct.iter_unpack("<IHH16s", await self.read(24 * count)))
         payloads = [await self.read(entry[2] * LAYER_BYTES) for entry in table] if kind == FrameKind.BLOCKS else []
         assert sum(map(len, payloads)) == (amount if kind == FrameKind.BLOCKS else 0)
@@ -136,11 +137,13 @@ async def test_news_goes_to_whom_it_concerns(wire: Wire) -> None:
         Frame(FrameKind.GRANT, NONCE, amount=9),  # it was granted before
         Frame(FrameKind.REFUSE, b"x" * 16, amount=Refusal.SPENT),
         Frame(FrameKind.CREDIT, OTHER, amount=6),
+        Frame(FrameKind.TAKEN, OTHER, amount=3),
+        Frame(FrameKind.TAKEN, b"x" * 16, amount=4),
     )
     async with asyncio.timeout(PATIENCE_S):
-        while 6 not in second.heard:
+        while "3 taken" not in second.heard:
             await asyncio.sleep(0.001)
-    assert (first.heard, second.heard) == (["renewed", 5], ["renewed", "renewed", 6])
+    assert (first.heard, second.heard) == (["renewed", 5], ["renewed", "renewed", 6, "renewed", "3 taken"])
     await wire.link.close_writer(NONCE)
     wire.say(Frame(FrameKind.CREDIT, NONCE, amount=5), Frame(FrameKind.CREDIT, OTHER, amount=7))
     async with asyncio.timeout(PATIENCE_S):
@@ -242,173 +245,3 @@ async def test_a_stop_takes_effect_between_frames(wire: Wire, source: BlockRegio
     frames = [await wire.read_frame(), await wire.read_frame()]
     assert len(await writing) == 2
     assert [table[0][0] for _, _, table, _ in frames] == [0, 1]
-
-
-# -- shm: what is in the pool ------------------------------------------------------------------------------------------
-
-
-class Mapped:
-    """A writer into a pool of ours; sees what it announces and what was in the pool by then."""
-
-    def __init__(self) -> None:
-        self.pool = BlockRegion.create_shared(BLOCK_BYTES, BLOCKS)
-        assert self.pool.fd is not None
-        fd = os.dup(self.pool.fd)
-        self.writer = MappedWriter(fd, BLOCKS * BLOCK_BYTES)
-        os.close(fd)
-        self.announced: list[list[tuple[PieceName, bytes]]] = []
-
-    def send(self, buffers: object) -> None:
-        assert isinstance(buffers, list)
-        data = b"".join(bytes(buffer) for buffer in buffers)
-        kind, nonce, count, amount = struct.unpack("<HH16sII", data[4:32])[1:]
-        assert (kind, nonce, amount) == (FrameKind.WRITTEN, NONCE, 0)
-        entries = list(struct.iter_unpack("<IHH16s", data[32:]))
-        assert len(entries) == count
-        self.announced.append([(PieceName(*entry[:3]), entry[3]) for entry in entries])
-
-    def write(self, pieces: list[Piece], stop: Callable[[], bool] = lambda: False) -> list[bytes]:
-        return self.writer.prepare(NONCE, pieces, stop, self.send)()
-
-    def close(self) -> None:
-        self.writer.close()
-        self.pool.close()
-
-
-@pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mapped]:
-    monkeypatch.setattr(shm, "piece_kernel", lambda: None)  # with it: `native/test_native_pieces.py`
-    mapped = Mapped()
-    yield mapped
-    mapped.close()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_pieces_are_copied_as_if_one_by_one(
-    mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    """Neighbours on both sides, on one side, on neither: the outcome is that of single copies."""
-    chance = random.Random(seed)
-    monkeypatch.setattr(shm, "PART_BYTES", chance.choice([1, 2, 5, 100]) * BLOCK_BYTES)
-    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", chance.choice([1, 1 << 30]))
-    monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1)
-    places = list(range(BLOCKS))
-    if seed % 2:
-        chance.shuffle(places)
-    cuts = [((0, 4),), ((0, 1), (1, 3)), ((0, 2), (2, 2))]
-    pieces = [piece(source, block, places[block], *part) for block in range(12) for part in chance.choice(cuts)]
-    if seed % 4 > 1:
-        chance.shuffle(pieces)
-    expected = bytearray(BLOCKS * BLOCK_BYTES)
-    for _, offset, content in pieces:
-        expected[offset : offset + content.nbytes] = content
-    digests = mapped.write(pieces)
-    assert bytes(mapped.pool.buffer) == bytes(expected)
-    assert digests == [piece_digest(content, NONCE, *name) for name, _, content in pieces]
-    announced = [entry for group in mapped.announced for entry in group]
-    assert sorted(announced) == sorted((name, digest) for (name, _, _), digest in zip(pieces, digests, strict=True))
-
-
-def test_the_first_and_the_last_announcements_are_small_and_there_are_few(
-    mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first is waited for; what is announced last is checked when nothing else is left to do."""
-    monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES // LAYERS)
-    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1 << 30)
-    pieces = [piece(source, block, block, layer, 1) for block in range(BLOCKS) for layer in range(LAYERS)]
-    mapped.write(pieces)
-    sizes = [len(group) for group in mapped.announced]
-    assert sum(sizes) == len(pieces)
-    assert sizes[0] == sizes[-1] == 1 < sizes[1]
-    assert sizes[1:] == sorted(sizes[1:], reverse=True)
-    assert len(sizes) < len(pieces) / 3
-
-
-def test_neighbours_are_one_copy(mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "PART_BYTES", 20 * BLOCK_BYTES)
-    copies: list[int] = []
-    copy = ctypes.memmove
-    monkeypatch.setattr(shm.ctypes, "memmove", lambda *arguments: (copies.append(arguments[2]), copy(*arguments)))
-    mapped.write([piece(source, block, block + 2) for block in range(8)] + [piece(source, 8, 1), piece(source, 9, 2 + 8)])
-    assert copies == [8 * BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES]
-    assert len(mapped.announced) == 1
-
-
-def test_what_is_announced_is_in_the_pool(mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1)
-    send = mapped.send
-
-    def look_and_send(buffers: object) -> None:
-        send(buffers)
-        for name, digest in mapped.announced[-1]:
-            assert piece_digest(mapped.pool.block(name.logical_block), NONCE, *name) == digest
-
-    monkeypatch.setattr(mapped, "send", look_and_send)
-    mapped.write([piece(source, block, block) for block in range(BLOCKS)])
-    assert 1 < len(mapped.announced) <= BLOCKS
-
-
-@pytest.mark.parametrize("helped", [True, False])
-def test_a_stop_takes_effect_between_parts(
-    mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch, helped: bool
-) -> None:
-    monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1 if helped else 1 << 30)
-    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1)
-    pieces = [piece(source, block, block) for block in range(12)]
-    digests = mapped.write(pieces, stop_after(4))
-    assert len(digests) == 4
-    assert digests == [piece_digest(content, NONCE, *name) for name, _, content in pieces[:4]]
-    assert sorted(name.logical_block for group in mapped.announced for name, _ in group) == [0, 1, 2, 3]
-    assert bytes(mapped.pool.buffer[4 * BLOCK_BYTES :]) == bytes((BLOCKS - 4) * BLOCK_BYTES)
-
-
-def test_a_table_is_never_longer_than_the_receiver_allows(
-    mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shm, "MAX_PIECES", 5)
-    mapped.write([piece(source, block, block, layer, 1) for layer in range(LAYERS) for block in range(BLOCKS)])
-    assert sum(len(group) for group in mapped.announced) == LAYERS * BLOCKS
-    assert max(len(group) for group in mapped.announced) <= 5
-
-
-def test_nothing_to_write_is_nothing(mapped: Mapped) -> None:
-    assert mapped.write([]) == []
-    assert mapped.announced == []
-
-
-def test_nothing_is_written_outside_the_pool(mapped: Mapped, source: BlockRegion) -> None:
-    for offset in (-1, (BLOCKS - 1) * BLOCK_BYTES + 1, BLOCKS * BLOCK_BYTES, 1 << 60):
-        with pytest.raises(IndexError):
-            mapped.write([Piece(PieceName(0, 0, LAYERS), offset, source.block(0))])
-    assert bytes(mapped.pool.buffer) == bytes(BLOCKS * BLOCK_BYTES)
-
-
-def test_two_threads_announce_one_after_the_other(mapped: Mapped, source: BlockRegion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The socket takes a frame in more than one go: two at once would be mixed up."""
-    monkeypatch.setattr(shm, "PART_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(shm, "LARGE_PIECE_BYTES", 1)
-    monkeypatch.setattr(shm, "WORTH_HELPING_BYTES", 1)
-    monkeypatch.setattr(shm, "ANNOUNCED_SHARE", 1 << 30)
-    sending, threads = threading.Lock(), set()
-
-    def slow_send(buffers: object) -> None:
-        assert sending.acquire(blocking=False), "two at once"
-        threads.add(threading.get_ident())
-        time.sleep(0.002)
-        sending.release()
-        mapped.send(buffers)
-
-    mapped.writer.prepare(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, slow_send)()
-    assert sum(len(group) for group in mapped.announced) == BLOCKS
-    assert len(threads) == 2
-
-
-def test_a_send_that_fails_leaves_nobody_reading_the_sources(mapped: Mapped, source: BlockRegion) -> None:
-    def fail(buffers: object) -> None:
-        raise TransferBroken("gone")
-
-    with pytest.raises(TransferBroken):
-        mapped.writer.prepare(NONCE, [piece(source, block, block) for block in range(BLOCKS)], lambda: False, fail)()
-    mapped.write([piece(source, 0, 0)])  # the helper is free

@@ -14,7 +14,6 @@ from kvtransfer.transports.base import Piece, PieceName
 
 LAYERS, LAYER_BYTES, BLOCKS = 6, 512, 16
 BLOCK_BYTES = LAYERS * LAYER_BYTES
-POOL_ADDRESS = 1 << 40
 
 
 class Pushed(NamedTuple):
@@ -70,16 +69,19 @@ def test_spans_stand_for_their_pieces(region: BlockRegion, seed: int) -> None:
     for told in (columns_of(pieces), columns_of(expected)):
         assert told.names() == [piece.name for piece in expected]
         assert told.sizes_bytes == [piece.source.nbytes for piece in expected]
-        starts = [piece.destination_offset_bytes for piece in expected]
+        addresses = [address_of(piece.source) for piece in expected]
         assert told.reach() == (
-            min(starts),
-            max(start + piece.source.nbytes for start, piece in zip(starts, expected, strict=True)),
+            min(addresses),
+            max(address + piece.source.nbytes for address, piece in zip(addresses, expected, strict=True)),
         )
-        for pool_address in (POOL_ADDRESS, None):
-            rows = list(struct.iter_unpack("<QQQIHH", told.packed(pool_address)))
-            assert [row[0] for row in rows] == [address_of(piece.source) for piece in expected]
-            assert [row[1] for row in rows] == [0 if pool_address is None else pool_address + start for start in starts]
-            assert [(row[2], PieceName(*row[3:])) for row in rows] == [(piece.source.nbytes, piece.name) for piece in expected]
+        rows = list(struct.iter_unpack("<QQQIHH", told.packed()))
+        assert [row[0] for row in rows] == addresses
+        assert [row[1] for row in rows] == [0] * 8
+        assert [(row[2], PieceName(*row[3:])) for row in rows] == [(piece.source.nbytes, piece.name) for piece in expected]
+        for pool_address in (region.address, region.address - 7 * BLOCK_BYTES):
+            placed = list(struct.iter_unpack("<IHHQ", told.placed(pool_address)))
+            assert [PieceName(*row[:3]) for row in placed] == [piece.name for piece in expected]
+            assert [pool_address + row[3] for row in placed] == addresses
 
 
 def test_what_waits_is_taken_block_by_block(region: BlockRegion) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import kvtransfer.incoming
 import kvtransfer.outgoing
-import kvtransfer.transports.receiving
+import kvtransfer.transports.fetching
 from common.clock import Clock, ManualClock, SystemClock
 from common.errors import (
     DigestMismatch,
@@ -143,12 +143,19 @@ class News:
     def __init__(self) -> None:
         self.credit_bytes: list[int] = []
         self.renewals = 0
+        self.num_lent = 0
 
     def credited(self, size_bytes: int) -> None:
         self.credit_bytes.append(size_bytes)
 
     def renewed(self) -> None:
         self.renewals += 1
+
+    def lent(self, num_pieces: int) -> None:
+        self.num_lent += num_pieces
+
+    def taken(self, num_pieces: int) -> None:
+        self.num_lent -= num_pieces
 
 
 async def within(awaitable: Awaitable[Result]) -> Result:
@@ -333,7 +340,7 @@ def tamper(pair: Pair, monkeypatch: pytest.MonkeyPatch, at_block: int, change: C
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
-    for module in (kvtransfer.incoming, kvtransfer.transports.receiving):  # with it: `native/test_native_pieces.py`
+    for module in (kvtransfer.incoming, kvtransfer.transports.fetching):  # with it: `native/test_native_pieces.py`
         monkeypatch.setattr(module, "piece_kernel", lambda: None)
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)  # of a device: not before the damage is done
 
@@ -364,7 +371,7 @@ async def test_one_flipped_bit_in_one_layer_is_noticed(pair: Pair, monkeypatch: 
         return piece_digest(piece, nonce, logical_block, first_layer, num_layers)
 
     monkeypatch.setattr(kvtransfer.incoming, "piece_digest", damaged)
-    for module in (kvtransfer.incoming, kvtransfer.transports.receiving):  # with it: `native/test_native_pieces.py`
+    for module in (kvtransfer.incoming, kvtransfer.transports.fetching):  # with it: `native/test_native_pieces.py`
         monkeypatch.setattr(module, "piece_kernel", lambda: None)
     monkeypatch.setattr(kvtransfer.incoming, "read_contents", lambda views: None)
     incoming = pair.offer((5, 6))
@@ -1123,6 +1130,8 @@ async def test_another_version_of_the_link_is_refused(door: Pair, version: int) 
         Frame(FrameKind.BLOCKS, bytes(16), 1, 0),
         Frame(FrameKind.BLOCKS, bytes(16), 0, LAYOUT.block_bytes),
         Frame(FrameKind.WRITTEN, bytes(16), 1 << 31, 0),
+        Frame(FrameKind.READY, bytes(16), 1 << 31, 0),
+        Frame(FrameKind.TAKEN, bytes(16), 0, 1),
         Frame(FrameKind.CLOSE, bytes(16), 0, 5),
         Frame(FrameKind.PULSE, bytes(16), 1, 0),
     ],
@@ -1139,16 +1148,12 @@ async def test_a_peer_that_breaks_the_rules_loses_its_link(door: Pair, frame: Fr
 
 
 async def test_data_frames_of_another_transport_are_refused(door: Pair) -> None:
-    if door.kind == "nixl":
-        pytest.skip("both kinds of frames belong there")
+    if door.kind == "shm":
+        pytest.skip("all kinds of frames belong there")
     incoming = door.offer((5,))
     link = door.link()
     await within(link.open_writer(incoming.ticket.nonce, News()))
-    frame = (
-        Frame(FrameKind.WRITTEN, incoming.ticket.nonce, 1)
-        if door.kind == "tcp"
-        else Frame(FrameKind.BLOCKS, incoming.ticket.nonce, 1, LAYOUT.block_bytes)
-    )
+    frame = Frame(FrameKind.READY, incoming.ticket.nonce, 1)
     await within(link._in_lane(lambda: link._send([frame.encode()])))
     assert isinstance(await within(incoming.wait_failed()), TransferBroken)
     await door.abandon(incoming)
@@ -1165,10 +1170,14 @@ async def test_without_trust_in_the_network_only_loopback_is_served() -> None:
     pool.close()
 
 
-async def test_a_pool_without_a_descriptor_is_not_offered_as_shared_memory() -> None:
-    pool = BlockRegion(memoryview(bytearray(LAYOUT.block_bytes)), LAYOUT.block_bytes, 1)
+async def test_a_pool_without_a_descriptor_is_not_lent() -> None:
+    """Nobody could map it: the next offer is taken."""
+    pool, source = (BlockRegion(memoryview(bytearray(LAYOUT.block_bytes)), LAYOUT.block_bytes, 1) for _ in range(2))
     receiver = KVReceiver(pool, LAYOUT, "m/decode/0", 1, SECRET, SystemClock())
-    assert [offer.kind for offer in await receiver.start(["shm", "tcp"], "127.0.0.1")] == ["tcp"]
-    with pytest.raises(StartupError):
-        await receiver.start(["shm"], "127.0.0.1")
+    sender = KVSender(source, LAYOUT, "m/prefill/0", 1, SECRET, SystemClock())
+    offers = await receiver.start(["shm", "tcp"], "127.0.0.1")
+    with pytest.raises(HandshakeRefused, match="descriptor"):
+        await within(sender.connect("m/decode/0", 1, offers[:1], 1))
+    assert await within(sender.connect("m/decode/0", 1, offers, 1)) == "tcp"
+    await sender.close()
     await receiver.close()

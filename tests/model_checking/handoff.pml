@@ -10,13 +10,16 @@
  *   are 2 source blocks. Request 0 needs two blocks, which is all of decode worker 0 and all sources; request 1 needs one, on
  *   either worker. So blocks and sources are fought for. Up to 3 attempts: attempt t is the first of request t; attempt 2 is a
  *   retry of whichever request fails first. Each has a nonce of its own, here its number. One of the decode workers fences its
- *   writers (tcp), the other cannot (shared memory). The decode side goes through the states of kvtransfer/state.py.
+ *   writers (tcp, shm, nixl), the other cannot (cuda_ipc). The decode side goes through the states of kvtransfer/state.py.
  *
  * The network. A message that was sent may be taken at any time later, in any order with others, again, or never: delay,
  *   reordering, duplication and loss have no bound and need no state. It is forgotten only when no one could ever act on it.
- *   Data over a fenced link is such a message. Over shared memory a write is begun by the prefill worker and hits the pool
+ *   Data over a fenced link is such a message. Over the other kind a write is begun by the prefill worker and hits the pool
  *   at any time later, whatever happens in between; only the notice of it is a message. CLOSE is said after the last write was
- *   done. A shared-memory link ends when its writer unmaps, between two writes, or dies.
+ *   done. Such a link ends when its writer unmaps, between two writes, or dies.
+ *   With FETCH, the worker that fences fetches (shm): the prefill worker says what is ready, then what its digest is; in between
+ *   or later the decode worker reads the source, once, and the prefill worker knows at once that it is taken. A source that was
+ *   given up holds anything, and can be read all the same, when its process is dead too.
  *
  * Time. Leases and deadlines are steps that are possible at any time, so nothing rests on speed, queues or clocks. A worker
  *   that is stopped for a while takes no step, as any may do at any time; with PREFILL_STOPS it may never go on.
@@ -32,7 +35,8 @@
  *
  * Properties
  *   NoReadAfterReassign   a request computes only with blocks that hold what was verified for it and that nobody has written to
- *                         since; what is sent comes from a source that belongs to the prompt
+ *                         since; what is sent comes from a source that belongs to the prompt, and so does what is fetched,
+ *                         unless the prefill worker has given the transfer up
  *   NoWriteAfterFree      no write hits a block that is free or belongs to another attempt
  *   AtMostOneFinish       a request ends at most once
  *   EventuallyTerminal    every request ends
@@ -49,16 +53,18 @@
  *   COUNT_ONLY            complete is a number of arrivals, not a set of blocks
  *   NO_DIGEST             what arrived is believed
  *   EARLY_SOURCE_END      sources of a failed transfer are free at once, whatever the write under way does
+ *   FINISH_UNTAKEN        (with FETCH) sources of a finished transfer are free when all is said, whether they were fetched or not
  *   ANY_ANSWER            the router takes the answer of any attempt
  *   NO_DEADLINE           nobody gives up by himself
  *   DEAF_TO_LINK_END      the end of a link does not end its writers
  *
- * Witnesses, by -D: BOTH_ANSWERED, RETRY_ANSWERED, LATE_WRITE, ANSWERED_AFTER_CRASHES turn "this can happen" into an error, whose
- * trail is a run in which it does. In a trail the decode side prints what happens to it, an event a line: event, attempt, details.
+ * Witnesses, by -D: BOTH_ANSWERED, RETRY_ANSWERED, LATE_WRITE, STALE_FETCH (with FETCH), ANSWERED_AFTER_CRASHES turn "this can
+ * happen" into an error, whose trail is a run in which it does. In a trail the decode side prints what happens to it, an event
+ * a line: event, attempt, details.
  */
 
 #ifndef FENCED0
-#define FENCED0 false /* decode worker 0 can shut a writer out by itself (tcp), or not (shared memory) */
+#define FENCED0 false /* decode worker 0 can shut a writer out by itself, or not */
 #endif
 #ifndef FENCED1
 #define FENCED1 true
@@ -135,6 +141,10 @@ byte prefill[ATTEMPTS];
 byte sent[ATTEMPTS];    /* blocks written, in order */
 bool busy[ATTEMPTS];    /* a write was begun and is not done */
 byte source[ATTEMPTS];  /* the first source block */
+#ifdef FETCH
+byte ready[ATTEMPTS];    /* the set of blocks that are said to be ready, and that nobody has taken */
+bool given_up[ATTEMPTS]; /* by the prefill side: its sources are not kept for whoever fetches */
+#endif
 bool unlinked[ATTEMPTS]; /* the prefill end of this attempt's link is gone, or the decode worker's process is */
 bool outdated[ATTEMPTS]; /* the ticket names an earlier incarnation of the prefill worker */
 
@@ -150,7 +160,7 @@ byte ends[2];
 bool run_sent[ATTEMPTS], release_sent[ATTEMPTS], cancel_sent[ATTEMPTS], open_sent[ATTEMPTS], close_sent[ATTEMPTS];
 bool grant_sent[ATTEMPTS], seal_sent[ATTEMPTS];
 byte news[ATTEMPTS]; /* to the router: 0, or ANSWERED or FAILED */
-byte data_sent[ATTEMPTS * 2]; /* 0, the content over a fenced link, or a notice */
+byte data_sent[ATTEMPTS * 2]; /* 0, the content over a fenced link, or a notice, which states a digest */
 
 byte prefill_crashes, decode_crashes, breaks, flips;
 bool stopped;
@@ -165,6 +175,9 @@ inline forget_messages(t) {
     verified[t] = 0;
 #ifdef COUNT_ONLY
     arrivals[t] = 0;
+#endif
+#ifdef FETCH
+    ready[t] = 0; /* it is taken by nobody: dropped */
 #endif
 #ifndef NO_EPOCH
     data_sent[2 * t] = 0;
@@ -225,6 +238,9 @@ inline retire(t) {
         outdated[t] = false;
         open_sent[t] = false;
         source[t] = 0;
+#ifdef FETCH
+        given_up[t] = false;
+#endif
 #ifndef NO_EPOCH
         place[t] = 0;
         worker[t] = 0;
@@ -313,6 +329,31 @@ inline check_before_use(t) {
     k = 0
 }
 
+#ifdef FETCH
+#define FETCHES(t) FENCED(t)
+#define IS_READY(t, k) ((ready[t] & BIT(k)) && RECEIVING(t) && writer[t])
+#define TAKEN(t, k) (!(ready[t] & BIT(k)))
+#define SOURCE(t, k) source_owner[source[t] + (k)]
+#define MAY_DIFFER(t, k) (SOURCE(t, k) != t || flips < MAX_FLIPS)
+
+inline fetch(t, k, what) {
+    printf("fetch %d %d %d\n", t, k, what == DAMAGED);
+    assert(SOURCE(t, k) == t || given_up[t]); /* NoReadAfterReassign, of sources */
+    hit(t, k, what);
+    ready[t] = ready[t] & ~BIT(k)
+}
+
+inline count_flip(t, k) {
+    if
+    :: SOURCE(t, k) == t -> flips++
+    :: else
+    fi
+}
+#else
+#define FETCHES(t) false
+#define TAKEN(t, k) false
+#endif
+
 proctype Decode(byte t) {
     byte k;
 end:
@@ -335,7 +376,13 @@ end:
         :: else
         fi }
 
-    /* data; over shared memory it is there already, and this is the notice */
+    /* data; where the writer does not send it, it is there already, and this is the notice */
+#ifdef FETCH
+    :: d_step { IS_READY(t, 0) -> fetch(t, 0, CONTENT(t, 0)) }
+    :: d_step { IS_READY(t, 1) -> fetch(t, 1, CONTENT(t, 1)) }
+    :: d_step { IS_READY(t, 0) && MAY_DIFFER(t, 0) -> count_flip(t, 0); fetch(t, 0, DAMAGED) }
+    :: d_step { IS_READY(t, 1) && MAY_DIFFER(t, 1) -> count_flip(t, 1); fetch(t, 1, DAMAGED) }
+#else
 #ifdef NO_EPOCH
     :: d_step { data_sent[2 * t] && FENCED(t) && owner[PLACE(t, 0)] != NOBODY &&
                 RECEIVING(owner[PLACE(t, 0)]) && writer[owner[PLACE(t, 0)]] && NEWS(t, 0) ->
@@ -349,9 +396,10 @@ end:
     :: d_step { data_sent[2 * t + 1] && FENCED(t) && RECEIVING(t) && writer[t] && NEWS(t, 1) ->
         printf("data %d 1 %d\n", t, data_sent[2 * t + 1] == DAMAGED); hit(t, 1, data_sent[2 * t + 1]); arrived(t, 1) }
 #endif
-    :: d_step { data_sent[2 * t] && !FENCED(t) && RECEIVING(t) && writer[t] && NEWS(t, 0) ->
+#endif
+    :: d_step { data_sent[2 * t] && (!FENCED(t) || TAKEN(t, 0)) && RECEIVING(t) && writer[t] && NEWS(t, 0) ->
         printf("notice %d 0\n", t); arrived(t, 0) }
-    :: d_step { data_sent[2 * t + 1] && !FENCED(t) && RECEIVING(t) && writer[t] && NEWS(t, 1) ->
+    :: d_step { data_sent[2 * t + 1] && (!FENCED(t) || TAKEN(t, 1)) && RECEIVING(t) && writer[t] && NEWS(t, 1) ->
         printf("notice %d 1\n", t); arrived(t, 1) }
 
     :: d_step { close_sent[t] && writer[t] -> printf("close %d\n", t); writer_gone(t) }
@@ -407,6 +455,9 @@ inline over(t) {
 
 inline stop_writing(t) {
     prefill[t] = STOPPING;
+#ifdef FETCH
+    given_up[t] = true;
+#endif
     grant_sent[t] = false;
     release_sent[t] = false;
 #ifdef EARLY_SOURCE_END
@@ -426,7 +477,7 @@ inline write(t, k, what) {
     assert(source_owner[source[t] + k] == t); /* NoReadAfterReassign, of sources */
     if
     :: FENCED(t) ->
-        /* the content is in the network, where it waits for whoever reads it */
+        /* the content, or what states its digest, is in the network, where it waits for whoever reads it */
         if
 #ifdef NO_EPOCH
         :: true ->
@@ -450,12 +501,28 @@ inline write(t, k, what) {
     stopped_if_idle(t)
 }
 
+inline begin_write(t) {
+    busy[t] = true;
+#ifdef FETCH
+    if
+    :: FETCHES(t) && UNDECIDED(t) -> ready[t] = ready[t] | BIT(sent[t])
+    :: else
+    fi
+#endif
+}
+
 inline say_close(t) {
     if
     :: !unlinked[t] && (writer[t] || state[t] == OFFERED) -> close_sent[t] = true
     :: else
     fi
 }
+
+#if defined(FETCH) && !defined(FINISH_UNTAKEN)
+#define ALL_TAKEN(t) (ready[t] == 0)
+#else
+#define ALL_TAKEN(t) true
+#endif
 
 #define OPEN_AT_PREFILL(t) (prefill[t] == ENTERING || prefill[t] == WRITING)
 
@@ -478,13 +545,13 @@ end:
 
     :: d_step { !stopped && prefill[t] == ENTERING && grant_sent[t] -> grant_sent[t] = false; prefill[t] = WRITING }
 
-    :: d_step { !stopped && prefill[t] == WRITING && !busy[t] && !unlinked[t] && sent[t] < SIZE(t) -> busy[t] = true }
+    :: d_step { !stopped && prefill[t] == WRITING && !busy[t] && !unlinked[t] && sent[t] < SIZE(t) -> begin_write(t) }
     :: d_step { !stopped && busy[t] && sent[t] == 0 -> write(t, 0, CONTENT(t, 0)) }
     :: d_step { !stopped && busy[t] && sent[t] == 1 -> write(t, 1, CONTENT(t, 1)) }
-    :: d_step { !stopped && busy[t] && flips < MAX_FLIPS && sent[t] == 0 -> flips++; write(t, 0, DAMAGED) }
-    :: d_step { !stopped && busy[t] && flips < MAX_FLIPS && sent[t] == 1 -> flips++; write(t, 1, DAMAGED) }
+    :: d_step { !stopped && busy[t] && flips < MAX_FLIPS && !FETCHES(t) && sent[t] == 0 -> flips++; write(t, 0, DAMAGED) }
+    :: d_step { !stopped && busy[t] && flips < MAX_FLIPS && !FETCHES(t) && sent[t] == 1 -> flips++; write(t, 1, DAMAGED) }
 
-    :: d_step { !stopped && prefill[t] == WRITING && !busy[t] && sent[t] == SIZE(t) ->
+    :: d_step { !stopped && prefill[t] == WRITING && !busy[t] && sent[t] == SIZE(t) && ALL_TAKEN(t) ->
         say_close(t);
         if
         :: UNDECIDED(t) -> seal_sent[t] = true
@@ -595,7 +662,13 @@ inline prefill_crash() {
     prefill_crashes++;
     for (t : 0 .. ATTEMPTS - 1) {
         if
-        :: OPEN_AT_PREFILL(t) || prefill[t] == STOPPING -> busy[t] = false; unlinked[t] = true; over(t)
+        :: OPEN_AT_PREFILL(t) || prefill[t] == STOPPING ->
+            busy[t] = false;
+            unlinked[t] = true;
+#ifdef FETCH
+            given_up[t] = true;
+#endif
+            over(t)
         :: prefill[t] == SPENT && writer[t] -> unlinked[t] = true
         :: else
         fi;
@@ -660,6 +733,9 @@ proctype AtTheEnd() {
 #endif
 #ifdef LATE_WRITE
 #define WITNESS (IN_QUARANTINE(0) && busy[owner[0]] && content[0] == 0)
+#endif
+#ifdef STALE_FETCH
+#define WITNESS (IS_READY(0, 0) && SOURCE(0, 0) == 1)
 #endif
 #ifdef ANSWERED_AFTER_CRASHES
 #define WITNESS (prefill_crashes > 0 && decode_crashes > 0 && phase[0] == ANSWERED && phase[1] == ANSWERED)

@@ -148,6 +148,16 @@ class World:
         written = Written(name, attempt.digest(index), None if place is not None else memoryview(arrived))
         receiver.pieces_written(attempt.link, attempt.nonce, [written])
 
+    async def _on_fetch(self, number: int, index: int, damaged: int) -> None:
+        """The decode worker copies; what it has copied is stated later."""
+        attempt = self.attempts[number]
+        place = self._receivers[attempt.worker].destination(attempt.link, attempt.nonce, attempt.name(index))
+        if place is None:
+            self.dropped += 1
+        else:
+            assert attempt.has_blocks
+            place[:] = self._bytes(attempt, index, damaged)
+
     async def _on_store(self, number: int, index: int, damaged: int) -> None:
         """The writer has the pool mapped: nobody is asked."""
         attempt = self.attempts[number]
@@ -252,8 +262,9 @@ async def replay(run: str | Iterable[str], fenced: tuple[bool, bool]) -> tuple[W
     return world, difference
 
 
-SHM_AND_TCP, TCP_AND_SHM = (False, True), (True, False)
+UNFENCED_AND_FENCED, FENCED_AND_UNFENCED = (False, True), (True, False)
 FIRST_OF_TWO = "offer 0 0 0 2 | open 0 | store 0 0 0 | notice 0 0"
+FIRST_FETCHED = "offer 0 0 0 2 | open 0 | fetch 0 0 0 | notice 0 0"
 
 WORKING = {
     "one after the other": f"{FIRST_OF_TWO} | store 0 1 0 | notice 0 1 | close 0 | seal 0 | use 0 | answer 0 "
@@ -265,30 +276,53 @@ WORKING = {
     "| notice 2 0 | seal 2 | link_end 2 | use 2 | answer 2",
     "a retry after a crash": f"{FIRST_OF_TWO} | crash 0 | offer 2 0 0 2 | open 2 | store 2 0 0 | notice 2 0 | store 2 1 0 "
     "| notice 2 1 | close 2 | seal 2 | use 2 | answer 2",
+    "fetched": "offer 1 1 2 1 | open 1 | fetch 1 0 0 | notice 1 0 | close 1 | seal 1 | use 1 | answer 1",
     "fenced": "offer 1 1 2 1 | open 1 | data 1 0 0 | close 1 | seal 1 | use 1 | answer 1",
 }
 
 
 @pytest.mark.parametrize("run", WORKING.values(), ids=WORKING)
 async def test_a_run_without_a_fault_that_matters_ends_in_an_answer(run: str) -> None:
-    world, difference = await replay(run, SHM_AND_TCP)
+    world, difference = await replay(run, UNFENCED_AND_FENCED)
     assert difference == ""
     assert not any(attempt.has_blocks for attempt in world.attempts.values())
 
 
 REFUSED = {
     # what a wrong protocol allowed: links, the run, how the real code differs
-    "free on abort": (SHM_AND_TCP, "offer 0 0 0 2 | open 0 | cancel 0 | offer 1 0 0 1", "kept"),
-    "free on abort, after some data": (SHM_AND_TCP, f"{FIRST_OF_TWO} | cancel 0 | offer 1 0 1 1 | open 1 | store 0 1 0", "kept"),
-    "early lease end": (SHM_AND_TCP, "offer 0 0 0 2 | open 0 | deadline 0 | offer 2 0 0 2", "kept"),
-    "count only": (SHM_AND_TCP, f"{FIRST_OF_TWO} | notice 0 0 | store 0 1 1 | link_end 0 | seal 0 | use 0", "not verified"),
-    "count only, the link stays": (SHM_AND_TCP, f"{FIRST_OF_TWO} | notice 0 0 | seal 0 | use 0", "not verified"),
-    "no digest": (SHM_AND_TCP, f"{FIRST_OF_TWO} | store 0 1 1 | notice 0 1 | link_end 0 | seal 0 | use 0", "not verified"),
-    "used under a writer": (SHM_AND_TCP, f"{FIRST_OF_TWO} | store 0 1 0 | notice 0 1 | seal 0 | use 0", "not verified"),
-    "used without a seal": (SHM_AND_TCP, f"{FIRST_OF_TWO} | store 0 1 0 | notice 0 1 | close 0 | use 0", "not verified"),
-    "a second writer": (SHM_AND_TCP, "offer 0 0 0 2 | open 0 | close 0 | open 0", "refused"),
-    "a writer that comes too late": (TCP_AND_SHM, "offer 0 0 0 2 | deadline 0 | offer 2 0 0 2 | open 0", "refused"),
-    "a writer of an earlier life": (SHM_AND_TCP, "offer 0 0 0 2 | crash 0 | offer 2 0 0 2 | open 0", "refused"),
+    "free on abort": (UNFENCED_AND_FENCED, "offer 0 0 0 2 | open 0 | cancel 0 | offer 1 0 0 1", "kept"),
+    "free on abort, after some data": (
+        UNFENCED_AND_FENCED,
+        f"{FIRST_OF_TWO} | cancel 0 | offer 1 0 1 1 | open 1 | store 0 1 0",
+        "kept",
+    ),
+    "early lease end": (UNFENCED_AND_FENCED, "offer 0 0 0 2 | open 0 | deadline 0 | offer 2 0 0 2", "kept"),
+    "count only": (
+        UNFENCED_AND_FENCED,
+        f"{FIRST_OF_TWO} | notice 0 0 | store 0 1 1 | link_end 0 | seal 0 | use 0",
+        "not verified",
+    ),
+    "count only, the link stays": (UNFENCED_AND_FENCED, f"{FIRST_OF_TWO} | notice 0 0 | seal 0 | use 0", "not verified"),
+    "no digest of what is fetched": (
+        FENCED_AND_UNFENCED,
+        f"{FIRST_FETCHED} | fetch 0 1 1 | notice 0 1 | link_end 0 | seal 0 | use 0",
+        "not verified",
+    ),
+    "stated before it is fetched": (
+        FENCED_AND_UNFENCED,
+        f"{FIRST_FETCHED} | notice 0 1 | fetch 0 1 0 | close 0 | seal 0 | use 0",
+        "not verified",
+    ),
+    "no digest": (
+        UNFENCED_AND_FENCED,
+        f"{FIRST_OF_TWO} | store 0 1 1 | notice 0 1 | link_end 0 | seal 0 | use 0",
+        "not verified",
+    ),
+    "used under a writer": (UNFENCED_AND_FENCED, f"{FIRST_OF_TWO} | store 0 1 0 | notice 0 1 | seal 0 | use 0", "not verified"),
+    "used without a seal": (UNFENCED_AND_FENCED, f"{FIRST_OF_TWO} | store 0 1 0 | notice 0 1 | close 0 | use 0", "not verified"),
+    "a second writer": (UNFENCED_AND_FENCED, "offer 0 0 0 2 | open 0 | close 0 | open 0", "refused"),
+    "a writer that comes too late": (FENCED_AND_UNFENCED, "offer 0 0 0 2 | deadline 0 | offer 2 0 0 2 | open 0", "refused"),
+    "a writer of an earlier life": (UNFENCED_AND_FENCED, "offer 0 0 0 2 | crash 0 | offer 2 0 0 2 | open 0", "refused"),
 }
 
 
@@ -301,35 +335,40 @@ NOWHERE = {
     "no epoch": "offer 1 0 0 1 | open 1 | deadline 1 | offer 0 0 0 2 | open 0 | data 1 0 0",
     "no epoch, after a crash": "offer 1 0 0 1 | open 1 | crash 0 | offer 0 0 0 2 | open 0 | data 1 0 0",
     "after the end of the link": "offer 0 0 0 2 | open 0 | link_end 0 | data 0 0 0",
+    "ready when it is not wanted": f"{FIRST_FETCHED} | deadline 0 | offer 2 0 0 2 | open 2 | fetch 0 1 0 | fetch 2 0 0 "
+    "| notice 2 0 | fetch 2 1 0 | notice 2 1 | close 2 | seal 2 | use 2",
+    "ready twice": f"{FIRST_FETCHED} | fetch 0 0 1 | fetch 0 1 0 | notice 0 1 | close 0 | seal 0 | use 0",
     "twice": "offer 0 0 0 2 | open 0 | data 0 0 0 | data 0 0 0 | data 0 1 0 | close 0 | seal 0 | use 0",
 }
 
 
 @pytest.mark.parametrize("run", NOWHERE.values(), ids=NOWHERE)
 async def test_late_data_has_nowhere_to_go(run: str) -> None:
-    world, difference = await replay(run, TCP_AND_SHM)
+    world, difference = await replay(run, FENCED_AND_UNFENCED)
     assert difference == ""
     assert world.dropped == 1
 
 
 @pytest.mark.skipif(missing_tool() is not None, reason=f"{missing_tool()} is not installed")
 @pytest.mark.parametrize(
-    ("mutant", "expected"),
+    ("macros", "fenced", "expected"),
     [
-        ("NO_EPOCH", "dropped"),
-        ("FREE_ON_ABORT", "late"),
-        ("EARLY_LEASE_END", "late"),
-        ("COUNT_ONLY", "not verified"),
-        ("NO_DIGEST", "not verified"),
-        ("BOTH_ANSWERED", ""),
-        ("RETRY_ANSWERED", ""),
-        ("ANSWERED_AFTER_CRASHES", ""),
+        ("NO_EPOCH", FENCED_AND_UNFENCED, "dropped"),
+        ("FREE_ON_ABORT", UNFENCED_AND_FENCED, "late"),
+        ("EARLY_LEASE_END", UNFENCED_AND_FENCED, "late"),
+        ("COUNT_ONLY", UNFENCED_AND_FENCED, "not verified"),
+        ("NO_DIGEST", UNFENCED_AND_FENCED, "not verified"),
+        ("NO_DIGEST FETCH", FENCED_AND_UNFENCED, "not verified"),
+        ("BOTH_ANSWERED", UNFENCED_AND_FENCED, ""),
+        ("BOTH_ANSWERED FETCH", FENCED_AND_UNFENCED, ""),
+        ("RETRY_ANSWERED", UNFENCED_AND_FENCED, ""),
+        ("ANSWERED_AFTER_CRASHES", UNFENCED_AND_FENCED, ""),
+        ("ANSWERED_AFTER_CRASHES FETCH", FENCED_AND_UNFENCED, ""),
     ],
 )
-async def test_what_spin_finds_is_replayed(tmp_path: Path, mutant: str, expected: str) -> None:
-    fenced = TCP_AND_SHM if mutant == "NO_EPOCH" else SHM_AND_TCP
+async def test_what_spin_finds_is_replayed(tmp_path: Path, macros: str, fenced: tuple[bool, bool], expected: str) -> None:
     links = [f"FENCED{worker}={'true' if fences else 'false'}" for worker, fences in enumerate(fenced)]
-    found = search(MODEL, tmp_path, mutant, "ATTEMPTS=2" if "ANSWERED" not in mutant else "ATTEMPTS=3", *links)
+    found = search(MODEL, tmp_path, *macros.split(), "ATTEMPTS=2" if "ANSWERED" not in macros else "ATTEMPTS=3", *links)
     assert found.events
     world, difference = await replay([" ".join(event) for event in found.events], fenced)
     assert difference or {"dropped": world.dropped, "late": world.late} == {
@@ -373,4 +412,4 @@ async def test_the_driver_sees_what_must_not_happen(
 ) -> None:
     monkeypatch.setattr(IncomingTransfer, place, wrong)
     with pytest.raises(AssertionError, match=complaint):
-        await replay(run, SHM_AND_TCP)
+        await replay(run, UNFENCED_AND_FENCED)

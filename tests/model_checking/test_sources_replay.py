@@ -1,4 +1,8 @@
-"""The model's EARLY_SOURCE_END on the real prefill side: whatever ends a transfer, the write under way keeps its sources."""
+"""The model's EARLY_SOURCE_END and FINISH_UNTAKEN on the real prefill side: who may still read a transfer's sources keeps them.
+
+Whatever ends a transfer, the write under way does. What was lent does until it is taken, if the transfer is to be finished; if it
+was given up, nobody waits: what is fetched of it later is in no answer.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from kvtransfer.transports.base import Piece, WriterNews
 LAYOUT = KVLayout("model", "tokenizer", 2, 1, 8, 16, "float32", True)
 BLOCKS = 2
 PATIENCE_S = 120.0
+SOON_S = 0.2  # long enough for a write to begin
 
 
 class SlowLink:
@@ -27,11 +32,13 @@ class SlowLink:
     lost: HandoffError | None = None
 
     def __init__(self) -> None:
+        self.news: WriterNews | None = None
         self.steps: list[str] = []
         self.written: list[bytes] = []
         self.write_began, self.may_go_on = asyncio.Event(), asyncio.Event()
 
     async def open_writer(self, nonce: bytes, news: WriterNews) -> None:
+        self.news = news
         news.credited(BLOCKS * LAYOUT.block_bytes)
 
     async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
@@ -55,15 +62,28 @@ class SlowLink:
         self.steps.append("link closed")
 
 
+class LendingLink(SlowLink):
+    """Its writes are done at once; who was written to has yet to fetch what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on.set()
+
+    async def write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
+        digests = await super().write(nonce, pieces, stop)
+        assert self.news is not None
+        self.news.lent(len(digests))
+        return digests
+
+
 async def push_until_it_fails(outgoing: Outgoing) -> None:
     while True:
         await outgoing.push([])
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("end", ["abort", "ticket's time", "lease"])
-async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> None:
-    region = BlockRegion(memoryview(bytearray(b"s" * BLOCKS * LAYOUT.block_bytes)), LAYOUT.block_bytes, BLOCKS)
+def transfer_over(link: SlowLink, region: BlockRegion, forgotten: list[bytes], end: str = "") -> Outgoing:
+    """`end`: what is over soon."""
     ticket = Ticket(
         nonce=b"n" * 16,
         request_id="r",
@@ -76,15 +96,13 @@ async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> No
         blocks=(0, 1),
         num_tokens=2 * LAYOUT.block_tokens,
         layout_fingerprint=LAYOUT.fingerprint,
-        ttl_s=0.05 if end == "ticket's time" else PATIENCE_S,
+        ttl_s=SOON_S if end == "ticket's time" else PATIENCE_S,
     )
-    link = SlowLink()
-    forgotten: list[bytes] = []
     side = SourceSide(
         region=region,
         num_layers=LAYOUT.num_layers,
         clock=SystemClock(),
-        lease_s=0.05 if end == "lease" else PATIENCE_S,
+        lease_s=SOON_S if end == "lease" else PATIENCE_S,
         forget=forgotten.append,
         silent=lambda _: None,
         expired=lambda: None,
@@ -95,7 +113,19 @@ async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> No
         await link.open_writer(ticket.nonce, outgoing)
         return link
 
-    outgoing = Outgoing(ticket, side, enter)
+    return Outgoing(ticket, side, enter)
+
+
+def sources() -> BlockRegion:
+    return BlockRegion(memoryview(bytearray(b"s" * BLOCKS * LAYOUT.block_bytes)), LAYOUT.block_bytes, BLOCKS)
+
+
+@pytest.mark.parametrize("end", ["abort", "ticket's time", "lease"])
+async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> None:
+    region, link = sources(), SlowLink()
+    forgotten: list[bytes] = []
+    outgoing = transfer_over(link, region, forgotten, end)
+    nonce = outgoing.ticket.nonce
     await outgoing.push([(0, 1), (1, 0)])
     async with asyncio.timeout(PATIENCE_S):
         await link.write_began.wait()
@@ -112,4 +142,40 @@ async def test_sources_are_free_when_the_write_under_way_is_done(end: str) -> No
     await asyncio.sleep(0)
     assert set(b"".join(link.written)) == set(b"s")
     assert [step for step in link.steps if step != "drop"] == ["begin", "done", "close"]
-    assert forgotten == [ticket.nonce]
+    assert forgotten == [nonce]
+
+
+async def test_sources_of_a_finished_transfer_are_free_when_all_of_them_were_taken() -> None:
+    link = LendingLink()
+    forgotten: list[bytes] = []
+    outgoing = transfer_over(link, sources(), forgotten)
+    await outgoing.push([(0, 1), (1, 0)])
+    finishing = asyncio.create_task(outgoing.finish())
+    async with asyncio.timeout(PATIENCE_S):
+        await link.write_began.wait()
+    assert link.news is not None
+    for _ in range(BLOCKS):
+        await asyncio.sleep(0.05)
+        assert not finishing.done(), "the sources count as free while they are being fetched"
+        assert link.steps == ["begin", "done"]
+        link.news.taken(1)
+    account = await asyncio.wait_for(finishing, PATIENCE_S)
+    assert set(account.digests) == set(range(BLOCKS))
+    assert link.steps == ["begin", "done", "close"]
+    assert forgotten == [outgoing.ticket.nonce]
+
+
+@pytest.mark.parametrize("end", ["abort", "ticket's time", "lease"])
+async def test_who_gives_up_does_not_wait_for_what_nobody_takes(end: str) -> None:
+    link = LendingLink()
+    forgotten: list[bytes] = []
+    outgoing = transfer_over(link, sources(), forgotten, end)
+    await outgoing.push([(0, 1), (1, 0)])
+    async with asyncio.timeout(PATIENCE_S):
+        await link.write_began.wait()
+    if end == "abort":
+        await asyncio.wait_for(outgoing.abort(), PATIENCE_S)
+    with pytest.raises(HandoffError):
+        await asyncio.wait_for(outgoing.finish(), PATIENCE_S)
+    assert [step for step in link.steps if step != "drop"] == ["begin", "done", "close"]
+    assert forgotten == [outgoing.ticket.nonce]

@@ -16,7 +16,7 @@ import pytest
 from common.blocks import num_blocks
 from support.simulation import campaign, oracle
 from support.simulation.mutants import broken_by, digest_skipped
-from support.simulation.network import Disorder
+from support.simulation.network import Disorder, Point
 from support.simulation.pool_cut import PoolCut
 from support.simulation.scenario import UNEQUAL_BLOCKS, Trouble, draw_scenario
 from support.simulation.world import simulate, simulated_rpc
@@ -33,6 +33,8 @@ def test_nothing_goes_wrong_in_a_few_hundred_seeds() -> None:
     assert 0.5 < report.endings["served"] / sum(report.endings.values()) < 0.95
     for ending in ("WorkerLost", "DeadlineExceeded", "DigestMismatch", "left"):
         assert report.endings[ending] > 0, report.text()
+    for point in Point:
+        assert report.points[point.value] > 0, report.text()
 
 
 def test_without_trouble_every_request_is_served_whatever_the_order() -> None:
@@ -97,7 +99,13 @@ def test_seeds_bring_every_kind_of_trouble() -> None:
         UNEQUAL_BLOCKS
     )
     assert any(scenario.decode_cut.wide for scenario in scenarios)
-    assert {scenario.transports for scenario in scenarios} == {("shm",), ("shm", "tcp"), ("tcp",)}
+    assert {scenario.transports for scenario in scenarios} == {
+        ("cuda_ipc",),
+        ("cuda_ipc", "tcp"),
+        ("shm",),
+        ("shm", "tcp"),
+        ("tcp",),
+    }
 
 
 @pytest.mark.parametrize("changed", [0, 5, 9])

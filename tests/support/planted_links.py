@@ -159,7 +159,8 @@ class PlantedLanding:
         return self._inner.writer_opened(link, nonce)
 
     def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
-        return None  # what arrives may be spoiled in `pieces_written`: nobody looks before
+        """None where what arrives may be spoiled in `pieces_written`: nobody looks before."""
+        return self._inner.ticket_of(link, nonce) if self._plants.arriving is None else None
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         return self._inner.destination(link, nonce, name)

@@ -24,9 +24,14 @@ TOKEN = "test-cluster-token"
 PATIENCE_S = 120.0  # far beyond what anything here takes
 
 
+def transfer_over(*transports: str, **limits: float) -> TransferConfig:
+    """May be `inproc` as well, which no configuration offers: both workers are in this process."""
+    return TransferConfig(**limits).model_copy(update={"transports": transports})  # type: ignore[arg-type]
+
+
 def patient(*transports: str) -> TransferConfig:
     """Of workers none of which is ever hung: however busy the machine is, nobody is given up for being silent."""
-    return TransferConfig(transports=transports, lease_s=PATIENCE_S, handshake_timeout_s=PATIENCE_S)  # type: ignore[arg-type]
+    return transfer_over(*transports, lease_s=PATIENCE_S, handshake_timeout_s=PATIENCE_S)
 
 
 @dataclass
@@ -74,16 +79,19 @@ class Workers:
         return answer
 
     async def generate_together(self, work: Sequence[Request]) -> list[Answer]:
-        """All at once, truly: the engine is held until it knows of every one, so that nothing is left to chance."""
+        """All at once, truly: the engine is held until it knows of every one, so that nothing is left to chance. They come in
+        their order: who is preempted depends on it, and whether anybody is."""
         gate = threading.Event()
         before = set(self.decode._streams._streams)
         self.decode._loop.post(lambda: (gate.wait(PATIENCE_S), None)[1])
-        running = [asyncio.ensure_future(self.generate(item)) for item in work]
+        running: list[asyncio.Future[Answer]] = []
         try:
             async with asyncio.timeout(PATIENCE_S):
-                # Each is posted to the engine as it is entered there; other posts do not count.
-                while len(self.decode._streams._streams.keys() - before) < len(work):
-                    await asyncio.sleep(0.002)
+                for item in work:
+                    running.append(asyncio.ensure_future(self.generate(item)))
+                    # Each is posted to the engine as it is entered there; other posts do not count.
+                    while len(self.decode._streams._streams.keys() - before) < len(running):
+                        await asyncio.sleep(0.001)
         finally:
             gate.set()
         return list(await asyncio.gather(*running))

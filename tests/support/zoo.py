@@ -20,7 +20,7 @@ from common.rpc import connect
 from common.types import Request, Role, WorkerRef
 from decode_worker.server import DecodeWorker
 from prefill_worker.server import PrefillWorker
-from support.workers import TOKEN, Answer, Workers
+from support.workers import TOKEN, Answer, Workers, transfer_over
 
 BLOCK = 16
 ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048)
@@ -32,7 +32,7 @@ PATIENCE_S = 120.0  # far beyond what anything here takes: a hang becomes a fail
 
 def for_ever(*transports: str) -> TransferConfig:
     """Nothing runs out by itself: what comes back within a test came back because somebody was told."""
-    return TransferConfig(transports=transports or ("shm", "tcp"), lease_s=300.0, ticket_ttl_s=300.0)  # type: ignore[arg-type]
+    return transfer_over(*(transports or ("shm", "tcp")), lease_s=300.0, ticket_ttl_s=300.0)
 
 
 def prompt_of(length: int, number: int = 0) -> list[int]:

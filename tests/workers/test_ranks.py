@@ -311,7 +311,7 @@ async def test_heads_read_the_rows_of_the_last_stage(model_path: Path, tmp_path:
 def alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it goes between opening and reading
         return False
     return state != "Z"
 

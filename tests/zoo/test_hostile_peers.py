@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import pickle
 import random
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +25,18 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from starlette.routing import Route
 
-from common.config import RouterConfig
+from common.config import RouterConfig, pdserve_home
 from common.errors import AuthenticationFailed, HandshakeRefused, StartupError, TransferBroken
 from common.rpc import connect
 from common.tokenizer import Tokenizer
 from common.types import KVLayout, Role
 from common.wire import inference_pb2, worker_pb2
 from decode_worker.server import DecodeWorker
+from kvtransfer.digest import piece_digest
 from kvtransfer.frames import MAX_PIECES, Frame, FrameKind, encode_table
 from kvtransfer.incoming import Incoming
+from kvtransfer.native.choice import piece_kernel, prepare
+from kvtransfer.region import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from kvtransfer.ticket import derive_secret
 from kvtransfer.transports.authentication import (
     LINK_VERSION,
@@ -58,6 +62,7 @@ from support.zoo import (
     another_prefill,
     ending,
     prompt_of,
+    until,
     within,
 )
 
@@ -65,12 +70,18 @@ DECODE = PeerName("tiny/decode/0", 1)
 PREFILL = PeerName("tiny/prefill/0", 1)
 
 
+POOL_BLOCKS = 4
+
+
 class Raw:
-    """A socket to a data port of the decode worker, and what one may do with it."""
+    """A socket to a data port of the decode worker, and what one may do with it. Over shm it brings a pool of its own, of
+    `POOL_BLOCKS` blocks, each with bytes unlike the others'."""
 
     def __init__(self, sock: socket.socket, workers: Workers) -> None:
         self.sock = sock
         self._workers = workers
+        block_bytes = layout_of(workers).block_bytes
+        self.pool = memoryview(b"".join(bytes([0xA0 + number]) * block_bytes for number in range(POOL_BLOCKS)))
 
     async def send(self, data: bytes) -> None:
         """As much as the other end takes: it may hang up at any byte."""
@@ -89,23 +100,49 @@ class Raw:
         while await self.receive():
             continue
 
-    async def authenticate(self, token: str = TOKEN, name: PeerName = PREFILL) -> None:
+    async def introduce(self, token: str = TOKEN, name: PeerName = PREFILL) -> None:
         layout = layout_of(self._workers)
         credentials = LinkCredentials(name, layout.fingerprint, derive_secret(token))
         shape = PoolShape(self._workers.decode._handoff._region.num_blocks, layout.block_bytes)
         await authenticate_as_prefill(self.sock, credentials, DECODE, shape)
+
+    async def authenticate(self, token: str = TOKEN, name: PeerName = PREFILL) -> None:
+        await self.introduce(token, name)
         if self.sock.family == socket.AF_UNIX:
-            _, descriptors, _, _ = socket.recv_fds(self.sock, 1, 1)
-            for descriptor in descriptors:
-                os.close(descriptor)
+            fd = sealed(self.pool)
+            socket.send_fds(self.sock, [b"F"], [fd])
+            os.close(fd)
+
+    async def open(self, nonce: bytes) -> FrameKind:
+        """Asks to be let in; the answer."""
+        await self.send(_header(FrameKind.OPEN, nonce))
+        return await self.answer()
+
+    async def answer(self) -> FrameKind:
+        """The next one that is not about what was offered."""
+        while (kind := struct.unpack("<4sHH16sII", await self.receive(32))[2]) == FrameKind.TAKEN:
+            continue
+        return FrameKind(kind)
+
+
+def sealed(content: bytes | memoryview, seals: int = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) -> int:
+    """A descriptor of memory with this content."""
+    fd = os.memfd_create("forged", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    if seals:
+        fcntl.fcntl(fd, F_ADD_SEALS, seals)
+    return fd
 
 
 def layout_of(workers: Workers) -> KVLayout:
     return workers.decode._host.engine.layout
 
 
-def pool_of(workers: Workers) -> bytes:
-    return bytes(workers.decode._host.engine.pool.buffer)
+def pool_of(workers: Workers, but: Sequence[int] = ()) -> bytes:
+    pool, block_bytes = bytearray(workers.decode._host.engine.pool.buffer), layout_of(workers).block_bytes
+    for block in but:
+        pool[block * block_bytes : (block + 1) * block_bytes] = bytes(block_bytes)
+    return bytes(pool)
 
 
 @asynccontextmanager
@@ -123,15 +160,16 @@ async def raw(workers: Workers, kind: str) -> AsyncIterator[Raw]:
 
 
 @asynccontextmanager
-async def untouched(model_path: Path, oracle: Oracle) -> AsyncIterator[Workers]:
-    """Workers over both kinds of link; afterwards not a byte of the pool has changed, and they serve as before."""
+async def untouched(model_path: Path, oracle: Oracle, but: Sequence[int] = ()) -> AsyncIterator[Workers]:
+    """Workers over both kinds of link; afterwards not a byte of the pool has changed, `but` of these blocks, and they serve as
+    before."""
     async with running_workers(model_path, engine=UNCACHED, decode=REMOTE) as workers:
         work = request(prompt_of(70, 130), max_tokens=4)
         assert oracle.agrees(work, await workers.generate(work))
         await workers.assert_nothing_leaks()  # the step after an answer's last writes as well
-        before = pool_of(workers)
+        before = pool_of(workers, but)
         yield workers
-        assert pool_of(workers) == before
+        assert pool_of(workers, but) == before
         assert oracle.agrees(work, await within(workers.generate(work)))
         await workers.assert_nothing_leaks()
 
@@ -139,19 +177,30 @@ async def untouched(model_path: Path, oracle: Oracle) -> AsyncIterator[Workers]:
 # -- frames ------------------------------------------------------------------------------------------------------------
 
 
-def _header(kind: int, nonce: bytes, count: int = 0, amount: int = 0, *, magic: bytes = b"PDKV", version: int = 2) -> bytes:
+def _header(kind: int, nonce: bytes, count: int = 0, amount: int = 0, *, magic: bytes = b"PDKV", version: int = 3) -> bytes:
     return struct.pack("<4sHH16sII", magic, version, kind, nonce, count, amount)
 
 
-def _table(*names: tuple[int, int, int]) -> bytes:
-    return b"".join(struct.pack("<IHH16s", *name, bytes(16)) for name in names)
+def _table(*names: tuple[int, int, int], digests: Sequence[bytes] | None = None) -> bytes:
+    return b"".join(
+        struct.pack("<IHH16s", *name, digest) for name, digest in zip(names, digests or [bytes(16)] * len(names), strict=True)
+    )
+
+
+def _ready(nonce: bytes, *placed: tuple[int, int, int, int], count: int | None = None) -> bytes:
+    table = b"".join(struct.pack("<IHHQ", *one) for one in placed)
+    return _header(FrameKind.READY, nonce, len(placed) if count is None else count) + table
+
+
+def _written(nonce: bytes, *names: tuple[int, int, int], digests: Sequence[bytes] | None = None) -> bytes:
+    return _header(FrameKind.WRITTEN, nonce, len(names)) + _table(*names, digests=digests)
 
 
 Forge = Callable[[bytes, KVLayout, int], bytes]
-"""(nonce, layout, the kind of frame that carries data on this link) -> what is sent."""
+"""(nonce, layout, the kind of frame that brings the first word of data on this link) -> what is sent."""
 BREAKING: dict[str, Forge] = {
     "no magic": lambda nonce, layout, data: _header(FrameKind.OPEN, nonce, magic=b"HTTP"),
-    "another version": lambda nonce, layout, data: _header(FrameKind.OPEN, nonce, version=1),
+    "another version": lambda nonce, layout, data: _header(FrameKind.OPEN, nonce, version=2),
     "an unknown kind": lambda nonce, layout, data: _header(99, nonce),
     "no pieces": lambda nonce, layout, data: _header(data, nonce, 0, layout.block_bytes),
     "too many pieces": lambda nonce, layout, data: _header(data, nonce, MAX_PIECES + 1, 1),
@@ -165,20 +214,21 @@ BREAKING: dict[str, Forge] = {
         _header(FrameKind.BLOCKS, nonce, 2, layout.block_bytes) + _table((0, 0, layout.num_layers), (1, 0, layout.num_layers))
     ),
     "layers that are not there": lambda nonce, layout, data: (
-        _header(data, nonce, 1, layout.block_bytes if data == FrameKind.BLOCKS else 0) + _table((0, 65_535, 65_535))
+        _ready(nonce, (0, 65_535, 65_535, 0))
+        if data == FrameKind.READY
+        else _header(data, nonce, 1, layout.block_bytes) + _table((0, 65_535, 65_535))
     ),
     "no layers": lambda nonce, layout, data: (
-        _header(data, nonce, 1, layout.block_bytes if data == FrameKind.BLOCKS else 0) + _table((0, 0, 0))
+        _ready(nonce, (0, 0, 0, 0))
+        if data == FrameKind.READY
+        else _header(data, nonce, 1, layout.block_bytes) + _table((0, 0, 0))
     ),
-    "the other kind of data": lambda nonce, layout, data: (
-        _header(FrameKind.WRITTEN, nonce, 1) + _table((0, 0, layout.num_layers))
-        if data == FrameKind.BLOCKS
-        else _header(FrameKind.BLOCKS, nonce, 1, layout.block_bytes)
-    ),
+    "digests of what is not here": lambda nonce, layout, data: _written(nonce, (0, 0, layout.num_layers)),
     "a grant": lambda nonce, layout, data: _header(FrameKind.GRANT, nonce, 0, 1000),
     "a refusal": lambda nonce, layout, data: _header(FrameKind.REFUSE, nonce, 0, 1),
     "credit": lambda nonce, layout, data: _header(FrameKind.CREDIT, nonce, 0, 2**32 - 1),
     "an amount where none is": lambda nonce, layout, data: _header(FrameKind.CLOSE, nonce, 0, 7),
+    "what a decode worker took": lambda nonce, layout, data: _header(FrameKind.TAKEN, nonce, 0, 1),
     "noise": lambda nonce, layout, data: random.Random(5).randbytes(300_000),
 }
 
@@ -205,7 +255,7 @@ async def test_z33_forged_frames_of_an_authenticated_peer(model_path: Path, orac
     """Z33, CVE-2026-103764. There: the transport believed address and size in a header: anybody could read and write memory.
     Ours: no address travels; what does not fit in kind, count or size ends the link before anything is allocated or read for it,
     also within a transfer that was granted; the pool stays as it is."""
-    data = FrameKind.BLOCKS if kind == "tcp" else FrameKind.WRITTEN
+    data = FrameKind.BLOCKS if kind == "tcp" else FrameKind.READY
     async with untouched(model_path, oracle) as workers:
         layout = layout_of(workers)
         blocks = tuple(range(100, 104))
@@ -236,7 +286,9 @@ async def test_z33_names_that_lead_nowhere(model_path: Path, oracle: Oracle, kin
         def data(nonce: bytes, names: list[PieceName]) -> bytes:
             table = encode_table(names, [bytes(16)] * len(names))
             if kind == "shm":
-                return Frame(FrameKind.WRITTEN, nonce, len(names)).encode() + table
+                return (
+                    _ready(nonce, *((*name, 0) for name in names)) + Frame(FrameKind.WRITTEN, nonce, len(names)).encode() + table
+                )
             return Frame(FrameKind.BLOCKS, nonce, len(names), layout.block_bytes).encode() + table + b"\xab" * layout.block_bytes
 
         async with raw(workers, kind) as writer, raw(workers, kind) as other:
@@ -245,18 +297,202 @@ async def test_z33_names_that_lead_nowhere(model_path: Path, oracle: Oracle, kin
             nonce = incoming.ticket.nonce
             for who in (bytes(16), b"\xff" * 16):
                 await writer.send(Frame(FrameKind.OPEN, who).encode() + data(who, whole) + Frame(FrameKind.CLOSE, who).encode())
-                assert struct.unpack("<4sHH16sII", await writer.receive(32))[2] == FrameKind.REFUSE
-            await other.send(Frame(FrameKind.OPEN, nonce).encode())
-            assert struct.unpack("<4sHH16sII", await other.receive(32))[2] == FrameKind.REFUSE
-            await writer.send(Frame(FrameKind.OPEN, nonce).encode())
-            assert struct.unpack("<4sHH16sII", await writer.receive(32))[2] == FrameKind.GRANT
+                assert await writer.answer() is FrameKind.REFUSE
+            assert await other.open(nonce) is FrameKind.REFUSE
+            assert await writer.open(nonce) is FrameKind.GRANT
             await other.send(data(nonce, whole) + Frame(FrameKind.CLOSE, nonce).encode() + Frame(FrameKind.OPEN, nonce).encode())
-            assert struct.unpack("<4sHH16sII", await other.receive(32))[2] == FrameKind.REFUSE
+            assert await other.answer() is FrameKind.REFUSE
             assert (incoming.num_blocks, incoming.transfer.writer_open) == (0, True)
             await writer.send(data(nonce, beyond))
             failure = await within(incoming.wait_failed())
             assert failure.code == "TicketRefused"
         assert await within(incoming.abandon(nobody_to_ask)) == (100, 101)
+
+
+# -- offers over shm ---------------------------------------------------------------------------------------------------
+
+
+def _beyond(place: Callable[[int], int]) -> Forge:
+    """One piece at a place that depends on how large the forger's pool is."""
+    return lambda nonce, layout, data: _ready(nonce, (0, 0, layout.num_layers, place(POOL_BLOCKS * layout.block_bytes)))
+
+
+OFFERS: dict[str, Forge] = {
+    "behind the pool": _beyond(lambda pool_bytes: pool_bytes),
+    "across its end": _beyond(lambda pool_bytes: pool_bytes - 1),
+    "so far that it is in front": _beyond(lambda pool_bytes: 2**64 - 16),
+    "as far as can be said": _beyond(lambda pool_bytes: 2**64 - 1),
+    "in part behind the pool": lambda nonce, layout, data: _ready(
+        nonce, (0, 0, layout.num_layers, 0), (1, 0, layout.num_layers, 2**40)
+    ),
+    "more than are there": lambda nonce, layout, data: (
+        _ready(nonce, (0, 0, layout.num_layers, 0), count=2) + _written(nonce, (0, 0, layout.num_layers))
+    ),
+    "with an amount": lambda nonce, layout, data: _header(FrameKind.READY, nonce, 1, 5),
+    "without pieces": lambda nonce, layout, data: _header(FrameKind.READY, nonce),
+    "other pieces stated": lambda nonce, layout, data: (
+        _ready(nonce, (0, 0, layout.num_layers, 0)) + _written(nonce, (1, 0, layout.num_layers))
+    ),
+    "more pieces stated": lambda nonce, layout, data: (
+        _ready(nonce, (0, 0, layout.num_layers, 0)) + _written(nonce, (0, 0, layout.num_layers), (1, 0, layout.num_layers))
+    ),
+    "in another order": lambda nonce, layout, data: (
+        _ready(nonce, (0, 0, layout.num_layers, 0), (1, 0, layout.num_layers, 0))
+        + _written(nonce, (1, 0, layout.num_layers), (0, 0, layout.num_layers))
+    ),
+    "in other parts": lambda nonce, layout, data: _ready(nonce, (0, 0, layout.num_layers, 0)) + _written(nonce, (0, 0, 1)),
+    "for somebody else": lambda nonce, layout, data: (
+        _ready(nonce, (0, 0, layout.num_layers, 0)) + _written(b"\xff" * 16, (0, 0, layout.num_layers))
+    ),
+}
+
+
+@pytest.fixture(params=["native", "interpreted"])
+def fetching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who fetches."""
+    if request.param == "interpreted":
+        monkeypatch.setattr("kvtransfer.transports.fetching.piece_kernel", lambda: None)
+    else:
+        prepare(pdserve_home() / "kernels", lambda _: None)
+        if piece_kernel() is None:
+            pytest.skip("no native code on this machine")
+    return str(request.param)
+
+
+async def test_z33_offers_that_are_none(model_path: Path, oracle: Oracle, fetching: str) -> None:
+    """Z33, CVE-2026-103764. Ours: over shm an offset into the sender's own pool travels. One that is not in it, and digests of
+    anything but what was offered, end the link; nothing is written but blocks of the ticket."""
+    blocks = tuple(range(100, 104))
+    async with untouched(model_path, oracle, but=blocks) as workers:
+        layout = layout_of(workers)
+        for name, forge in OFFERS.items():
+            incoming = open_transfer(workers, blocks)
+            async with raw(workers, "shm") as peer:
+                await peer.authenticate()
+                assert await peer.open(incoming.ticket.nonce) is FrameKind.GRANT
+                await peer.send(forge(incoming.ticket.nonce, layout, FrameKind.READY))
+                await within(peer.until_hung_up())
+            failure = await within(incoming.wait_failed())
+            assert isinstance(failure, TransferBroken), name
+            assert incoming.num_blocks == 0, name
+            assert await within(incoming.abandon(nobody_to_ask)) == blocks
+
+
+async def test_z33_what_was_stated_wrongly_is_not_used(model_path: Path, oracle: Oracle, fetching: str) -> None:
+    """Z33, CVE-2026-103764. Ours: a digest that the fetched bytes do not have fails the transfer, whenever and however often it
+    is stated; and names that are not in the ticket are fetched for nobody."""
+    blocks = (100, 101)
+    async with untouched(model_path, oracle, but=blocks) as workers:
+        layers, block_bytes = layout_of(workers).num_layers, layout_of(workers).block_bytes
+        whole = (0, 0, layers)
+        for case in ("another digest", "stated twice", "beyond the ticket", "in front of the ticket"):
+            incoming = open_transfer(workers, blocks)
+            nonce = incoming.ticket.nonce
+            async with raw(workers, "shm") as peer:
+                await peer.authenticate()
+                assert await peer.open(nonce) is FrameKind.GRANT
+                right = [piece_digest(peer.pool[:block_bytes], nonce, *whole)]
+                await peer.send(
+                    {
+                        "another digest": _ready(nonce, (*whole, block_bytes)) + _written(nonce, whole, digests=right),
+                        "stated twice": _ready(nonce, (*whole, 0)) + 2 * _written(nonce, whole, digests=right),
+                        "beyond the ticket": _ready(nonce, (2, 0, layers, 0)) + _written(nonce, (2, 0, layers)),
+                        "in front of the ticket": _ready(nonce, (2**32 - 1, 0, 1, 0)) + _written(nonce, (2**32 - 1, 0, 1)),
+                    }[case]
+                )
+                failure = await within(incoming.wait_failed())
+                expected = {"another digest": "DigestMismatch", "stated twice": "TransferBroken"}.get(case, "TicketRefused")
+                assert failure.code == expected, case
+            assert await within(incoming.abandon(nobody_to_ask)) == blocks
+
+
+@pytest.mark.parametrize("first", ["offered", "sent"])
+@pytest.mark.parametrize("again", ["offered", "offered after another OPEN"])
+@pytest.mark.parametrize("rest", ["offered", "sent"])
+async def test_z33_what_was_verified_is_not_fetched_again(
+    model_path: Path, oracle: Oracle, fetching: str, first: str, again: str, rest: str
+) -> None:
+    """Z33, CVE-2026-103764. Ours: a piece that was verified stays as it is, whatever is offered in its name later, by whichever
+    way the first bytes and the rest of the transfer come: a complete transfer has the bytes whose digests were stated."""
+    blocks = (100, 101)
+    async with untouched(model_path, oracle, but=blocks) as workers:
+        layers, block_bytes = layout_of(workers).num_layers, layout_of(workers).block_bytes
+        incoming = open_transfer(workers, blocks)
+        nonce = incoming.ticket.nonce
+        async with raw(workers, "shm") as peer:
+
+            def piece(number: int, how: str) -> bytes:
+                name, place = (number, 0, layers), number * block_bytes
+                content = peer.pool[place : place + block_bytes]
+                digests = [piece_digest(content, nonce, *name)]
+                if how == "sent":
+                    return _header(FrameKind.BLOCKS, nonce, 1, block_bytes) + _table(name, digests=digests) + bytes(content)
+                return _ready(nonce, (*name, place)) + _written(nonce, name, digests=digests)
+
+            await peer.authenticate()
+            assert await peer.open(nonce) is FrameKind.GRANT
+            await peer.send(piece(0, first))
+            await until(lambda: incoming.num_blocks == 1, "the first block is verified")
+            if again == "offered after another OPEN":
+                await peer.send(_header(FrameKind.OPEN, nonce))
+            await peer.send(_ready(nonce, (0, 0, layers, 2 * block_bytes)))
+            await peer.send(piece(1, rest))
+            await until(lambda: incoming.num_blocks == 2 or incoming.transfer.error is not None, "all is here, or it failed")
+            found = pool_of(workers)[100 * block_bytes : 102 * block_bytes]
+            assert incoming.transfer.error is not None or found == peer.pool[: 2 * block_bytes]
+        assert await within(incoming.abandon(nobody_to_ask)) == blocks
+
+
+def held_here() -> list[str]:
+    """What this process has descriptors and mappings of."""
+    links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]  # not that of the listing itself
+    return [*map(os.readlink, links), *Path("/proc/self/maps").read_text().splitlines()]
+
+
+async def test_z33_pools_that_are_none(model_path: Path, oracle: Oracle, tmp_path: Path) -> None:
+    """Z33, CVE-2026-103764. Ours: what is handed over as a pool is mapped if it is memory whose size stays; whoever hands over
+    anything else, or nothing, is hung up on, and no descriptor of it stays here."""
+    file = tmp_path / "forged"
+    file.write_bytes(bytes(65_536))
+
+    def opened(path: str, flags: int = os.O_RDONLY) -> int:
+        return os.open(path, flags | os.O_CLOEXEC)
+
+    def of_a_socket() -> int:
+        one, other = socket.socketpair()
+        other.close()
+        return one.detach()
+
+    forged: dict[str, Callable[[], int]] = {
+        "a file": lambda: opened(str(file), os.O_RDWR),
+        "a device": lambda: opened("/dev/zero"),
+        "a folder": lambda: opened(str(tmp_path)),
+        "a socket": of_a_socket,
+        "no seals": lambda: sealed(bytes(65_536), seals=0),
+        "may shrink": lambda: sealed(bytes(65_536), seals=F_SEAL_GROW),
+        "may grow": lambda: sealed(bytes(65_536), seals=F_SEAL_SHRINK),
+        "nothing in it": lambda: sealed(b""),
+    }
+    async with untouched(model_path, oracle) as workers:
+        counters = workers.decode._handoff._receiver.counters
+        refused = counters.links_refused.total()
+        for make in forged.values():
+            async with raw(workers, "shm") as peer:
+                await peer.introduce()
+                fd = make()
+                socket.send_fds(peer.sock, [b"F"], [fd])
+                os.close(fd)
+                await within(peer.until_hung_up())
+        for said, number in ((b"F", 0), (b"X", 1)):
+            async with raw(workers, "shm") as peer:
+                await peer.introduce()
+                fds = [sealed(bytes(65_536)) for _ in range(number)]
+                socket.send_fds(peer.sock, [said], fds)
+                for fd in fds:
+                    os.close(fd)
+                await within(peer.until_hung_up())
+        assert counters.links_refused.total() == refused + len(forged) + 2
+        assert not any("forged" in name for name in held_here())
 
 
 # -- strangers on the data ports ---------------------------------------------------------------------------------------

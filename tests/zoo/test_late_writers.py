@@ -1,4 +1,8 @@
-"""Writers that go on writing when nobody waits for them any more, and readers of the blocks' next owner."""
+"""Writers that go on writing when nobody waits for them any more, and readers of the blocks' next owner.
+
+Over tcp and shm the decode worker alone writes into its pool, and shuts out a writer at once. Where it cannot (cuda_ipc; here
+inproc, whose writers copy into the pool by themselves), blocks wait for the end of their writer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from kvtransfer.receiver import KVReceiver
 from kvtransfer.transports.base import Piece, SenderLink
 from kvtransfer.transports.receiving import StreamReceiverLink
 from support.planted_links import Plants
-from support.workers import Workers, request, running_workers
+from support.workers import Workers, request, running_workers, transfer_over
 from support.zoo import (
     AUTO,
     BLOCK,
@@ -90,15 +94,17 @@ _OPEN = KVReceiver.open
 
 
 @pytest.mark.parametrize(
-    ("transport", "guarded"), [("tcp", True), ("shm", True), ("shm", False)], ids=["tcp", "shm", "shm, without the guard"]
+    ("transport", "guarded"),
+    [("tcp", True), ("shm", True), ("inproc", True), ("inproc", False)],
+    ids=["tcp", "shm", "inproc", "inproc, without the guard"],
 )
 async def test_z21_late_bytes_of_a_cancelled_request(
     model_path: Path, oracle: Oracle, plants: Plants, monkeypatch: pytest.MonkeyPatch, transport: str, guarded: bool
 ) -> None:
     """Z21, sglang#24527. There: the decode side freed pages while a late writer wrote; the next request's KV was overwritten.
     Ours: a block is not free while an authorised writer may touch it. A is cancelled in transfer, B wants the same blocks at
-    once: over tcp the writer is fenced and its bytes find no place; over shm B waits until the writer has stopped; B is
-    right."""
+    once: over tcp and shm the writer is fenced, and what it sends or offers finds no place; over inproc B waits until the
+    writer has stopped; B is right."""
     if not guarded:
 
         async def free_at_once(incoming: Incoming, release: Any, **limits: Any) -> tuple[int, ...]:
@@ -126,7 +132,7 @@ async def test_z21_late_bytes_of_a_cancelled_request(
         work = request(prompt_of(PROMPT_TOKENS, 51), request_id="b", max_tokens=NEW_TOKENS)
         b = asyncio.ensure_future(workers.generate(work))
         scheduler = workers.decode._scheduler
-        if transport == "shm" and guarded:
+        if transport == "inproc" and guarded:
             await until(lambda: scheduler.num_waiting == 1, "B waits for blocks")
             assert (await workers.info(workers.decode_ref.address)).blocks_in_transfer == 6
             assert len(plants.runs) == 1
@@ -142,11 +148,11 @@ async def test_z21_late_bytes_of_a_cancelled_request(
             await assert_no_ghosts(workers)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "inproc"])
 async def test_z08_a_prefill_worker_that_stays_silent(model_path: Path, oracle: Oracle, plants: Plants, transport: str) -> None:
     """Z08, vllm#46283. There: the decode side's blocks of an aborted load were never freed if the prefill side said nothing.
-    Ours: what frees them is the fence or the end of the writer's link, not its goodwill: over tcp at once, over shm when the
-    process that has them mapped lets go; until then others are served, and then the pool is whole."""
+    Ours: what frees them is the fence or the end of the writer's link, not its goodwill: over tcp and shm at once, over inproc
+    when the writer lets go; until then others are served, and then the pool is whole."""
 
     async def unheard(call: Any, message: Any, timeout_s: float) -> Any:
         raise WorkerLost("planted: no answer")
@@ -164,7 +170,7 @@ async def test_z08_a_prefill_worker_that_stays_silent(model_path: Path, oracle: 
         work = request(prompt_of(PROMPT_TOKENS, 53), max_tokens=6)
         answer = await within(workers.generate(work, prefill=workers.prefill_refs[1:]))
         assert oracle.agrees(work, answer)
-        if transport == "tcp":
+        if transport != "inproc":
             await until_free(workers, workers.decode_ref)
             assert not writer.through.is_set()
         else:
@@ -247,7 +253,7 @@ BRIEF_S = 1.0
 
 
 def brief(transport: str) -> TransferConfig:
-    return TransferConfig(transports=(transport,), lease_s=BRIEF_S, ticket_ttl_s=300.0)  # type: ignore[arg-type]
+    return transfer_over(transport, lease_s=BRIEF_S, ticket_ttl_s=300.0)
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -275,7 +281,7 @@ async def test_z05_a_decode_worker_that_gives_no_sign_is_given_up_and_hears_of_i
         assert workers.prefill[0]._scheduler.totals.computed_tokens == 3 * BLOCK
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "inproc"])
 async def test_z05_a_prefill_worker_whose_lease_is_over_may_not_write(
     model_path: Path, oracle: Oracle, plants: Plants, transport: str
 ) -> None:

@@ -60,13 +60,18 @@ async def test_z01_a_used_ticket_writes_nothing(model_path: Path, oracle: Oracle
         assert again.started.cached_tokens == 64
 
 
-@pytest.mark.parametrize("guarded", [True, False], ids=["", "without the guard"])
+@pytest.mark.parametrize(
+    ("transport", "guarded"),
+    [("shm", True), ("inproc", True), ("inproc", False)],
+    ids=["shm", "inproc", "inproc, without the guard"],
+)
 async def test_z01_another_prompt_under_an_old_ticket(
-    model_path: Path, oracle: Oracle, plants: Plants, monkeypatch: pytest.MonkeyPatch, guarded: bool
+    model_path: Path, oracle: Oracle, plants: Plants, monkeypatch: pytest.MonkeyPatch, transport: str, guarded: bool
 ) -> None:
     """Z01, vllm#52234. There: the blocks behind an old reference had a new owner, whose content was served.
-    Ours: what the decode worker keeps of A stays A's, also when a prefill worker computes B and pushes it under A's ticket."""
-    async with running_workers(model_path, engine=ENGINE, decode=REMOTE, transports=("shm",)) as workers:
+    Ours: what the decode worker keeps of A stays A's, also when a prefill worker computes B and pushes it under A's ticket. The
+    guard is who is let in; over inproc alone it is the only one."""
+    async with running_workers(model_path, engine=ENGINE, decode=REMOTE, transports=(transport,)) as workers:
         a, b = request(prompt_of(70, 1), max_tokens=6), request(prompt_of(70, 2), max_tokens=6)
         assert oracle.agrees(a, await workers.generate(a))
         (message,) = plants.runs

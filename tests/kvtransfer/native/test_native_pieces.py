@@ -27,7 +27,7 @@ from kvtransfer.receiver import KVReceiver
 from kvtransfer.region import BlockRegion
 from kvtransfer.sender import KVSender
 from kvtransfer.state import Seal
-from kvtransfer.transports import receiving, shm, tcp
+from kvtransfer.transports import fetching, offer, tcp
 
 pytestmark = [
     pytest.mark.long,  # a compiler runs
@@ -148,9 +148,9 @@ async def test_a_link_with_it_carries_and_notices_the_same(
 ) -> None:
     """The digests are those of a link without it; what is spoiled after it was copied is noticed."""
     calls = Calls(compiled)
-    for module in (shm, tcp, incoming_side, receiving):
+    for module in (offer, tcp, incoming_side, fetching):
         monkeypatch.setattr(module, "piece_kernel", lambda: calls)
-    monkeypatch.setattr(shm, "LEAST_ANNOUNCED_BYTES", 5000)
+    monkeypatch.setattr(offer, "STATED_BYTES", 5000)
     monkeypatch.setattr(tcp, "FRAME_BYTES", 5000)
     monkeypatch.setattr(writing, "CALL_BYTES", 9000)
     source, pool = (BlockRegion.create_shared(LAYOUT.block_bytes, 20) for _ in range(2))

@@ -9,6 +9,8 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -96,7 +98,7 @@ def frames_in(data: bytes) -> list[Received]:
     frames = []
     while data:
         magic, version, kind, nonce, count, amount = struct.unpack_from("<4sHH16sII", data)
-        assert (magic, version, nonce) == (b"PDKV", 2, NONCE)
+        assert (magic, version, nonce) == (b"PDKV", 3, NONCE)
         table = [struct.unpack_from("<IHH16s", data, 32 + 24 * index) for index in range(count)]
         start = 32 + 24 * count
         payload, data = data[start : start + amount], data[start + amount :]
@@ -143,20 +145,20 @@ def test_a_peer_reads_frame_by_frame_what_was_pushed(compiled: PieceKernel, pair
     assert b"".join(frame.payload for frame in frames) == b"".join(bytes(piece.source) for piece in pieces)
 
 
-def test_what_is_announced_was_copied(compiled: PieceKernel, pair: Pair) -> None:
-    pieces, pool = pieces_of(bytearray(3 * PIECE_BYTES)), bytearray(3 * PIECE_BYTES)
-    places = [address_of(memoryview(pool)) + start for start in (2 * PIECE_BYTES, 0, PIECE_BYTES)]
-    moves = [
-        packed_piece(address_of(piece.source), place, piece.source.nbytes, *piece.name)
-        for piece, place in zip(pieces, places, strict=True)
-    ]
+@pytest.mark.parametrize("instructions", ["native", "x86-64", "x86-64-v3"])
+def test_what_is_stated_has_no_payload(tmp_path: Path, pair: Pair, instructions: str) -> None:
+    """And what will be read no more is digested to the same, also where there are other instructions for it."""
+    flags = tuple(f"-march={instructions}" if flag == "-march=native" else flag for flag in choice._SOURCE.flags)
+    kernel = PieceKernel(build_library(replace(choice._SOURCE, flags=flags), tmp_path, check_kernel))
+    pieces = pieces_of(bytearray(3 * PIECE_BYTES))
     pair.read()
-    digests, _ = compiled.write(b"".join(moves), [2, 3], pair.outlet(), NONCE, header(FrameKind.WRITTEN), with_payload=False)
+    statement = header(FrameKind.WRITTEN)
+    digests, _ = kernel.write(packed(pieces), [2, 3], pair.outlet(), NONCE, statement, with_payload=False)
     frames = frames_in(pair.all())
     told = [(frame.kind, len(frame.names), frame.payload) for frame in frames]
     assert told == [(FrameKind.WRITTEN, 2, b""), (FrameKind.WRITTEN, 1, b"")]
     assert [digest for frame in frames for digest in frame.digests] == digests
-    assert bytes(pool) == bytes(pieces[1].source) + bytes(pieces[2].source) + bytes(pieces[0].source)
+    assert digests == [piece_digest(piece.source, NONCE, *piece.name) for piece in pieces]
 
 
 def test_a_socket_that_takes_nothing_is_given_up(compiled: PieceKernel, pair: Pair) -> None:

@@ -1,6 +1,6 @@
 """Many healthy block transfers between two processes, every byte of them compared: what must never raise an alarm.
 
-    test process: KVReceiver over a shared pool  <--- shm | tcp | nixl ---  forked process: KVSender over a pool of its own
+    test process: KVReceiver over a pool  <--- shm | tcp | nixl ---  forked process: KVSender over a pool
 
 The blocks are small, so that many fit into little time: what is exercised is everything per piece, not the copying. Contents are
 drawn from a seed that both sides know; the pool blocks of a ticket are in random order, and every other transfer travels in
@@ -130,8 +130,7 @@ async def _nobody_to_ask() -> None:
 
 async def serve_writer(order: dict[str, Any], control: socket.socket) -> None:
     """In the child: writes what it is given tickets for, until the test hangs up."""
-    memory = bytearray(BLOCKS * LAYOUT.block_bytes)
-    region = BlockRegion(memoryview(memory), LAYOUT.block_bytes, BLOCKS)
+    region = BlockRegion.create_shared(LAYOUT.block_bytes, BLOCKS)
     sender = KVSender(region, LAYOUT, WRITER, 1, derive_secret(TOKEN), SystemClock())
     reader, writer = await asyncio.open_connection(sock=control, limit=1 << 22)
     try:
@@ -140,7 +139,7 @@ async def serve_writer(order: dict[str, Any], control: socket.socket) -> None:
     except HandoffError as error:
         said = {"error": f"{error.code}: {error.message}"}
     writer.write(json.dumps(said).encode() + b"\n")
-    source = np.frombuffer(memory, dtype=np.uint8).reshape(BLOCKS, LAYOUT.block_bytes)
+    source = np.frombuffer(region.buffer, dtype=np.uint8).reshape(BLOCKS, LAYOUT.block_bytes)
     while line := await reader.readline():
         message = json.loads(line)
         ticket = ticket_from_wire(types_pb2.Ticket.FromString(bytes.fromhex(message["ticket"])))

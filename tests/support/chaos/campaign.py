@@ -5,6 +5,7 @@
     transport    every fault that a decorated link or memory can do, on live workers under load
     rpc          every control call lost, doubled, late
     recut        the most telling of these with a prefill worker whose blocks are of another size
+    unfenced     what is left of these where the decode worker cannot shut out a writer, and has to wait for it
     healthy      a hundred thousand blocks and more per link with no fault at all
 
 `run` does it and returns a `Report`; `Report.markdown` is the file that stands beside the tests. Figures that depend on the
@@ -26,6 +27,7 @@ from pathlib import Path
 from common.errors import HandoffError, StartupError
 from support.chaos.bulk import BulkResult, move_blocks
 from support.chaos.cells import (
+    WRITER_OPEN_STEPS,
     CellResult,
     Policy,
     Signal,
@@ -35,7 +37,7 @@ from support.chaos.cells import (
     rpc_cell,
     transport_cell,
 )
-from support.chaos.fault_transport import TransportFault
+from support.chaos.fault_transport import TransportFault, faults_over
 from support.chaos.oracle import Oracle
 from support.chaos.processes import Times
 from support.chaos.rig import Ending, Rig, running_rig, until
@@ -59,7 +61,9 @@ RECUT_STEPS: tuple[Step, ...] = (
     PrefillStep.BEFORE_CLOSE,
     PrefillStep.BEFORE_REPLY,
 )
-METHODS = ("Handshake", "Run", "Release", "Generate")
+METHODS = ("Handshake", "Run", "Generate")
+UNFENCED = "shm"  # the link on which a decode worker is told that it cannot fence
+UNFENCED_STEPS: tuple[Step, ...] = tuple(step for step in PrefillStep if step in WRITER_OPEN_STEPS)
 STEPS: tuple[Step, ...] = (*DecodeStep, *PrefillStep)
 
 Say = Callable[[str], None]
@@ -182,6 +186,10 @@ class Report:
                 "recut", list(dict.fromkeys(c.row for c in self.cells if c.section == "recut")), list(self.transports)
             ),
             "",
+            "## Where the decode worker cannot shut out a writer, and keeps its blocks until that has stopped",
+            "",
+            *self._policies("unfenced", list(dict.fromkeys(c.row for c in self.cells if c.section == "unfenced")), [UNFENCED]),
+            "",
         ]
         return "\n".join(lines)
 
@@ -263,6 +271,7 @@ class _Campaign:
             "transport": self.transport,
             "rpc": self.rpc,
             "recut": self.recut,
+            "unfenced": self.unfenced,
             "healthy": self.healthy,
         }
 
@@ -294,7 +303,7 @@ class _Campaign:
             for policy in Policy:
                 cells = [
                     partial(transport_cell, policy=policy, fault=fault, count=self._size.transport_requests, seed=seed)
-                    for seed, fault in enumerate(TransportFault)
+                    for seed, fault in enumerate(faults_over(kind))
                 ]
                 await self._cells(kind, policy, cells, proxied=False)
 
@@ -306,43 +315,63 @@ class _Campaign:
                 partial(rpc_cell, policy=policy, method=method, fault=fault, count=self._size.rpc_requests, seed=seed)
                 for seed, fault in enumerate(RpcFault)
                 for method in METHODS
-                if (kind, method) != ("tcp", "Release")  # fenced at once: there is nobody to release
             ]
             if policy is Policy.AUTO:
                 cells += [partial(info_cell, fault=fault) for fault in RpcFault]
             await self._cells(kind, policy, cells, proxied=True)
 
         await self._side_by_side(column)
-        if "tcp" in self._report.transports:
-            self._report.unreachable.append("'Release' over tcp: the decode worker fences a writer by itself")
 
     async def recut(self) -> None:
-        def renamed(make: Callable[[Rig], Awaitable[CellResult]], kind: str, what: str) -> Callable[[Rig], Awaitable[CellResult]]:
-            async def cell(rig: Rig) -> CellResult:
-                made = await make(rig)
-                made.section, made.row, made.column = "recut", what, kind
-                return made
-
-            return cell
-
         async def column(kind: str, policy: Policy) -> None:
             cells = [
-                renamed(
+                _renamed(
                     partial(transport_cell, policy=policy, fault=fault, count=self._size.recut_requests, seed=seed),
+                    "recut",
                     kind,
                     fault.value,
                 )
-                for seed, fault in enumerate(TransportFault)
+                for seed, fault in enumerate(faults_over(kind, cut_anew=True))
             ]
             cells += [
-                renamed(
+                _renamed(
                     partial(_at_step, policy=policy, step=step, signal_=signal_, number=number),
+                    "recut",
                     kind,
                     f"{'decode' if isinstance(step, DecodeStep) else 'prefill'}: {step.value}, {signal_.value}",
                 )
                 for number, (step, signal_) in enumerate(itertools.product(RECUT_STEPS, Signal))
             ]
             await self._cells(kind, policy, cells, proxied=False, prefill_block_tokens=RECUT_BLOCK_TOKENS)
+
+        await self._side_by_side(column)
+
+    async def unfenced(self) -> None:
+        """Links between two host processes can all be fenced; that of two processes on one GPU cannot."""
+
+        async def column(kind: str, policy: Policy) -> None:
+            if kind != UNFENCED:
+                return
+            stopped = [
+                _renamed(
+                    partial(_at_step, policy=policy, step=step, signal_=signal_, number=number),
+                    "unfenced",
+                    kind,
+                    f"prefill: {step.value}, {signal_.value}",
+                )
+                for number, (step, signal_) in enumerate(itertools.product(UNFENCED_STEPS, Signal))
+            ]
+            lost = [
+                _renamed(
+                    partial(rpc_cell, policy=policy, method="Release", fault=fault, count=self._size.rpc_requests, seed=seed),
+                    "unfenced",
+                    kind,
+                    f"Release: {fault.value}",
+                )
+                for seed, fault in enumerate(RpcFault)
+            ]
+            await self._cells(kind, policy, stopped, proxied=False, fences=False)
+            await self._cells(kind, policy, lost, proxied=True, fences=False)
 
         await self._side_by_side(column)
 
@@ -369,6 +398,7 @@ class _Campaign:
         *,
         proxied: bool,
         prefill_block_tokens: int | None = None,
+        fences: bool = True,
     ) -> None:
         """One after the other on one rig; a cell that has gone wrong gets the next one a new rig."""
         left = list(cells)
@@ -382,6 +412,7 @@ class _Campaign:
                 times=TIMES,
                 proxied=proxied,
                 prefill_block_tokens=prefill_block_tokens,
+                fences=fences,
             ) as rig:
                 before: dict[tuple[int, str], int] = {}
                 while left:
@@ -403,6 +434,17 @@ class _Campaign:
         except (TimeoutError, HandoffError, StartupError, OSError) as error:
             problem = f"the cell did not end: {type(error).__name__}: {error}"
             return CellResult("cell", "a cell that did not end", kind, policy, problems=[problem], seconds=CELL_DEADLINE_S)
+
+
+def _renamed(
+    make: Callable[[Rig], Awaitable[CellResult]], section: str, kind: str, what: str
+) -> Callable[[Rig], Awaitable[CellResult]]:
+    async def cell(rig: Rig) -> CellResult:
+        made = await make(rig)
+        made.section, made.row, made.column = section, what, kind
+        return made
+
+    return cell
 
 
 async def _at_step(rig: Rig, policy: Policy, step: Step, signal_: Signal, number: int) -> CellResult:

@@ -61,7 +61,7 @@ WRITER_OPEN_STEPS: frozenset[Step] = frozenset(
         PrefillStep.BEFORE_CLOSE,
     }
 )
-"""Here the prefill worker has the right to write into the pool, and can still do so when it goes on."""
+"""Here the prefill worker has the right to write, and would still do so when it goes on."""
 
 
 @dataclass
@@ -171,11 +171,10 @@ async def _while_stopped(cell: CellResult, rig: Rig, step: Step, faulted: asynci
     if not faulted.done():
         cell.problems.append(f"the request goes on {bound_s:g} s after the prefill worker stopped")
         return
-    in_transfer = (await rig.info(rig.decode)).blocks_in_transfer
-    if step in WRITER_OPEN_STEPS and rig.transport == "shm" and not in_transfer:
-        cell.problems.append("blocks were freed while a stopped process had them mapped and the right to write")
-    if rig.transport == "tcp":
+    if rig.fences:
         cell.problems += [f"while stopped, {left}" for left in await rig.leaks(rig.decode, timeout_s=SLACK_S + 2 * times.lease_s)]
+    elif step in WRITER_OPEN_STEPS and not (await rig.info(rig.decode)).blocks_in_transfer:
+        cell.problems.append("blocks were freed while a stopped process had the right to write into them")
 
 
 async def _later_requests(cell: CellResult, rig: Rig, request: Request) -> None:

@@ -1,11 +1,16 @@
 """A decorator around any transport that takes the link's steps one by one, and does wrong where a plan says so.
 
-    prefill side   FaultSenderLink around the link: fails, drops, doubles, reorders, delays, lies in the account, writes late
+    prefill side   FaultSenderLink around the link: fails, drops, doubles, reorders, delays, lies in the account, writes late;
+                   shm: offers pieces at places where others lie, as if their blocks had been given to somebody else meanwhile
     decode side    FaultLanding around the landing: bytes that are in the pool change before anybody looked at them
 
 What is planted on the decode side is what a bad cable, a bad copy or a race would leave there, on links whose bytes no proxy can
-touch (shm, nixl) as well as on tcp. The decorator never changes a source before its digest was taken: that would be another
+touch (shm, nixl) as well as on tcp. Native code fetches and looks at once: it does not get the transfers of which something is to
+be spoiled in between, and all others. The decorator never changes a source before its digest was taken: that would be another
 prompt's KV with a true digest, which is the engine's business and not the transfer's.
+
+A decode worker may also be told that it cannot fence its writers (`FaultPlan.fences`), as where they write into its pool by
+themselves: then it has to ask them to stop, and to wait until they have.
 """
 
 from __future__ import annotations
@@ -18,7 +23,10 @@ from typing import Any
 
 from common.errors import HandoffError, TransferBroken
 from common.types import KVLayout, Ticket
+from kvtransfer.found import FoundPieces
+from kvtransfer.frames import PLACE_BYTES
 from kvtransfer.region import BlockRegion
+from kvtransfer.spans import Columns
 from kvtransfer.transports.base import (
     Landing,
     LinkCredentials,
@@ -33,10 +41,12 @@ from kvtransfer.transports.base import (
     WriterNews,
     Written,
 )
-from support.chaos.steps import Breakpoint, PrefillStep
+from kvtransfer.transports.offer import Offer
+from support.chaos.steps import AT_PIECES, Breakpoint, PrefillStep
 
 DELAY_S = 0.05
 LATE_LIMIT_S = 5.0
+_PLACE_BYTES_ALONE = 8  # of a descriptor of READY, its end: the rest is the piece's name
 
 
 class TransportFault(enum.Enum):
@@ -49,6 +59,7 @@ class TransportFault(enum.Enum):
     DELAYED = "write delayed"
     SEAL_LIES = "wrong digest in the seal"
     WRITTEN_LATE = "written after everybody gave up"
+    MISPLACED = "offered where others lie"
     FLIPPED = "byte flipped in the pool"
     SWAPPED = "two pieces swapped in the pool"
     TORN = "half of a piece not yet in the pool"
@@ -56,14 +67,23 @@ class TransportFault(enum.Enum):
 
 
 ON_ARRIVAL = frozenset({TransportFault.FLIPPED, TransportFault.SWAPPED, TransportFault.TORN, TransportFault.FRAME_LIES})
-CORRUPTING = ON_ARRIVAL | {TransportFault.SEAL_LIES, TransportFault.PIECE_DROPPED}
+CORRUPTING = ON_ARRIVAL | {TransportFault.SEAL_LIES, TransportFault.PIECE_DROPPED, TransportFault.MISPLACED}
 """After one of these a transfer must not be used."""
+OF_OFFERS = frozenset({TransportFault.MISPLACED})
+"""They exist only where the decode worker fetches out of the prefill worker's pool: shm, and blocks that are not cut anew."""
+
+
+def faults_over(kind: str, *, cut_anew: bool = False) -> list[TransportFault]:
+    offered = kind == "shm" and not cut_anew
+    return [fault for fault in TransportFault if offered or fault not in OF_OFFERS]
 
 
 class FaultPlan:
     """One per worker process: what is done to which share of the transfers."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fences: bool = True) -> None:
+        """`fences`: whether this worker, if it is a decode worker, can shut out the writers of links that allow it."""
+        self.fences = fences
         self._fault: TransportFault | None = None
         self._share = 0.0
         self._chance = random.Random(0)
@@ -106,7 +126,8 @@ class FaultTransport:
     async def listen(
         self, landing: Landing, credentials: LinkCredentials, region: BlockRegion, layout: KVLayout, host: str
     ) -> Listener:
-        return await self._inner.listen(FaultLanding(landing, self._plan), credentials, region, layout, host)
+        planted = FaultLanding(landing, self._plan, self._breakpoint)
+        return await self._inner.listen(planted, credentials, region, layout, host)
 
     async def connect(
         self,
@@ -151,7 +172,7 @@ class FaultSenderLink:
                 digests += await self._inner.write(nonce, pieces[half:], stop)
             return digests
         fault = self._plan.wants(nonce)
-        if fault is None or fault in ON_ARRIVAL:
+        if fault is None or fault in ON_ARRIVAL | OF_OFFERS:
             digests = await self._inner.write(nonce, pieces, stop)
         else:
             digests = await self._write_wrongly(fault, nonce, pieces, stop)
@@ -217,9 +238,10 @@ class FaultSenderLink:
 
 
 class FaultLanding:
-    def __init__(self, inner: Landing, plan: FaultPlan) -> None:
+    def __init__(self, inner: Landing, plan: FaultPlan, breakpoint_: Breakpoint) -> None:
         self._inner = inner
         self._plan = plan
+        self._breakpoint = breakpoint_
 
     def admit(self, peer: PeerName) -> str | None:
         return self._inner.admit(peer)
@@ -228,17 +250,22 @@ class FaultLanding:
         self._inner.link_refused(error)
 
     def writer_opened(self, link: ReceiverLink, nonce: bytes) -> int | Refusal:
+        if not self._plan.fences:
+            link.fences_locally = False  # type: ignore[misc]
         return self._inner.writer_opened(link, nonce)
 
     def ticket_of(self, link: ReceiverLink, nonce: bytes) -> Ticket | None:
-        return None  # what arrives may be spoiled in `pieces_written`: nobody looks before
+        """None where what arrives is spoiled in `pieces_written`, or a step between pieces is waited for: nobody looks before."""
+        if self._plan.wants(nonce, ON_ARRIVAL) is not None or any(map(self._breakpoint.awaits, AT_PIECES)):
+            return None
+        return self._inner.ticket_of(link, nonce)
 
     def destination(self, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
         return self._inner.destination(link, nonce, name)
 
     def pieces_written(self, link: ReceiverLink, nonce: bytes, written: Sequence[Written]) -> None:
         fault = self._plan.wants(nonce, ON_ARRIVAL)
-        if fault is not None:
+        if fault is not None and not isinstance(written, FoundPieces):  # those were looked at
             written = self._spoil(fault, link, nonce, written)
         self._inner.pieces_written(link, nonce, written)
 
@@ -275,3 +302,25 @@ class FaultLanding:
                 return written  # no two pieces to swap: the next occasion may have them
         self._plan.done(nonce, fault)
         return written
+
+
+def misplace_offers(plan: FaultPlan) -> None:
+    """In a prefill worker's process, before the worker is made."""
+    make = Offer.__init__
+
+    def made(offer: Offer, nonce: bytes, pieces: Sequence[Piece], columns: Columns, pool_address: int) -> None:
+        make(offer, nonce, pieces, columns, pool_address)
+        fault = plan.wants(nonce, OF_OFFERS)
+        if fault is not None and len(pieces) > 1:
+            offer._placed = _exchanged(offer._placed)
+            plan.done(nonce, fault)
+
+    Offer.__init__ = made  # type: ignore[method-assign]
+
+
+def _exchanged(placed: bytes) -> bytes:
+    """The places of the first two pieces of READY's table, which stand at the ends of their descriptors, one for the other."""
+    first, second = placed[:PLACE_BYTES], placed[PLACE_BYTES : 2 * PLACE_BYTES]
+    name_bytes = PLACE_BYTES - _PLACE_BYTES_ALONE
+    exchanged = first[:name_bytes] + second[name_bytes:] + second[:name_bytes] + first[name_bytes:]
+    return exchanged + placed[2 * PLACE_BYTES :]

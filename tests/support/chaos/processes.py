@@ -154,6 +154,7 @@ def make_order(
     times: Times,
     engine: EngineConfig = ENGINE,
     prefill_block_tokens: int | None = None,
+    fences: bool = True,
     sabotage: bool = False,
 ) -> dict[str, Any]:
     model = ModelConfig(
@@ -177,5 +178,6 @@ def make_order(
             "lease_s": times.lease_s,
         },
         "cluster_token": TOKEN,
+        "fences": fences,
         "sabotage": sabotage,
     }

@@ -77,10 +77,12 @@ class Rig:
         times: Times,
         proxied: bool,
         prefill_block_tokens: int | None = None,
+        fences: bool = True,
         sabotage: bool = False,
     ) -> None:
         self.transport = transport
         self.local_prefill = local_prefill
+        self.fences = fences
         self.times = times
         self.decode: WorkerProcess
         self.prefill: list[WorkerProcess] = []
@@ -136,6 +138,7 @@ class Rig:
             local_prefill=self.local_prefill,
             times=self.times,
             prefill_block_tokens=self._prefill_block_tokens,
+            fences=self.fences,
             sabotage=self._sabotage,
         )
         return WorkerProcess(self._zygote, order)
@@ -310,9 +313,11 @@ async def running_rig(
     times: Times | None = None,
     proxied: bool = False,
     prefill_block_tokens: int | None = None,
+    fences: bool = True,
     sabotage: bool = False,
 ) -> AsyncIterator[Rig]:
-    """`prefill_block_tokens`: None = as the decode worker's, else KV is cut anew on its way."""
+    """`prefill_block_tokens`: None = as the decode worker's, else KV is cut anew on its way. `fences`: whether the decode worker
+    can shut out a writer by itself, as it can over every link that two workers have on one host without a GPU."""
     rig = Rig(
         zygote,
         oracle,
@@ -323,6 +328,7 @@ async def running_rig(
         times=times or Times(),
         proxied=proxied,
         prefill_block_tokens=prefill_block_tokens,
+        fences=fences,
         sabotage=sabotage,
     )
     await rig.start()

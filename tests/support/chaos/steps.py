@@ -37,6 +37,8 @@ class DecodeStep(enum.Enum):
     """Run is with gRPC; nothing else has happened that the decode worker knows of."""
     WRITER_LET_IN = "writer let in"
     """OPEN was accepted; GRANT has not left."""
+    OFFERED = "pieces offered"
+    """shm: READY was read; nothing was fetched."""
     FIRST_PIECE_VERIFIED = "first piece verified"
     """One piece is in the pool with its digest."""
     HALF_VERIFIED = "half of the pieces verified"
@@ -75,7 +77,7 @@ class PrefillStep(enum.Enum):
     MID_WRITE = "between two pieces"
     """Some pieces of the prompt were written, others not."""
     MID_PIECE = "inside a piece"
-    """tcp: half of a message's bytes are with the socket. shm: bytes are in the peer's pool that were not announced."""
+    """Half of a message's bytes are with the socket. shm: READY has left before, and the message would state what was ready."""
     AFTER_FIRST_WRITE = "after the first write"
     """A batch was written; the transfer's account does not hold it yet."""
     BEFORE_CLOSE = "before CLOSE"
@@ -90,9 +92,12 @@ class PrefillStep(enum.Enum):
 
 Step = DecodeStep | PrefillStep
 UNREACHABLE: dict[str, frozenset[Step]] = {
-    "nixl": frozenset({PrefillStep.MID_PIECE}),  # one call hands all descriptors to the library
+    "tcp": frozenset({DecodeStep.OFFERED}),  # there is nothing to fetch
+    "nixl": frozenset({DecodeStep.OFFERED, PrefillStep.MID_PIECE}),  # one call hands all descriptors to the library
 }
 """By transport: steps that do not exist there."""
+AT_PIECES = frozenset({DecodeStep.OFFERED, DecodeStep.FIRST_PIECE_VERIFIED, DecodeStep.HALF_VERIFIED, DecodeStep.ALL_VERIFIED})
+"""What native code does with one call: who waits for one of them has pieces fetched and looked at one by one."""
 
 
 def step_named(role: str, value: str) -> Step:
@@ -149,8 +154,10 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
     from kvtransfer.incoming import Incoming
     from kvtransfer.receiver import KVReceiver
     from kvtransfer.state import Arrival, IncomingTransfer
+    from kvtransfer.transports.fetching import FetchingLink
 
     reached = breakpoint_.reached
+    requests: dict[bytes, str] = {}  # by nonce
 
     def calling(step: DecodeStep) -> Callable[[Any], Any]:
         def make(original: Any) -> Any:
@@ -175,6 +182,7 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
     def make_open(original: Any) -> Any:
         def open_(self: Any, **arguments: Any) -> Any:
             incoming = original(self, **arguments)
+            requests[incoming.ticket.nonce] = incoming.ticket.request_id
             reached(DecodeStep.TICKET_MINTED, incoming.ticket.request_id)
             return incoming
 
@@ -191,6 +199,15 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
         return let_in
 
     _wrap(Incoming, "let_in", make_let_in)
+
+    def make_fetch(original: Any) -> Any:
+        def fetch(self: Any, placed: Any) -> None:
+            reached(DecodeStep.OFFERED, requests.get(self._frame.nonce, ""))
+            original(self, placed)
+
+        return fetch
+
+    _wrap(FetchingLink, "_fetch", make_fetch)
 
     def make_arrived(original: Any) -> Any:
         def arrived(self: Any, name: Any, digest: bytes, ok: bool) -> Any:
@@ -210,10 +227,9 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
 
     def make_arrived_at_once(original: Any) -> Any:
         """Where a step between pieces is waited for, they are taken one by one."""
-        between = (DecodeStep.FIRST_PIECE_VERIFIED, DecodeStep.HALF_VERIFIED, DecodeStep.ALL_VERIFIED)
 
         def arrived(self: Any, *arguments: Any) -> Any:
-            return not any(map(breakpoint_.awaits, between)) and original(self, *arguments)
+            return not any(map(breakpoint_.awaits, AT_PIECES)) and original(self, *arguments)
 
         return arrived
 
@@ -298,9 +314,11 @@ def watch_decode(breakpoint_: Breakpoint) -> None:
 def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
     """In a prefill worker's process, before the worker is made. The steps of a link are taken in `fault_transport`; `requests`
     is filled with the request of each nonce."""
+    from kvtransfer.frames import HEADER_BYTES, FrameKind, decode_header
     from kvtransfer.sender import KVSender
-    from kvtransfer.transports import shm, tcp
+    from kvtransfer.transports import offer, tcp
     from kvtransfer.transports.sending import SocketSend, StreamSenderLink
+    from kvtransfer.transports.shm import LendingSenderLink
     from prefill_worker.handoff import PrefillHandoff, Push
     from prefill_worker.runs import PrefillRuns
     from prefill_worker.server import PrefillWorker
@@ -375,9 +393,11 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
                 original(self, buffers)
                 return
             data = b"".join(bytes(buffer) for buffer in buffers)
-            half = 0 if self._sock.family == socket.AF_UNIX else len(data) // 2
-            if half:
-                original(self, [data[:half]])
+            if decode_header(data[:HEADER_BYTES], block_bytes=len(data)).kind is FrameKind.READY:
+                original(self, [data])
+                return
+            half = len(data) // 2
+            original(self, [data[:half]])
             reached(PrefillStep.MID_PIECE, request_id)
             original(self, [data[half:]])
 
@@ -402,7 +422,7 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
 
         return write_natively
 
-    for writing in (shm, tcp):
+    for writing in (offer, tcp):
         _wrap(writing, "write_natively", make_write_natively)
 
     def make_in_lane(original: Any) -> Any:
@@ -429,7 +449,8 @@ def watch_prefill(breakpoint_: Breakpoint, requests: dict[bytes, str]) -> None:
 
         return write
 
-    _wrap(StreamSenderLink, "write", make_write)
+    for link in (StreamSenderLink, LendingSenderLink):
+        _wrap(link, "write", make_write)
 
 
 class _Elsewhere:

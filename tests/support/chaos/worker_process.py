@@ -27,7 +27,7 @@ from kvtransfer import transports
 from kvtransfer.receiver import KVReceiver
 from prefill_worker.server import PrefillWorker
 from support.chaos.bulk import serve_writer
-from support.chaos.fault_transport import FaultPlan, FaultTransport
+from support.chaos.fault_transport import FaultPlan, FaultTransport, misplace_offers
 from support.chaos.steps import Breakpoint, step_named, watch_decode, watch_prefill
 
 
@@ -40,7 +40,7 @@ def run(order: dict[str, Any], control: socket.socket, halts: socket.socket) -> 
 async def _serve(order: dict[str, Any], control: socket.socket, halts: socket.socket) -> None:
     role = Role(order["role"])
     breakpoint_ = Breakpoint(halts)
-    plan = FaultPlan()
+    plan = FaultPlan(fences=order.get("fences", True))
     requests: dict[bytes, str] = {}
     _use_fault_transports(plan, breakpoint_, requests)
     log = TransferLog()
@@ -51,6 +51,7 @@ async def _serve(order: dict[str, Any], control: socket.socket, halts: socket.so
             _accept_anything()
     else:
         watch_prefill(breakpoint_, requests)
+        misplace_offers(plan)
     spec = WorkerSpec(
         worker_id=order["worker_id"],
         incarnation=order["incarnation"],

@@ -26,6 +26,7 @@ class Report:
     endings: Counter[str] = field(default_factory=Counter)
     points: Counter[str] = field(default_factory=Counter)
     failures: dict[int, list[str]] = field(default_factory=dict)  # seed -> complaints
+    stale_fetches: int = 0
     history: int = 0
     virtual_s: float = 0.0
     longest_drain_s: float = 0.0
@@ -35,6 +36,7 @@ class Report:
         self.seeds += 1
         self.endings.update(ending.how or "never" for ending in verdict.endings)
         self.points.update({point.value: count for point, count in verdict.points.items()})
+        self.stale_fetches += verdict.stale_fetches
         if not verdict.ok:
             self.failures[verdict.scenario.seed] = verdict.complaints
         self.history ^= hash((verdict.scenario.seed, verdict.history))
@@ -46,6 +48,7 @@ class Report:
         self.seeds += other.seeds
         self.endings.update(other.endings)
         self.points.update(other.points)
+        self.stale_fetches += other.stale_fetches
         self.failures.update(other.failures)
         self.history ^= other.history
         self.virtual_s += other.virtual_s
@@ -60,6 +63,7 @@ class Report:
             f"history {self.history:x}",
             f"endings: {endings}",
             f"passed: {points}",
+            f"sources that were given up and fetched with other bytes in them: {self.stale_fetches}",
             f"longest return of what was lent, after the last request: {self.longest_drain_s:.3f} s",
             f"failures: {len(self.failures)}",
         ]

@@ -41,12 +41,13 @@ from router.dispatch import Dispatcher
 from router.placement.membership import WorkerView
 from router.registry import Registry
 from support.simulation import rpc
-from support.simulation.data_links import SIM_TRANSPORTS, SimSenderLink
+from support.simulation.data_links import SIM_TRANSPORTS
 from support.simulation.engine import StandInEngine
 from support.simulation.guesses import HalfRight
 from support.simulation.network import Point
 from support.simulation.pool import Memory, WatchedBlocks
 from support.simulation.pool_cut import PoolCut
+from support.simulation.sender_links import SimSenderLink
 from support.simulation.virtual_loop import ProcessLoop
 
 if TYPE_CHECKING:
@@ -241,9 +242,10 @@ class PrefillProcess(WorkerProcess):
         spec = self._spec()
         blocks = self._build_pool(scenario.prefill_cut, scenario.prefill_tokens)
         layout = self.cut.layout
+        region = BlockRegion(self.memory.view, layout.block_bytes, self.memory.num_blocks)
         self.scheduler = PrefillScheduler(spec.model.prefill, layout, blocks, self.clock)
         self.handoff = PrefillHandoff(
-            spec, layout, self.memory.view, self.clock, make_sender=functools.partial(KVSender, transports=SIM_TRANSPORTS)
+            spec, layout, region, self.clock, make_sender=functools.partial(KVSender, transports=SIM_TRANSPORTS)
         )
         self.engine = self._engine(lambda events: self.runs.deliver(events), watched=True)
         self.runs = PrefillRuns(
@@ -274,7 +276,10 @@ class PrefillProcess(WorkerProcess):
 
     async def _run(self, data: bytes) -> bytes:
         self.network.point(Point.RUN_ARRIVED, self.loop)
-        reply = await self.runs.run(worker_pb2.PrefillRequest.FromString(data))
+        message = worker_pb2.PrefillRequest.FromString(data)
+        reply = await self.runs.run(message)
+        ticket = message.ticket
+        self.network.witness.sealed.add((ticket.nonce, f"{ticket.decode_worker_id}#{ticket.decode_incarnation}"))
         self.network.point(Point.RUN_ANSWERED, self.loop)
         return reply.SerializeToString()
 

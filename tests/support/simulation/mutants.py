@@ -104,6 +104,15 @@ def sources_let_go_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Outgoing, "abort", abort)
 
 
+def finished_before_taken(patch: pytest.MonkeyPatch) -> None:
+    """What was offered counts as written: its sources are freed though the decode side has yet to fetch them."""
+
+    def is_through(self: Outgoing) -> bool:
+        return self._phase.value == "finishing" and not self._queue
+
+    patch.setattr(Outgoing, "_is_through", is_through)
+
+
 def complete_by_count(patch: pytest.MonkeyPatch) -> None:
     """So many pieces came as there should be, so they must be the right ones; the seal has so many digests as it should."""
     arrived, complain = IncomingTransfer.piece_arrived, IncomingTransfer._complaint_about
@@ -137,6 +146,21 @@ def digest_skipped(patch: pytest.MonkeyPatch) -> None:
     """Whatever arrives is taken for what was sent."""
     arrived = IncomingTransfer.piece_arrived
     patch.setattr(IncomingTransfer, "piece_arrived", lambda self, name, digest, ok: arrived(self, name, digest, True))
+
+
+def place_kept(patch: pytest.MonkeyPatch) -> None:
+    """Where a piece may go is decided once: a writer that was shut out between two parts of it still has its place."""
+    destination = KVReceiver.destination
+    places: WeakKeyDictionary[KVReceiver, dict[tuple[bytes, PieceName], memoryview]] = WeakKeyDictionary()
+
+    def remembered(self: KVReceiver, link: ReceiverLink, nonce: bytes, name: PieceName) -> memoryview | None:
+        its = places.setdefault(self, {})
+        place = its.get((nonce, name)) or destination(self, link, nonce, name)
+        if place is not None:
+            its[nonce, name] = place
+        return place
+
+    patch.setattr(KVReceiver, "destination", remembered)
 
 
 def unverified_used(patch: pytest.MonkeyPatch) -> None:
@@ -244,8 +268,10 @@ MUTANTS: tuple[Mutant, ...] = (
     free_on_abort,
     quarantine_times_out,
     sources_let_go_early,
+    finished_before_taken,
     complete_by_count,
     digest_skipped,
+    place_kept,
     unverified_used,
     unverified_cached,
     quarantine_skipped,

@@ -34,8 +34,8 @@ class Disorder:
     duplicated: float = 0.0  # a unary call reaches its handler twice
     black_hole: float = 0.0  # nothing ever comes back
     flipped: float = 0.0  # a piece arrives with a wrong byte
-    skipped: float = 0.0  # a piece is announced and was not written
-    repeated: float = 0.0  # an announcement comes twice, and the next one not at all
+    skipped: float = 0.0  # a piece is announced and was not written, or not fetched
+    repeated: float = 0.0  # a frame about pieces comes twice, and the next one of its kind not at all
 
 
 class Point(enum.Enum):
@@ -47,6 +47,8 @@ class Point(enum.Enum):
     RUN_ANSWERED = "run answered"
     OPEN_SENT = "open sent"
     GRANTED = "granted"
+    READY_SENT = "ready sent"
+    HALF_FETCHED = "half fetched"
     PIECES_WRITTEN = "pieces written"
     CLOSE_SENT = "close sent"
     RELEASE_ARRIVED = "release arrived"
@@ -60,6 +62,8 @@ class Witness:
     tickets: dict[bytes, Any] = field(default_factory=dict)  # nonce -> support.simulation.rpc.IssuedTicket
     complaints: list[str] = field(default_factory=list)
     points: Counter[Point] = field(default_factory=Counter)
+    sealed: set[tuple[bytes, str]] = field(default_factory=set)  # finished transfers: nonce, and name of the decode process
+    stale_fetches: int = 0  # readings of sources that were given up, and have other bytes by now
 
 
 class Wire:

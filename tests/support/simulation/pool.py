@@ -7,7 +7,8 @@ The rules, checked at the moment in which they are broken:
   1. a block changes its owner only when no writer from outside is able to write to it
   2. a writer writes only to blocks that still belong to the request that it was let in for
   3. the engine writes only to blocks that one sequence holds alone, and uses none that a writer from outside could change
-  4. a prefill worker sends a block only while a sequence holds it
+  4. a prefill worker sends a block only while a sequence holds it; what the other end fetches by itself it fetches before the
+     transfer has finished (`fetching_links`)
 
 It judges by what physically can happen, not by what the code under test believes.
 """
@@ -35,11 +36,14 @@ class Memory:
 
     def block_at(self, place: memoryview) -> int:
         """The block that a part of this memory lies in."""
-        return (ctypes.addressof(ctypes.c_char.from_buffer(place)) - self._address) // self.block_bytes
+        return self.offset_of(place) // self.block_bytes
+
+    def offset_of(self, place: memoryview) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(place)) - self._address
 
     def holds(self, place: memoryview) -> bool:
         """Whether it is a part of this memory, and no copy."""
-        return 0 <= ctypes.addressof(ctypes.c_char.from_buffer(place)) - self._address < len(self.bytes)
+        return 0 <= self.offset_of(place) < len(self.bytes)
 
     # -- owners -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from support.simulation.pool_cut import PoolCut
 VOCABULARY = 1000
 ALIKE = PoolCut(4)
 UNEQUAL_BLOCKS = ((4, 8), (8, 4), (4, 2), (2, 4), (4, 3), (3, 4), (2, 8), (6, 4), (4, 6), (4, 4))
+TRANSPORTS = (*(2 * [("cuda_ipc",), ("cuda_ipc", "tcp"), ("shm",)]), ("shm", "tcp"), ("tcp",))
+LEASES_ARE_OVER_S = (4.5, 6.0)  # of what began with the scenario
 ROUTER_BACKOFF_S = 0.05  # of `router.dispatch`, before it asks a lost worker again
 
 
@@ -137,6 +139,9 @@ def draw_scenario(seed: int) -> Scenario:
     num_prefill, num_decode = random.choice((1, 2, 2)), random.choice((1, 1, 2))
     stale = num_decode == 1 and random.random() < 0.15
     requests = tuple(_requests(random))
+    too_late = num_decode == 2 and Random(seed ^ 0x1A7E).random() < 0.15
+    if too_late:
+        requests = (*requests[:-1], replace(requests[-1], at_s=Random(seed ^ 0xF37C).uniform(*LEASES_ARE_OVER_S)))
     cuts = _cuts(Random(seed ^ 0xB10C))
     workers = [f"p{index}" for index in range(num_prefill)] + [f"d{index}" for index in range(num_decode)]
     return Scenario(
@@ -145,7 +150,7 @@ def draw_scenario(seed: int) -> Scenario:
         num_decode=num_decode,
         prefill_tokens=random.choice((32, 44, 76)),
         decode_tokens=random.choice((32, 44, 76)),
-        transports=("tcp",) if stale else random.choice((("shm",), ("shm", "tcp"), ("tcp",))),
+        transports=("tcp",) if stale else ("shm",) if too_late else random.choice(TRANSPORTS),
         local_prefill=random.choice(("never", "never", "auto")),
         chunk_tokens=random.choice((4, 7, 16)),
         step_tokens=random.choice((6, 16)),
@@ -159,7 +164,11 @@ def draw_scenario(seed: int) -> Scenario:
         news_s=0.5 if stale else random.choice((0.001, 0.02, 0.3)),
         disorder=_disorder(random),
         requests=requests,
-        faults=(*(_stale_run(random) if stale else ()), *_faults(random, workers)),
+        faults=(
+            *(_stale_run(random) if stale else ()),
+            *(_fetch_too_late(Random(seed ^ 0x57A1)) if too_late else ()),
+            *_faults(random, workers),
+        ),
         guesses=Random(seed ^ 0x6E55).random() < 0.5,
         overlap=Random(seed ^ 0x0E7A).random() < 0.5,
         prefill_cut=cuts[0],
@@ -252,3 +261,9 @@ def _stale_run(random: Random) -> Iterator[Fault]:
     late_s = ROUTER_BACKOFF_S + 0.0002 + 0.002 * random.random()
     yield Fault(Trouble.LATE, "", point=Point.RUN_SENT, count=count, lasts_s=late_s)
     yield Fault(Trouble.CRASH, "", point=Point.RUN_SENT, count=count, lasts_s=0.01, same_address=True, flushed=True, silent=True)
+
+
+def _fetch_too_late(random: Random) -> Iterator[Fault]:
+    """A decode worker is stopped when something is ready for it, until its lease is over and another prompt has come."""
+    worker, count = random.choice(("d0", "d1")), random.randint(1, 4)
+    yield Fault(Trouble.PAUSE, worker, point=Point.READY_SENT, count=count, lasts_s=random.uniform(6.5, 9.0))

@@ -308,3 +308,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         if turn_s < self._turn_s:
             self._turn_s = turn_s
             virtual.at(turn_s, self._turn, turn_s)
+
+
+def running_process() -> ProcessLoop:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, ProcessLoop)
+    return loop

@@ -30,10 +30,10 @@ from common.types import FinishReason, Request, Role, SamplingParams, WorkerRef,
 from common.wire import registry_pb2, types_pb2, worker_pb2
 from kvtransfer import recutting
 from support.simulation import oracle, rpc
-from support.simulation.data_links import watched_gather
 from support.simulation.hosts import MODEL, DecodeProcess, Host, PrefillProcess, RouterProcess, WorkerProcess
 from support.simulation.network import Disorder, Network, Point
 from support.simulation.scenario import Fault, RequestPlan, Scenario, Trouble
+from support.simulation.sender_links import MappingSenderLink, watched_gather
 from support.simulation.virtual_loop import Deadlock, OutOfTime, ProcessLoop, VirtualTime
 
 DEADLINE_SLACK_S = 0.5  # a request ends at most so long after its deadline
@@ -66,6 +66,7 @@ class Verdict:
     num_turns: int
     drained_s: float  # from the last ending, with everybody running again, until everything was given back
     points: dict[Point, int]
+    stale_fetches: int
 
     @property
     def ok(self) -> bool:
@@ -133,6 +134,7 @@ class World:
             self.time.num_turns,
             drained_s,
             dict(self.network.witness.points),
+            self.network.witness.stale_fetches,
         )
         self._bury_all()
         return verdict
@@ -360,7 +362,7 @@ class World:
 
     def _break(self, wire: Any) -> None:
         sender: Host = wire.a.host
-        by_itself = [link for link in sender.sender_links if link.uses(wire) and link.kind == "shm"]
+        by_itself = [link for link in sender.sender_links if link.uses(wire) and isinstance(link, MappingSenderLink)]
         for link in by_itself:
             if sender.loop.running:
                 sender.loop.call_soon(link.lose)
