@@ -28,6 +28,7 @@ from common.wire import worker_pb2, worker_pb2_grpc
 from support.prefill_steps import PrefillSteps
 from support.tiny_models import make_tiny_model
 from support.workers import TOKEN, Answer, Workers, request, running_workers
+from support.zoo import until
 
 ENGINE = EngineConfig(dtype="float32", exact=True, kv_pool_tokens=2048)
 REMOTE = DecodeConfig(local_prefill="never")
@@ -90,14 +91,17 @@ async def test_cancel_stops_a_long_prefill_within_a_chunk(model_path: Path) -> N
     ) as workers:
         prefill = workers.prefill[0]
         steps = PrefillSteps(prefill)
+        steps.hold("long", after_steps=2)
         long_call = workers.open(request([5] * 1500, request_id="long"))
         reader = asyncio.ensure_future(long_call.read())
-        while steps.of("long") < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: steps.held, "the long prompt is under way")
         behind = asyncio.ensure_future(workers.generate(request(list(range(3, 60)), request_id="short", max_tokens=2)))
-        while not prefill._scheduler.num_waiting:
-            await asyncio.sleep(0.001)
+        await until(lambda: steps.posted("short"), "the short one comes")
+        steps.hold("long", after_steps=4)
+        await until(lambda: prefill._scheduler.num_waiting == 1 and steps.held, "the short one waits behind it")
         long_call.cancel()
+        await until(lambda: steps.cancelled, "the cancellation arrives")
+        steps.go_on()
         answer = await behind
         assert len(answer.tokens) == 2
         assert sum("long" in step for step in steps.after_cancel) <= 1

@@ -277,15 +277,19 @@ async def test_z30_a_long_prefill_stops_within_a_chunk(
     config = PrefillConfig(chunk_tokens=4, max_running=1)
     async with running_workers(model_path, engine=UNCACHED, decode=REMOTE, prefill=config, transfer=for_ever()) as workers:
         steps = PrefillSteps(workers.prefill[0])
+        steps.hold("long", after_steps=2)
         long = workers.open(request([5] * 1900, request_id="long"))
         reading = asyncio.ensure_future(long.read())
-        await until(lambda: steps.of("long") >= 2, "the long prompt is under way")
+        await until(lambda: steps.held, "the long prompt is under way")
         work = request(prompt_of(30, 96), request_id="short", max_tokens=2)
         behind = asyncio.ensure_future(workers.generate(work))
-        await until(lambda: workers.prefill[0]._scheduler.num_waiting == 1, "the short one waits behind it")
+        await until(lambda: steps.posted("short"), "the short one comes")
+        steps.hold("long", after_steps=4)
+        await until(lambda: workers.prefill[0]._scheduler.num_waiting == 1 and steps.held, "the short one waits behind it")
         long.cancel()
+        await until(lambda: steps.cancelled, "the cancellation arrives")
+        steps.go_on()
         if not guarded:
-            await until(lambda: steps.cancelled, "the cancellation arrives")
             await until(lambda: len(steps.after_cancel) > 10, "the engine goes on")
             assert sum("long" in step for step in steps.after_cancel) > 1
             behind.cancel()
