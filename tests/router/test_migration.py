@@ -16,13 +16,20 @@ PROMPT = [5, 6, 7]
 BODY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 50, "seed": 3, "temperature": 0.7}
 
 
-async def stream(http: httpx.AsyncClient, **more: Any) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Text per choice, and all events but the last, which must be [DONE]."""
+async def stream(
+    http: httpx.AsyncClient, *, begun: asyncio.Event | None = None, **more: Any
+) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    """Text per choice, and all events but the last, which must be [DONE]. `begun` is set when the first text is here."""
     async with http.stream(
         "POST", "/v1/completions", json={**BODY, "stream": True, "stream_options": {"include_usage": True}, **more}
     ) as reply:
         assert reply.status_code == 200
-        lines = [line.removeprefix("data: ") async for line in reply.aiter_lines() if line]
+        lines = []
+        async for line in reply.aiter_lines():
+            if line:
+                lines.append(line.removeprefix("data: "))
+            if begun is not None and '"text":"h' in line.replace(" ", ""):
+                begun.set()
     assert lines[-1] == "[DONE]"
     events = [json.loads(line) for line in lines[:-1]]
     text: dict[int, str] = {}
@@ -116,21 +123,23 @@ async def test_what_the_manager_gave_up_is_left_though_it_still_seems_to_be_ther
 async def test_with_nobody_else_it_waits_for_the_worker_to_come_back(start_cluster: Any) -> None:
     async with start_cluster(num_workers=1) as cluster, http_client(cluster) as http:
         worker = cluster.worker
-        worker.fail_after = 2
+        worker.hold_after = 2
         cluster.publish()
+        begun = asyncio.Event()
 
         async def come_back() -> None:
-            while not worker.requests:
-                await asyncio.sleep(0.002)
+            await begun.wait()
             cluster.publish(tiny_decode_0="starting")
             await asyncio.sleep(0.1)
-            worker.fail_after = None
+            worker.hold_after = None
             worker.incarnation = 2
             cluster.publish()
 
         coming = asyncio.create_task(come_back())
-        text, events = await stream(http)
+        async with asyncio.timeout(120):
+            text, events = await stream(http, begun=begun)
         await coming
+        assert [request.num_resumed_tokens for request in worker.requests] == [0, 2]
         assert text == {0: "hello there"}
         assert not any("error" in event for event in events)
 

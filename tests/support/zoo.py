@@ -158,8 +158,9 @@ class Stall:
     def stalled(self) -> bool:
         return self.steps_left <= 0
 
-    def release(self) -> None:
-        self.steps_left = float("inf")
+    def release(self, steps: float = float("inf")) -> None:
+        """It computes so many steps more."""
+        self.steps_left = steps
         self._loop.post(lambda: None)
 
     def _scheduled(self) -> bool:

@@ -200,11 +200,11 @@ async def test_z22_no_phantom_is_left_on_the_prefill_worker(
         for number in range(40):
             call = workers.open(request(prompt_of(200, 91), request_id="phantom"))
             reading = asyncio.ensure_future(call.read())
-            runs = len(plants.runs)
+            runs, submitted = len(plants.runs), scheduler.totals.submitted
             if number % 2:
                 await until(lambda runs=runs: len(plants.runs) > runs, "Run is on its way")  # type: ignore[misc]
             if number % 4 == 3:
-                await until(lambda: any(key.startswith("phantom") for key in scheduler._prompts), "the prompt is queued")
+                await until(lambda submitted=submitted: scheduler.totals.submitted > submitted, "the prompt is queued")  # type: ignore[misc]
             call.cancel()
             await asyncio.wait({reading})
         if beside is not None:
@@ -239,8 +239,12 @@ async def test_z24_a_preempted_request_is_aborted(model_path: Path, oracle: Orac
     config = DecodeConfig(local_prefill="never", watermark_blocks=0)
     async with running_workers(model_path, engine=engine, prefill_engine=UNCACHED, decode=config) as workers:
         work = [request(prompt_of(3 * BLOCK, 95 + index), request_id=f"p{index}", max_tokens=60) for index in range(3)]
+        start = Held(workers.decode)  # so that they want more than there is at the same time
+        await until(lambda: start.holding, "the engine stands still")
         calls |= {item.request_id: workers.open(item) for item in work}
         said = {name: asyncio.ensure_future(_tokens(call)) for name, call in calls.items()}
+        await until(lambda: len(workers.decode._streams._streams) == len(work), "all three have come")
+        start.release()
         await until(lambda: bool(held), "somebody is preempted")
         await until(held[0].has_mail, "and aborted")
         scheduler = workers.decode._scheduler

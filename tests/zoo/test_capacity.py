@@ -10,7 +10,7 @@ import pytest
 from common.config import DecodeConfig, PrefillConfig
 from support.planted_links import Plants
 from support.workers import request, running_workers
-from support.zoo import BLOCK, UNCACHED, Oracle, assert_no_ghosts, for_ever, is_free, prompt_of, until, within
+from support.zoo import BLOCK, UNCACHED, Oracle, Stall, assert_no_ghosts, for_ever, is_free, prompt_of, until, within
 
 PROMPT_BLOCKS, ANSWER_BLOCKS = 8, 2
 LARGEST = PROMPT_BLOCKS + ANSWER_BLOCKS  # blocks of one request at its end
@@ -53,17 +53,22 @@ async def test_sglang_31473_nothing_is_prefilled_that_cannot_be_decoded(
     engine = TIGHT if shortage == "blocks" else UNCACHED
     config = DecodeConfig(local_prefill="never", max_running=1 if shortage == "slots" else 8)
     async with running_workers(model_path, engine=engine, prefill_engine=UNCACHED, decode=config, transfer=for_ever()) as workers:
-        # Enough to be busy with: the second one must be seen to wait.
+        # Enough to be busy with: the second one must be seen to wait, whatever the machine is busy with.
         first = request(prompt_of(PROMPT_BLOCKS * BLOCK, 110), request_id="first", max_tokens=90)
         second = request(prompt_of(PROMPT_BLOCKS * BLOCK, 111), request_id="second", max_tokens=6)
         scheduler = workers.decode._scheduler
+        stall = Stall(workers.decode, after_steps=3)
         running = asyncio.ensure_future(workers.generate(first))
-        await until(lambda: scheduler.totals.generated_tokens > 0, "the first one decodes")
+        await until(lambda: stall.stalled and scheduler.totals.generated_tokens > 0, "the first one decodes")
         waiting = asyncio.ensure_future(workers.generate(second))
         await until(lambda: scheduler.num_waiting == 1, "the second one waits")
+        stall.release(steps=20)
+        await until(lambda: stall.stalled, "and waits while the first one goes on")
         assert not running.done()
+        assert scheduler.num_waiting == 1
         assert [run.request.request_id for run in plants.runs] == ["first"]
         assert await is_free(workers, workers.prefill_refs[0])
+        stall.release()
         assert oracle.agrees(first, await within(running))
         assert oracle.agrees(second, await within(waiting))
         assert [run.request.request_id for run in plants.runs] == ["first", "second"]

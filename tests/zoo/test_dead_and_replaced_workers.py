@@ -392,11 +392,13 @@ async def test_z28_a_request_that_is_dispatched_again_while_the_first_still_live
         another_decode(first, "tiny/decode/1") as second,
     ):
         work = request(prompt_of(100, 126), request_id="twice", max_tokens=30)
+        stall = Stall(first.decode, after_steps=3)
         call = first.open(work)
         said = asyncio.ensure_future(_tokens(call))
-        await until(lambda: first.decode._scheduler.totals.generated_tokens > 0, "the first one decodes")
+        await until(lambda: first.decode._scheduler.totals.generated_tokens > 0 and stall.stalled, "the first one decodes")
         held = Held(first.decode)
-        await until(lambda: held.holding, "it is stalled")
+        await until(lambda: held.holding, "it is stalled, and deaf")
+        stall.release()
         assert oracle.agrees(work, await within(second.generate(work)))
         again = asyncio.ensure_future(first.generate(work))  # and back to the stalled one
         await until(held.has_mail, "it arrives")
