@@ -10,14 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.config import pdserve_home
 from common.engine.automata import Words
 from common.engine.cores import OwnCores
 from common.engine.kv_pool import KVPool
 from common.engine.loader import ModelArchitecture
 from common.engine.models import TokenPicker
-from common.engine.native.build import build_library
-from common.engine.native.check import check_library
 from common.engine.native.library import Library
 from common.engine.native.model import NativeModel
 from common.engine.native.panels import ModelPanels
@@ -25,11 +22,6 @@ from common.engine.quantisation import WeightFormat
 from common.types import KVLayout
 
 HIDDEN, WIDTH = 72, 96
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return Library(build_library(pdserve_home() / "kernels", check_library))
 
 
 def model_of(
