@@ -63,29 +63,38 @@ def up(
 
 
 def _detach(path: Path, overrides: list[str], config: Config) -> None:
-    """The same command in a session of its own, its output in a file; returns when it has announced itself."""
+    """The same command in a session of its own, its output in a file; returns when it has announced itself. Before that the file
+    has a name of its own: there may be a cluster of this name, and its log is not to be touched by one that is refused."""
     from common.config import pdserve_home
     from common.errors import ClusterError
 
     log = pdserve_home() / "logs" / f"{config.cluster}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    starting = log.with_suffix(f".{os.getpid()}.starting")
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "deploy.cli", "up", str(path), "--announce", str(writing)]
     for override in overrides:
         command += ["--set", override]
-    with log.open("wb") as sink, os.fdopen(reading, "rb") as pipe:
-        try:
-            with _interrupt_waits():
-                launcher = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True
-                )
-                os.close(writing)
-            said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
-        except KeyboardInterrupt:
-            _stop(launcher)
-            raise
-    if not said:
-        raise ClusterError(f"the cluster did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD_CHARACTERS:]}")
+    try:
+        with starting.open("wb") as sink, os.fdopen(reading, "rb") as pipe:
+            try:
+                with _interrupt_waits():
+                    launcher = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=[writing], start_new_session=True
+                    )
+                    os.close(writing)
+                said = pipe.read()  # to the end: the other side closes it when it has said it, or ends
+            except KeyboardInterrupt:
+                _stop(launcher)
+                raise
+        if not said:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(_STOP_TIMEOUT_S)  # it may have more to say
+            told = starting.read_text(encoding="utf-8", errors="replace")[-_TOLD_CHARACTERS:]
+            raise ClusterError(f"the cluster did not start:\n{told}")
+        starting.replace(log)
+    finally:
+        starting.unlink(missing_ok=True)
     say(f"cluster {config.cluster!r} is starting its workers; what it says goes to {log}")
 
 

@@ -167,6 +167,35 @@ def test_an_interrupt_while_a_detached_cluster_starts_ends_it(
     assert ended.exists()
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_log_is_replaced_by_who_starts_and_left_alone_by_who_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    """A cluster that runs goes on writing to its log while another launch of the same name is refused. A script stands for it."""
+    log, launcher = tmp_path / "logs" / "local.log", tmp_path / "launcher"
+    log.parent.mkdir()
+    log.write_text("of the one that runs\n")
+    announces = 'echo here >/dev/fd/"$6"\n' if starts else ""
+    launcher.write_text(f"#!/bin/sh\necho of the new one\n{announces}")
+    launcher.chmod(0o700)
+    made: list[subprocess.Popen[bytes]] = []
+
+    class Remembered(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            made.append(self)
+
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    monkeypatch.setattr(subprocess, "Popen", Remembered)
+    found = CliRunner().invoke(app, ["up", "--detach"], env={"PDSERVE_HOME": str(tmp_path)})
+    assert len(made) == 1
+    made[0].wait(60)
+    assert found.exit_code == (0 if starts else 1)
+    assert log.read_text() == ("of the new one\n" if starts else "of the one that runs\n")
+    assert starts or "of the new one" in found.stderr
+    assert list(log.parent.iterdir()) == [log]
+
+
 def test_a_local_model_is_found_where_it_is(tmp_path: Path) -> None:
     from support.tiny_models import make_tiny_model
 

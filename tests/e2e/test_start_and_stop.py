@@ -133,9 +133,13 @@ def test_detached_it_returns_when_it_can_be_asked_and_down_takes_its_redis_with_
 
         assert served() == "miss"
         assert eventually(lambda: served() == "hit-exact"), "no request waits for a Redis that is slow, but it is one"
+        log = (tmp_path / "home/logs/away.log").read_bytes()
         again = cluster.cli("up", str(path), "--detach")
         assert again.returncode == 1
         assert "runs already" in again.stderr
+        assert log
+        assert (tmp_path / "home/logs/away.log").read_bytes().startswith(log), "who is refused leaves the log as it is"
+        assert not list((tmp_path / "home/logs").glob("*.starting"))
     finally:
         down = cluster.cli("down", "--cluster", "away", timeout_s=240.0)
     assert down.returncode == 0, down.stderr
