@@ -22,6 +22,7 @@ from pathlib import Path
 
 _VARIABLE = "PDSERVE_CLUSTER_ID"
 _PATIENCE_S = 20.0
+_EXEC_S = 0.2  # that a program takes at most to get its environment, on a machine that is busy
 
 
 def members(cluster_id: str, variable: str = _VARIABLE) -> list[int]:
@@ -31,10 +32,19 @@ def members(cluster_id: str, variable: str = _VARIABLE) -> list[int]:
 
 
 def _bears(pid: int, cluster_id: str, variable: str) -> bool:
+    return f"{variable}={cluster_id}".encode() in _environment_of(pid).split(b"\0")
+
+
+def _environment_of(pid: int) -> bytes:
+    """Nothing if it is gone, not ours to read, or has none. In the middle of an exec a process has none either, and whoever
+    started it goes on by then: it is given the time to have one."""
+    deadline_s = time.monotonic() + _EXEC_S
     try:
-        return f"{variable}={cluster_id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False  # gone, or not ours to read
+        while not (environment := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < deadline_s:
+            os.sched_yield()
+    except OSError:  # a zombie and a thread of the kernel, too
+        return b""
+    return environment
 
 
 def kill_all(cluster_id: str, patience_s: float = _PATIENCE_S, variable: str = _VARIABLE) -> bool:

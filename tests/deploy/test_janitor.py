@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.janitor import members
+from deploy.janitor import _bears, members
 
 DEAF_TO = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # what may be sent to everything in sight
 
@@ -109,3 +109,27 @@ def test_while_the_launcher_lives_it_does_nothing(stack: ExitStack, tmp_path: Pa
     janitor.stdin.close()
     assert janitor.wait(60) == 0
     assert members(cluster_id) == []
+
+
+def test_who_was_started_just_now_is_found(stack: ExitStack) -> None:
+    """In the middle of an exec, when its parent goes on already, a process has no environment for a moment. Others stand in line
+    for the cores, so that the moment is long; without waiting for it one in six was missed."""
+    cluster_id = uuid.uuid4().hex
+    for _ in range(3):
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        stack.callback(busy.__exit__, None, None, None)
+        stack.callback(busy.kill)
+    for _ in range(200):
+        started = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PDSERVE_CLUSTER_ID": cluster_id})
+        try:
+            assert _bears(started.pid, cluster_id, "PDSERVE_CLUSTER_ID")
+        finally:
+            started.kill()
+            started.wait()
+
+
+def test_who_has_no_environment_is_nobodys(stack: ExitStack) -> None:
+    lonely = subprocess.Popen(["/bin/sleep", "60"], env={})
+    stack.callback(lonely.__exit__, None, None, None)
+    stack.callback(lonely.kill)
+    assert not _bears(lonely.pid, uuid.uuid4().hex, "PDSERVE_CLUSTER_ID")
