@@ -9,14 +9,9 @@ import pytest
 
 from common.clock import SystemClock
 from common.errors import HandoffError, TransferBroken, TransferTimeout
-from common.types import KVLayout, Ticket
 from kvtransfer.digest import piece_digest
-from kvtransfer.outgoing import Outgoing, SourceSide
-from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, WriterNews
-
-LAYOUT = KVLayout("model", "tokenizer", 2, 1, 8, 16, "float32", True)
-PATIENCE_S = 120.0
+from support.outgoing_transfers import LAYOUT, PATIENCE_S, outgoing_over
 
 
 class LendingLink:
@@ -55,27 +50,6 @@ class LendingLink:
 
     async def close(self) -> None:
         """Nothing to end."""
-
-
-def outgoing_over(link: LendingLink, *, lease_s: float = PATIENCE_S, ttl_s: float = PATIENCE_S) -> Outgoing:
-    region = BlockRegion(memoryview(bytearray(b"s" * 2 * LAYOUT.block_bytes)), LAYOUT.block_bytes, 2)
-    ticket = Ticket(b"n" * 16, "r", 0, "d", 1, "p", 1, 0, (0, 1), 2 * LAYOUT.block_tokens, LAYOUT.fingerprint, ttl_s)
-    side = SourceSide(
-        region=region,
-        num_layers=LAYOUT.num_layers,
-        clock=SystemClock(),
-        lease_s=lease_s,
-        forget=lambda nonce: None,
-        silent=lambda link: None,
-        expired=lambda: None,
-    )
-
-    async def enter(outgoing: Outgoing) -> LendingLink:
-        outgoing.entering(link)
-        await link.open_writer(ticket.nonce, outgoing)
-        return link
-
-    return Outgoing(ticket, side, enter)
 
 
 async def test_finish_waits_until_all_was_taken() -> None:

@@ -11,17 +11,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from common.clock import SystemClock
 from common.errors import HandoffError
-from common.types import KVLayout, Ticket
 from kvtransfer.digest import piece_digest
-from kvtransfer.outgoing import Outgoing, SourceSide
+from kvtransfer.outgoing import Outgoing
 from kvtransfer.region import BlockRegion
 from kvtransfer.transports.base import Piece, WriterNews
+from support.outgoing_transfers import BLOCKS, LAYOUT, PATIENCE_S, outgoing_over, sources
 
-LAYOUT = KVLayout("model", "tokenizer", 2, 1, 8, 16, "float32", True)
-BLOCKS = 2
-PATIENCE_S = 120.0
 SOON_S = 0.2  # long enough for a write to begin
 
 
@@ -84,40 +80,8 @@ async def push_until_it_fails(outgoing: Outgoing) -> None:
 
 def transfer_over(link: SlowLink, region: BlockRegion, forgotten: list[bytes], end: str = "") -> Outgoing:
     """`end`: what is over soon."""
-    ticket = Ticket(
-        nonce=b"n" * 16,
-        request_id="r",
-        attempt=0,
-        decode_worker_id="d",
-        decode_incarnation=1,
-        prefill_worker_id="p",
-        prefill_incarnation=1,
-        first_block=0,
-        blocks=(0, 1),
-        num_tokens=2 * LAYOUT.block_tokens,
-        layout_fingerprint=LAYOUT.fingerprint,
-        ttl_s=SOON_S if end == "ticket's time" else PATIENCE_S,
-    )
-    side = SourceSide(
-        region=region,
-        num_layers=LAYOUT.num_layers,
-        clock=SystemClock(),
-        lease_s=SOON_S if end == "lease" else PATIENCE_S,
-        forget=forgotten.append,
-        silent=lambda _: None,
-        expired=lambda: None,
-    )
-
-    async def enter(outgoing: Outgoing) -> SlowLink:
-        outgoing.entering(link)
-        await link.open_writer(ticket.nonce, outgoing)
-        return link
-
-    return Outgoing(ticket, side, enter)
-
-
-def sources() -> BlockRegion:
-    return BlockRegion(memoryview(bytearray(b"s" * BLOCKS * LAYOUT.block_bytes)), LAYOUT.block_bytes, BLOCKS)
+    times_s = {"lease": {"lease_s": SOON_S}, "ticket's time": {"ttl_s": SOON_S}}.get(end, {})
+    return outgoing_over(link, region, forget=forgotten.append, **times_s)
 
 
 @pytest.mark.parametrize("end", ["abort", "ticket's time", "lease"])

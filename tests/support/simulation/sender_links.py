@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ MAX_ON_THE_WAY = 4  # frames of a wire that the receiver has not read: then the 
 GONE = "the link to the decode worker went away"
 
 
-class SimSenderLink:
+class SimSenderLink(ABC):
     def __init__(self, kind: str, network: Network, loop: ProcessLoop, wire: Wire, remote: SimReceiverLink) -> None:
         self.kind = kind
         self.loop = loop
@@ -82,9 +83,9 @@ class SimSenderLink:
         digests: list[bytes] = await self._in_lane(lambda: self._write(nonce, pieces, lambda: stop() or self.lost is not None))
         return digests
 
+    @abstractmethod
     async def _write(self, nonce: bytes, pieces: Sequence[Piece], stop: Callable[[], bool]) -> list[bytes]:
         """In the lane."""
-        raise NotImplementedError
 
     def pulse(self, nonce: bytes) -> None:
         if self.lost is not None or nonce in self._pulsing:
